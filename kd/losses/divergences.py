@@ -1,0 +1,339 @@
+"""The divergences: one definition each, from which every form of the loss follows.
+
+p is the teacher's distribution and q the student's, q = softmax(z). A divergence is a sum over
+outcomes of phi(p, q), and
+
+    dD/dz_j = h_j - q_j * sum_i h_i,        h = q * dphi/dq.
+
+h may be shifted by any multiple of q, which changes nothing since q sums to one; the definitions
+below drop such terms. An outcome is a vocabulary entry, or, for a sparse teacher, one of the K
+stored entries or the tail: the algebra does not care.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kd.losses.inputs import Student, Teacher
+
+NAMES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha_beta",
+    "adaptive_kl",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """A divergence between teacher p and student q, with its parameters.
+
+    Calling it computes the pure divergence (no T**2 factor, no hard labels), per token or reduced:
+    ``kd.jsd(0.5)(student, teacher, temperature=2.0, reduction="none")``.
+
+    Attributes:
+        name: one of ``kd.losses.divergences.NAMES``.
+        alpha: skew of the skew divergences, or ABKD's first exponent.
+        beta: weight of the teacher in JSD's mixture, or ABKD's second exponent.
+        detach_mixture: skew_reverse_kl alone: no gradient through the mixture (DistiLLM-2).
+        head_mass: adaptive_kl alone: teacher probability that the head must cover.
+    """
+
+    name: str
+    alpha: float = 0.0
+    beta: float = 0.0
+    detach_mixture: bool = False
+    head_mass: float = 0.5
+
+    def __call__(
+        self, student: Student, teacher: Teacher, *, reduction: str = "mean", **options: Any
+    ) -> Tensor:
+        """The pure divergence of student from teacher; options as in ``kd.distillation_loss``."""
+        from kd.losses.objective import distillation_loss
+
+        for name in ("kd_weight", "ce_weight", "scale_by_t2", "divergence"):
+            if name in options:
+                raise TypeError(
+                    f"{self.name}: a pure divergence takes no {name}, got {name}={options[name]!r}."
+                    " Use kd.distillation_loss(..., divergence=...)."
+                )
+        return distillation_loss(
+            student, teacher, divergence=self, scale_by_t2=False, reduction=reduction, **options
+        )
+
+    def __str__(self) -> str:
+        if self.name == "jsd":
+            return f"jsd({self.beta:g})"
+        if self.name == "alpha_beta":
+            return f"alpha_beta({self.alpha:g}, {self.beta:g})"
+        if self.name.startswith("skew"):
+            detached = ", detach_mixture" if self.detach_mixture else ""
+            return f"{self.name}({self.alpha:g}{detached})"
+        return self.name
+
+    @property
+    def needs_teacher_support(self) -> bool:
+        """True where q > 0 = p makes the value +inf."""
+        return (
+            self.name in ("reverse_kl", "adaptive_kl")
+            or (self.name == "skew_reverse_kl" and self.alpha == 0)
+            or (self.name == "alpha_beta" and self.alpha == 0)
+        )
+
+    def terms(
+        self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, head: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """phi and h for each outcome, [..., outcomes] each.
+
+        Where a term is 0 * log 0 it is 0; where q > 0 = p makes reverse KL infinite, phi is +inf.
+        Each phi carries the terms of its Bregman form (q - p for forward KL): they sum to zero
+        over a normalised row, and cancel the rounding of both log-normalisers to first order.
+        ``head`` is adaptive_kl's head, as a mask of 0 and 1.
+        """
+        return _TERMS[self.name](self, p, q, log_p, log_q, head)
+
+
+def _times(weight: Tensor, factor: Tensor) -> Tensor:
+    """weight * factor with 0 * inf = 0 and 0 * nan = 0 (a NaN weight stays NaN)."""
+    return torch.where(weight == 0, weight, weight * factor)
+
+
+def _forward_kl(d, p, q, log_p, log_q, head):
+    return _times(p, log_p - log_q) + (q - p), -p
+
+
+def _reverse_kl(d, p, q, log_p, log_q, head):
+    h = _times(q, log_q - log_p)
+    return h + (p - q), h
+
+
+def _log_ratio_to_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
+    """log a - log(weight_a * a + (1 - weight_a) * b), accurate where a and b are close."""
+    ratio = log_b - log_a  # log(b / a); +-inf where one is zero, nan where both are
+    near = -torch.log1p((1 - weight_a) * torch.expm1(ratio.clamp(max=0)))
+    far = -ratio - torch.log1p(weight_a * torch.expm1(-ratio.clamp(min=0)))
+    return torch.where(ratio <= 0, near, far)
+
+
+def _jsd(d, p, q, log_p, log_q, head):
+    h = (1 - d.beta) * _times(q, _log_ratio_to_mixture(log_q, log_p, 1 - d.beta))
+    return d.beta * _times(p, _log_ratio_to_mixture(log_p, log_q, d.beta)) + h, h
+
+
+def _skew_forward_kl(d, p, q, log_p, log_q, head):
+    mixture = d.alpha * p + (1 - d.alpha) * q
+    phi = _times(p, _log_ratio_to_mixture(log_p, log_q, d.alpha)) + (mixture - p)
+    # p / mixture <= 1 / alpha; where both are zero the outcome does not count.
+    h = -(1 - d.alpha) * q * (p / mixture.clamp(min=torch.finfo(p.dtype).tiny))
+    return phi, h if d.alpha > 0 else -p
+
+
+def _skew_reverse_kl(d, p, q, log_p, log_q, head):
+    mixture = (1 - d.alpha) * p + d.alpha * q
+    log_ratio = _log_ratio_to_mixture(log_q, log_p, d.alpha)
+    h = _times(q, log_ratio)
+    phi = h + (mixture - q)
+    if not d.detach_mixture:
+        h = h - d.alpha * q * (q / mixture.clamp(min=torch.finfo(q.dtype).tiny))
+    return phi, h
+
+
+def _total_variation(d, p, q, log_p, log_q, head):
+    return 0.5 * (p - q).abs(), 0.5 * q * torch.sign(q - p)
+
+
+def _alpha_beta(d, p, q, log_p, log_q, head):
+    a, b = d.alpha, d.beta
+    if b == 0:  # the limit: generalised KL(p**a || q**a) / a**2
+        p_a, q_a = torch.exp(a * log_p), torch.exp(a * log_q)
+        return (_times(p_a, a * (log_p - log_q)) - p_a + q_a) / a**2, (q_a - p_a) / a
+    if a == 0:  # the limit: generalised KL(q**b || p**b) / b**2
+        p_b, q_b = torch.exp(b * log_p), torch.exp(b * log_q)
+        log_gap = _times(q_b, b * (log_q - log_p))
+        return (log_gap - q_b + p_b) / b**2, log_gap / b
+    cross = torch.exp(a * log_p + b * log_q)
+    p_sum, q_sum = torch.exp((a + b) * log_p), torch.exp((a + b) * log_q)
+    phi = (a / (a + b) * p_sum + b / (a + b) * q_sum - cross) / (a * b)
+    return phi, (q_sum - cross) / a
+
+
+def _adaptive_kl(d, p, q, log_p, log_q, head):
+    gap = (p - q).abs()
+    head_gap = (gap * head).sum(-1, keepdim=True)
+    tail_gap = (gap * (1 - head)).sum(-1, keepdim=True)
+    total = head_gap + tail_gap
+    forward_share = torch.where(total > 0, head_gap / total, torch.full_like(total, 0.5))
+    forward, forward_h = _forward_kl(d, p, q, log_p, log_q, head)
+    reverse, reverse_h = _reverse_kl(d, p, q, log_p, log_q, head)
+    share = 1 - forward_share
+    phi = _times(forward_share, forward) + _times(share, reverse)
+    return phi, forward_share * forward_h + _times(share, reverse_h)
+
+
+_TERMS = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": _total_variation,
+    "alpha_beta": _alpha_beta,
+    "adaptive_kl": _adaptive_kl,
+}
+
+
+def head_mask(p: Tensor, head_mass: float) -> Tensor:
+    """adaptive_kl's head: the most probable outcomes that together hold ``head_mass``.
+
+    Outcomes tied with the last one taken belong to the head too, so that the mask does not
+    depend on the order of the vocabulary. p: [..., outcomes]. Returns 0/1 in p's dtype.
+
+    The cut is found by widening top-k, not by sorting the row: a language model's head is a
+    handful of tokens.
+    """
+    outcomes = p.shape[-1]
+    k = min(64, outcomes)
+    while True:
+        top = p.topk(k, dim=-1).values
+        mass = top.cumsum(-1)
+        if k == outcomes or bool((mass[..., -1] >= head_mass).all()):
+            break
+        k = min(8 * k, outcomes)
+    last = (mass < head_mass).sum(-1, keepdim=True).clamp(max=k - 1)
+    return (p >= top.gather(-1, last)).to(p.dtype)
+
+
+def _number(function: str, argument: str, value: Any, rule: str, ok: bool) -> float:
+    if not ok:
+        raise ValueError(f"{function}: {argument} must {rule}, got {value!r}.")
+    return float(value)
+
+
+def _as_number(function: str, argument: str, value: Any) -> float:
+    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{function}: {argument} must be a number, got {type(value).__name__}. {function}(...)"
+            f" makes a divergence; compute it with kd.{function}(...)(student, teacher)."
+        )
+    return float(value)
+
+
+def jsd(beta: float = 0.5) -> Divergence:
+    """Generalised Jensen-Shannon divergence, beta*KL(p||m) + (1-beta)*KL(q||m).
+
+    m = beta*p + (1-beta)*q: beta is the teacher's weight. Its limits divided by beta or 1-beta
+    are forward and reverse KL; the end points themselves are zero everywhere and are refused.
+
+    Args:
+        beta: in (0, 1), default 0.5 (the symmetric divergence, at most log 2 nats).
+    Raises:
+        ValueError: beta outside (0, 1). TypeError: beta is not a number.
+    Source: Agarwal et al. 2024 (GKD), https://arxiv.org/abs/2306.13649, eq. 1.
+    """
+    beta = _as_number("jsd", "beta", beta)
+    rule = "lie strictly between 0 and 1 (use forward_kl for 0 and reverse_kl for 1)"
+    return Divergence("jsd", beta=_number("jsd", "beta", beta, rule, 0 < beta < 1))
+
+
+def skew_forward_kl(alpha: float = 0.1) -> Divergence:
+    """Skew forward KL, KL(p || alpha*p + (1-alpha)*q).
+
+    Args:
+        alpha: in [0, 1), default 0.1; 0 is forward KL.
+    Raises:
+        ValueError: alpha outside [0, 1). TypeError: alpha is not a number.
+    Source: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898, section 3.1.
+    """
+    alpha = _as_number("skew_forward_kl", "alpha", alpha)
+    ok = 0 <= alpha < 1
+    return Divergence(
+        "skew_forward_kl", alpha=_number("skew_forward_kl", "alpha", alpha, "lie in [0, 1)", ok)
+    )
+
+
+def skew_reverse_kl(alpha: float = 0.1, *, detach_mixture: bool = False) -> Divergence:
+    """Skew reverse KL, KL(q || (1-alpha)*p + alpha*q), with gradient through the mixture.
+
+    Args:
+        alpha: in [0, 1), default 0.1: the student's share of the mixture; 0 is reverse KL.
+        detach_mixture: treat the mixture as a constant in the gradient, as DistiLLM-2 does. The
+            value is the same, the gradient is another.
+    Raises:
+        ValueError: alpha outside [0, 1). TypeError: alpha is not a number.
+    Source: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898, section 3.1; Ko et al.
+        2025 (DistiLLM-2), https://arxiv.org/abs/2503.07067.
+    """
+    name = "skew_reverse_kl"
+    alpha = _as_number(name, "alpha", alpha)
+    alpha = _number(name, "alpha", alpha, "lie in [0, 1)", 0 <= alpha < 1)
+    return Divergence(name, alpha=alpha, detach_mixture=bool(detach_mixture))
+
+
+def alpha_beta(alpha: float, beta: float) -> Divergence:
+    """ABKD's alpha-beta divergence.
+
+    -1/(alpha*beta) * sum(p**alpha * q**beta - alpha/(alpha+beta) * p**(alpha+beta)
+                          - beta/(alpha+beta) * q**(alpha+beta))
+
+    (1, 0) is forward KL and (0, 1) reverse KL, both reached by continuity; zeros are the limits.
+
+    Args:
+        alpha, beta: >= 0, not both 0 (negative exponents are infinite wherever a probability is 0).
+    Raises:
+        ValueError: out of range. TypeError: not numbers.
+    Source: Wang et al. 2025 (ABKD), https://arxiv.org/abs/2505.04560, definition 3.1.
+    """
+    alpha = _as_number("alpha_beta", "alpha", alpha)
+    beta = _as_number("alpha_beta", "beta", beta)
+    ok = alpha >= 0 and beta >= 0 and alpha + beta > 0 and math.isfinite(alpha + beta)
+    if not ok:
+        raise ValueError(
+            f"alpha_beta: alpha and beta must be >= 0, not both 0, got {alpha}, {beta}."
+        )
+    return Divergence("alpha_beta", alpha=alpha, beta=beta)
+
+
+forward_kl = Divergence("forward_kl")
+"""KL(p || q), teacher to student: zero when p = q. Hinton et al. 2015, arXiv:1503.02531."""
+reverse_kl = Divergence("reverse_kl")
+"""KL(q || p), mode-seeking; +inf where q > 0 = p. Gu et al. 2024 (MiniLLM), arXiv:2306.08543."""
+total_variation = Divergence("total_variation")
+"""Half the L1 distance of p and q, in [0, 1]. Wen et al. 2023 (f-distill), arXiv:2307.15190."""
+adaptive_kl = Divergence("adaptive_kl")
+"""Forward and reverse KL weighted by the gap |p - q| on the teacher's head (most probable tokens
+holding half its mass) and tail; the weights carry no gradient. Wu et al. 2024, arXiv:2404.02657."""
+
+
+def resolve(divergence: str | Divergence) -> Divergence:
+    """A divergence from its name (with its default parameters) or itself."""
+    if isinstance(divergence, Divergence):
+        return divergence
+    defaults = {
+        "forward_kl": forward_kl,
+        "reverse_kl": reverse_kl,
+        "total_variation": total_variation,
+        "adaptive_kl": adaptive_kl,
+    }
+    if divergence in defaults:
+        return defaults[divergence]
+    if divergence == "jsd":
+        return jsd(0.5)
+    if isinstance(divergence, str) and divergence in NAMES:
+        raise ValueError(
+            f"distillation_loss: divergence {divergence!r} must be given with its parameters, "
+            f"for example divergence=kd.{divergence}(0.1)."
+        )
+    raise ValueError(
+        f"distillation_loss: divergence must be one of {', '.join(NAMES)} or a kd.Divergence, "
+        f"got {divergence!r}."
+    )

@@ -1,0 +1,120 @@
+"""What a loss compares: logits, hidden states with their lm_head, or a sparse top-k teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+TAILS = ("bucket", "renormalize", "drop", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """Logits that are never materialised: softcap(logit_scale * (hidden @ weight.T + bias)).
+
+    Attributes:
+        hidden: [..., H] final hidden states.
+        weight: [V, H], the lm_head's weight as ``nn.Linear`` holds it. A DTensor is gathered.
+        bias: [V] or None.
+        logit_scale: multiplies the logits (Cohere, Granite); None is 1.
+        softcap: cap * tanh(logits / cap) after the scale (Gemma 2); None is no cap.
+        lora: (A [r, H], B [V, r], scaling): adds scaling * hidden @ A.T @ B.T before the scale.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float | None = None
+    softcap: float | None = None
+    lora: tuple[Tensor, Tensor, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """A sparse teacher: K tokens with log-probabilities, and a rule for the mass outside them.
+
+    Attributes:
+        ids: [..., K] integer token ids; -1 is an empty slot. Ids that repeat in a row are summed.
+        logprobs: [..., K] natural-log probabilities over the whole live vocabulary.
+        tail: what the remaining mass means:
+            "bucket": one further outcome (default; every divergence, on K+1 outcomes);
+            "renormalize": the K probabilities are rescaled to sum to one, the rest is zero;
+            "drop": the K masses as they are and nothing else: unbiased for sampled targets,
+            forward KL only;
+            "uniform": spread evenly over the other live tokens.
+        temperature: the one the log-probs were captured at. A loss at another temperature rescales
+            the K entries exactly up to normalisation, and the tail as if it were uniform.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: str = "bucket"
+    temperature: float = 1.0
+
+
+Student: TypeAlias = "Tensor | Hidden"
+Teacher: TypeAlias = "Tensor | Hidden | TopK"
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded DTensor gathered (differentiably); any other tensor as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if callable(gather) else tensor
+
+
+def merge_duplicates(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the probabilities of ids that repeat in a row.
+
+    ids, logprobs: [N, K]. Returns the same shapes, freed slots at id -1 and -inf. Empty slots
+    (id -1) come back with log-prob -inf whatever they held.
+    """
+    logprobs = logprobs.masked_fill(ids < 0, -torch.inf)
+    if ids.shape[1] < 2:
+        return ids, logprobs
+    sorted_ids, order = ids.sort(dim=1, stable=True)
+    repeats = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & (sorted_ids[:, 1:] >= 0)
+    if ids.device.type == "cpu" and not bool(repeats.any()):
+        return ids, logprobs
+    log_sorted = logprobs.gather(1, order)
+    first = torch.ones_like(sorted_ids, dtype=torch.bool)
+    first[:, 1:] = ~repeats
+    group = first.cumsum(1) - 1  # [N, K] slot of the run that an entry belongs to
+    peak = torch.full_like(log_sorted, -torch.inf).scatter_reduce(1, group, log_sorted, "amax")
+    shift = peak.clamp(min=torch.finfo(peak.dtype).min)
+    mass = torch.zeros_like(log_sorted).scatter_add(
+        1, group, (log_sorted - shift.gather(1, group)).exp()
+    )
+    merged = torch.full_like(ids, -1).scatter(1, group, sorted_ids)
+    return merged, torch.where(merged < 0, -torch.inf, shift + mass.log())
+
+
+def log_complement(logprobs: Tensor) -> Tensor:
+    """log(1 - sum(exp(logprobs))) over the last dimension, kept: the log-mass of the tail.
+
+    Summed in float64, and never below the resolution of the stored log-probs (1e-7 for float32):
+    what is left of a saturated row is then their rounding, and a tail of exactly zero would turn
+    that rounding into an infinite reverse KL.
+    """
+    resolution = torch.finfo(logprobs.dtype).eps if logprobs.dtype == torch.float64 else 1e-7
+    log_mass = torch.logsumexp(logprobs.double(), -1, keepdim=True).clamp(max=-resolution)
+    return torch.log(-torch.expm1(log_mass)).to(logprobs.dtype)
+
+
+def at_temperature(
+    logprobs: Tensor, log_tail: Tensor, tail_tokens: Tensor, ratio: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs captured at T_c moved to T, with ratio = T_c / T.
+
+    The K entries and the tail, taken as ``tail_tokens`` equal tokens, are raised to ``ratio`` and
+    normalised. logprobs [N, K], log_tail [N, 1], tail_tokens [N, 1]; returns the same shapes.
+    """
+    if ratio == 1:
+        return logprobs, log_tail
+    count = tail_tokens.to(logprobs.dtype).clamp(min=1).log()
+    entries = torch.where(logprobs == -torch.inf, logprobs, logprobs * ratio)
+    tail = torch.where(log_tail == -torch.inf, log_tail, (log_tail - count) * ratio + count)
+    norm = torch.logsumexp(torch.cat([entries, tail], -1), -1, keepdim=True)
+    return entries - norm, tail - norm

@@ -1,0 +1,294 @@
+"""Loss and gradient of a block of rows, in place: the arithmetic of the torch backend.
+
+A block is [R, V] compute-dtype student logits, small enough to stay in cache. Each function
+returns the rows' losses [R] and leaves in the block the gradient with respect to the *raw* logits,
+scaled by the row's coefficient. Nothing here knows where logits come from or where gradients go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from kd.losses.divergences import Divergence, head_mask
+from kd.losses.inputs import TopK, at_temperature, log_complement, merge_duplicates
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a row's loss is: kd_weight * divergence(T) + ce_weight * cross-entropy."""
+
+    divergence: Divergence
+    temperature: float
+    kd_weight: float  # T**2 included where asked for
+    ce_weight: float
+    vocab_size: int
+    floor: float | None
+
+
+@dataclasses.dataclass
+class SparseRows:
+    """A sparse teacher's rows, canonical: unique ids, at the loss temperature.
+
+    ids [R, K] with -1 in empty slots; log_p [R, K]; log_tail [R, 1]; tail the mode.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    log_tail: Tensor
+    tail: str
+
+    def __getitem__(self, rows: slice) -> SparseRows:
+        return SparseRows(self.ids[rows], self.log_p[rows], self.log_tail[rows], self.tail)
+
+
+def canonical_sparse(
+    teacher: TopK, rows: Tensor | slice, objective: Objective, dtype: torch.dtype
+) -> SparseRows:
+    """Merge duplicates, split off the tail and move to the loss temperature."""
+    ids = teacher.ids[rows].long()
+    stored = teacher.logprobs[rows]
+    stored = stored if stored.dtype == torch.float64 else stored.float()
+    ids, log_p = merge_duplicates(ids, stored)
+    tail_tokens = objective.vocab_size - (ids >= 0).sum(-1, keepdim=True)
+    log_tail = log_complement(log_p)
+    if teacher.tail == "renormalize":
+        log_tail = torch.full_like(log_tail, -torch.inf)
+        norm = torch.logsumexp(log_p, -1, keepdim=True)
+        log_p = torch.where(norm == -torch.inf, log_p, log_p - norm)
+    log_tail = log_tail.masked_fill(tail_tokens == 0, -torch.inf)
+    ratio = teacher.temperature / objective.temperature
+    log_p, log_tail = at_temperature(log_p, log_tail, tail_tokens, ratio)
+    return SparseRows(ids, log_p.to(dtype), log_tail.to(dtype), teacher.tail)
+
+
+def densify(sparse: SparseRows, vocab_size: int) -> Tensor:
+    """Log-probs [R, V] of a sparse teacher whose tail is spread evenly over the other tokens."""
+    count = (vocab_size - (sparse.ids >= 0).sum(-1, keepdim=True)).to(sparse.log_p.dtype)
+    fill = sparse.log_tail - count.clamp(min=1).log()
+    # One column past the end takes the empty slots.
+    dense = fill.expand(-1, vocab_size + 1).clone()
+    index = torch.where(sparse.ids < 0, vocab_size, sparse.ids)
+    return dense.scatter_(1, index, sparse.log_p)[:, :vocab_size]
+
+
+def softmax_and_lse_(logits: Tensor) -> Tensor:
+    """Overwrite rows with their softmax; returns the log-sum-exp [R, 1].
+
+    A row of -inf becomes zeros, with a log-sum-exp of -inf.
+    """
+    peak = logits.amax(-1, keepdim=True)
+    torch.softmax(logits, -1, out=logits)
+    lse = peak - logits.amax(-1, keepdim=True).log()
+    empty = peak == -torch.inf
+    if bool(empty.any()):
+        logits.masked_fill_(empty, 0.0)
+        lse = lse.masked_fill(empty, -torch.inf)
+    return lse
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum(a * b) over each row of two [R, V] blocks, without a third."""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
+
+
+def add_cross_entropy_(
+    gradient: Tensor, q: Tensor, target_logit: Tensor, lse: Tensor, labels: Tensor, weight: Tensor
+) -> Tensor:
+    """gradient += weight * (q - onehot(labels)); returns the rows' negative log-likelihoods."""
+    gradient.addcmul_(q, weight)
+    gradient.scatter_add_(1, labels.unsqueeze(1), -weight.to(gradient.dtype))
+    return (lse - target_logit).view(-1)
+
+
+def dense_forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
+    """Forward KL's row losses; student becomes q - p, teacher is scratch.
+
+    The value is sum p * (t - s) + (lse_s - lse_t): the elementwise difference is exact where the
+    two are close, and the log-normalisers' difference is taken from their parts.
+    """
+    s_peak = student.amax(-1, keepdim=True)
+    t_peak = teacher.amax(-1, keepdim=True)
+    p = torch.softmax(teacher, -1)
+    teacher.sub_(student)
+    gap = row_dot(p, teacher)
+    torch.softmax(student, -1, out=student)
+    q_peak, p_peak = student.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
+    normalisers = (s_peak - t_peak) - torch.log(q_peak / p_peak)
+    student.sub_(p)
+    if not bool(gap.isfinite().all()):  # -inf logits: 0 * inf above
+        gap = torch.where(p == 0, p, p * teacher).sum(-1)
+    return gap + normalisers.view(-1)
+
+
+def dense_divergence_(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
+    """Row losses of any divergence; student becomes dD/dz, teacher is scratch.
+
+    Both are [R, V] logits already divided by the temperature.
+    """
+    d = objective.divergence
+    if d.name == "forward_kl" and objective.floor is None:
+        return dense_forward_kl_(student, teacher)
+    log_q = torch.log_softmax(student, -1, out=student)
+    log_p = torch.log_softmax(teacher, -1, out=teacher)
+    q, p = log_q.exp(), log_p.exp()
+    head = head_mask(p, d.head_mass) if d.name == "adaptive_kl" else None
+    if objective.floor is not None:
+        log_p = log_p.clamp_(min=objective.floor)
+    phi, h = d.terms(p, q, log_p, log_q, head)
+    torch.addcmul(h, q, h.sum(-1, keepdim=True), value=-1, out=student)
+    return phi.sum(-1)
+
+
+def sparse_divergence_(
+    student: Tensor, sparse: SparseRows, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row losses against K stored tokens and a tail; student becomes the tail's softmax.
+
+    The K+1 outcomes have logits z~ = (z at ids, log-sum-exp of the others), so that every
+    divergence is the dense one on [R, K+1], and a gradient on the tail's logit reaches token j of
+    the tail times softmax_j over the tail. Exact where the student saturates: nothing is 1 - sum.
+
+    Returns (losses [R], d loss / d z~ [R, K+1], log q~ [R, K+1], log-sum-exp of the row [R, 1]).
+    """
+    d, empty = objective.divergence, sparse.ids < 0
+    index = sparse.ids.clamp(min=0)
+    top = student.gather(1, index).masked_fill_(empty, -torch.inf)  # [R, K]
+    hide_at_ids_(student, sparse.ids)
+    tail_lse = softmax_and_lse_(student)
+    outcomes = torch.cat([top, tail_lse], -1)
+    lse = torch.logsumexp(outcomes, -1, keepdim=True)
+    log_q = outcomes - lse
+    log_p = torch.cat([sparse.log_p, sparse.log_tail], -1)
+    p, q = log_p.exp(), log_q.exp()
+    if sparse.tail == "drop":
+        p[:, -1] = 0
+        phi = torch.where(p == 0, p, p * (log_p - log_q))
+        h = -p
+    else:
+        head = head_mask(p, d.head_mass) if d.name == "adaptive_kl" else None
+        if objective.floor is not None:
+            log_p = log_p.clamp(min=objective.floor)
+        phi, h = d.terms(p, q, log_p, log_q, head)
+    return phi.sum(-1), h - q * h.sum(-1, keepdim=True), log_q, lse
+
+
+def hide_at_ids_(logits: Tensor, ids: Tensor) -> None:
+    """logits[r, ids[r]] = -inf in place, skipping empty slots."""
+    keep = ids >= 0
+    if bool(keep.all()):
+        logits.scatter_(1, ids, -torch.inf)
+    else:
+        row, slot = keep.nonzero(as_tuple=True)
+        logits[row, ids[row, slot]] = -torch.inf
+
+
+def add_at_ids_(block: Tensor, ids: Tensor, values: Tensor) -> None:
+    """block[r, ids[r, k]] += values[r, k] in place, skipping empty slots."""
+    block.scatter_add_(1, ids.clamp(min=0), values.masked_fill(ids < 0, 0.0))
+
+
+def sparse_rows_(
+    student: Tensor, sparse: SparseRows, labels: Tensor | None, weight: Tensor, objective: Objective
+) -> Tensor:
+    """Loss and gradient of rows with a sparse teacher, at one temperature for both parts.
+
+    weight [R, 1] multiplies the gradient alone. student: [R, V] logits / T -> gradient.
+    """
+    target = student.gather(1, labels.unsqueeze(1)) if labels is not None else None
+    loss, g, log_q, lse = sparse_divergence_(student, sparse, objective)
+    loss, g = objective.kd_weight * loss, objective.kd_weight * g
+    if target is not None:  # cross-entropy's softmax, on the same K+1 outcomes
+        loss = loss + objective.ce_weight * (lse - target).view(-1)
+        g = g + objective.ce_weight * log_q.exp()
+    g = g * weight
+    student.mul_(g[:, -1:])
+    add_at_ids_(student, sparse.ids, g[:, :-1])
+    if labels is not None:
+        student.scatter_add_(1, labels.unsqueeze(1), -objective.ce_weight * weight)
+    return loss
+
+
+def rows_loss_(
+    student: Tensor,
+    teacher: Tensor | SparseRows | None,
+    labels: Tensor | None,
+    weight: Tensor,
+    objective: Objective,
+    *,
+    logit_scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Row losses [R]; student [R, V] raw logits become weight * d loss / d raw logits.
+
+    teacher: [R, V] final logits (scratch), sparse rows, or None for cross-entropy alone.
+    labels [R] or None; weight [R], applied to the gradient and not to the returned losses.
+    """
+    slope = None
+    if logit_scale is not None:
+        student.mul_(logit_scale)
+    if softcap is not None:
+        student.div_(softcap).tanh_()
+        slope = 1 - student.square()
+        student.mul_(softcap)
+    hard = labels if labels is not None and objective.ce_weight != 0 else None
+    soft = teacher if objective.kd_weight != 0 else None
+    loss = _rows_final_(student, soft, hard, weight.unsqueeze(1), objective)
+    if slope is not None:
+        student.mul_(slope)
+    if logit_scale is not None:
+        student.mul_(logit_scale)
+    return loss
+
+
+def _rows_final_(
+    student: Tensor,
+    teacher: Tensor | SparseRows | None,
+    labels: Tensor | None,
+    weight: Tensor,
+    objective: Objective,
+) -> Tensor:
+    """rows_loss_ from final logits, weight [R, 1]."""
+    if teacher is None and labels is None:
+        student.zero_()
+        return student.new_zeros(len(student))
+    if isinstance(teacher, SparseRows) and teacher.tail == "uniform":
+        log_p = densify(teacher, objective.vocab_size)
+        return _rows_dense_(student, log_p, labels, weight, objective, teacher_scale=1.0)
+    if isinstance(teacher, SparseRows):
+        return _rows_sparse_(student, teacher, labels, weight, objective)
+    return _rows_dense_(student, teacher, labels, weight, objective, 1 / objective.temperature)
+
+
+def _rows_sparse_(student, sparse, labels, weight, objective):
+    if objective.temperature == 1:
+        return sparse_rows_(student, sparse, labels, weight, objective)
+    hard = student.clone() if labels is not None else None
+    student.mul_(1 / objective.temperature)
+    loss = sparse_rows_(student, sparse, None, weight / objective.temperature, objective)
+    return loss if hard is None else loss + _add_hard_(student, hard, labels, weight, objective)
+
+
+def _rows_dense_(student, teacher, labels, weight, objective, teacher_scale):
+    hard = student.clone() if labels is not None else None
+    if teacher is None:
+        student.zero_()
+        loss: Tensor | float = 0.0
+    else:
+        if objective.temperature != 1:
+            student.mul_(1 / objective.temperature)
+        if teacher_scale != 1:
+            teacher.mul_(teacher_scale)
+        loss = objective.kd_weight * dense_divergence_(student, teacher, objective)
+        student.mul_(weight * (objective.kd_weight / objective.temperature))
+    return loss if hard is None else loss + _add_hard_(student, hard, labels, weight, objective)
+
+
+def _add_hard_(student, logits, labels, weight, objective):
+    """Add cross-entropy at temperature 1, whose logits are scratch, to the gradient."""
+    target = logits.gather(1, labels.unsqueeze(1))
+    lse = softmax_and_lse_(logits)
+    nll = add_cross_entropy_(student, logits, target, lse, labels, objective.ce_weight * weight)
+    return objective.ce_weight * nll

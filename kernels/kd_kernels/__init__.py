@@ -1,0 +1,1 @@
+"""Triton kernels for distillation losses: raw tensors in, raw tensors out."""

@@ -1,0 +1,85 @@
+"""Inputs that the loss tests share: students, teachers, divergences."""
+
+import torch
+
+import kd
+
+DIVERGENCES = {
+    str(d): d
+    for d in (
+        kd.forward_kl,
+        kd.reverse_kl,
+        kd.jsd(0.5),
+        kd.jsd(0.1),
+        kd.skew_forward_kl(0.0),
+        kd.skew_forward_kl(0.1),
+        kd.skew_reverse_kl(0.0),
+        kd.skew_reverse_kl(0.1),
+        kd.skew_reverse_kl(0.1, detach_mixture=True),
+        kd.total_variation,
+        kd.alpha_beta(0.2, 0.7),
+        kd.alpha_beta(1.0, 0.0),
+        kd.alpha_beta(0.0, 1.0),
+        kd.alpha_beta(0.0, 0.5),
+        kd.adaptive_kl,
+    )
+}
+TEACHERS = ("logits", "hidden", "bucket", "renormalize", "drop", "uniform")
+STUDENTS = ("logits", "hidden", "hidden_options")
+
+TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN, TOP_K = 6, 19, 5, 7, 4
+
+
+def make_student(form: str, dtype: torch.dtype, seed: int = 0, tokens: int = TOKENS):
+    """(student, leaves): the leaves want gradients. The lm_head has two padded rows."""
+    g = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        made = torch.randn(*shape, generator=g, dtype=torch.float64)
+        return made.to(dtype).requires_grad_()
+
+    if form == "logits":
+        logits = leaf(tokens, VOCAB + 2)
+        return logits, [logits]
+    hidden, weight = leaf(tokens, HIDDEN), leaf(VOCAB + 2, HIDDEN)
+    if form == "hidden":
+        return kd.Hidden(hidden, weight), [hidden, weight]
+    bias, a, b = leaf(VOCAB + 2), leaf(2, HIDDEN), leaf(VOCAB + 2, 2)
+    options = dict(bias=bias, logit_scale=1.3, softcap=6.0, lora=(a, b, 0.5))
+    return kd.Hidden(hidden, weight, **options), [hidden, weight, bias, a, b]
+
+
+def make_teacher(form: str, dtype: torch.dtype, seed: int = 1, tokens: int = TOKENS):
+    """A teacher; sparse ones have an empty slot, a repeated id and a capture temperature of 1."""
+    g = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(tokens, VOCAB + 1, generator=g, dtype=torch.float64)
+    if form == "logits":
+        return logits.to(dtype)
+    if form == "hidden":
+        hidden = torch.randn(tokens, TEACHER_HIDDEN, generator=g, dtype=torch.float64)
+        weight = torch.randn(VOCAB, TEACHER_HIDDEN, generator=g, dtype=torch.float64)
+        return kd.Hidden(hidden.to(dtype), weight.to(dtype), logit_scale=0.8, softcap=5.0)
+    logprobs, ids = torch.log_softmax(logits[:, :VOCAB], -1).topk(TOP_K)
+    ids[0, 1] = -1
+    ids[1, 0] = ids[1, 2]
+    kept = logprobs if dtype == torch.float64 else logprobs.float()
+    return kd.TopK(ids, kept, tail=form)
+
+
+def meaningful(divergence: kd.Divergence, teacher: str, temperature: float) -> bool:
+    """Whether the combination is one the library accepts."""
+    if teacher == "drop":
+        return divergence.name == "forward_kl" and temperature == 1
+    return not (teacher == "renormalize" and divergence.needs_teacher_support)
+
+
+def labels_for(tokens: int = TOKENS) -> torch.Tensor:
+    labels = torch.arange(tokens) * 3 % VOCAB
+    labels[2] = -100
+    return labels
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest error over the largest true value (a true zero must be met to 1e-300)."""
+    difference = (got.double() - want.double()).abs().max()
+    return float(difference / want.double().abs().max().clamp(min=1e-300))

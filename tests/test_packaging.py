@@ -1,0 +1,71 @@
+"""The layout that keeps `import transformers` working, and the layers of the library."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE_ROOTS = ("kernels", "recipes", "benchmarks", "tests")
+
+
+def test_no_folder_shadows_a_library():
+    """kernels/__init__.py would break every transformers model; see pyproject.toml."""
+    found = [f"{folder}/__init__.py" for folder in SOURCE_ROOTS]
+    found = [name for name in found if (ROOT / name).exists()]
+    nested = [str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("__init__.py")]
+    assert not found + nested
+
+
+def test_no_script_takes_a_library_name():
+    """`python DIR/x.py` puts DIR first on sys.path, where x would hide the library x."""
+    libraries = {"datasets", "evaluate", "kernels", "tokenizers", "transformers", "profile"}
+    libraries |= set(sys.stdlib_module_names) | {"torch", "triton", "accelerate", "numpy"}
+    scripts = [p for folder in SOURCE_ROOTS for p in (ROOT / folder).glob("*.py")]
+    assert not [p.name for p in scripts if p.stem in libraries]
+
+
+def test_import_needs_torch_alone():
+    """Heavy libraries load on first use; `import kd` works where they are missing."""
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'transformers', 'datasets', 'safetensors', 'accelerate'):\n"
+        "    sys.modules[name] = None\n"
+        "import kd, torch\n"
+        "z = torch.randn(2, 5, requires_grad=True)\n"
+        "kd.forward_kl(z, torch.randn(2, 5)).backward()\n"
+    )
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_adds_little_to_torch():
+    """Measured as import-time self cost of kd's own modules, not wall time of a busy machine."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import torch, kd"],
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    lines = [line.split("|") for line in done.stderr.splitlines() if line.count("|") == 2]
+    cumulative = {name.strip(): int(total) for _, total, name in lines if total.strip().isdigit()}
+    assert cumulative["kd"] < 300_000  # microseconds
+
+
+def test_imports_keep_to_the_layers():
+    if importlib.util.find_spec("importlinter") is None:
+        pytest.skip("import-linter is not installed")
+    code = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports())"
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "recipes"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
