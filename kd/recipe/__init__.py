@@ -1,0 +1,19 @@
+"""Running a recipe: stages that are skipped when nothing they read has changed, with progress."""
+
+from kd.recipe.catalog import Entry, entry, find_recipes, run_recipe
+from kd.recipe.jobs import default_workers, run_jobs
+from kd.recipe.progress import Progress, say
+from kd.recipe.stages import Run, Stage
+
+__all__ = [
+    "Entry",
+    "Progress",
+    "Run",
+    "Stage",
+    "default_workers",
+    "entry",
+    "find_recipes",
+    "run_jobs",
+    "run_recipe",
+    "say",
+]

@@ -1,0 +1,73 @@
+"""Finding recipes and turning a command line into their config."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "kd_recipes"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A recipe: its name, the first line of its docstring, and its presets with theirs."""
+
+    name: str
+    summary: str
+    presets: Mapping[str, tuple[str, Any]]
+    module: ModuleType
+
+
+def find_recipes(package: str = PACKAGE) -> list[Entry]:
+    """Every module of the package that has ``PRESETS`` and ``main``, by name."""
+    root = importlib.import_module(package)
+    names = sorted(m.name for m in pkgutil.iter_modules(root.__path__) if m.name[0] != "_")
+    modules = [importlib.import_module(f"{package}.{name}") for name in names]
+    return [entry(module) for module in modules if hasattr(module, "PRESETS")]
+
+
+def entry(module: ModuleType) -> Entry:
+    """A recipe module as an entry."""
+    name = module.__name__.rpartition(".")[2]
+    lines = (module.__doc__ or "").strip().splitlines()
+    return Entry(name, lines[0] if lines else "", module.PRESETS, module)
+
+
+def run_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None = None) -> Any:
+    """``[PRESET] [--field value ...]`` to a config, and the recipe run with it.
+
+    Args:
+        module: has ``PRESETS`` ({name: (summary, config)}, the first is the default) and ``main``.
+        arguments: the command line after the recipe's name.
+        prog: how the command was called, for its help.
+
+    Returns:
+        What ``main(config)`` returns.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    import tyro
+
+    recipe = entry(module)
+    prog = prog or f"python -m {module.__name__}"
+    rest = list(arguments)
+    preset = next(iter(recipe.presets))
+    if rest and not rest[0].startswith("-"):
+        preset = rest.pop(0)
+    if preset not in recipe.presets:
+        raise ValueError(
+            f"{prog}: PRESET must be one of {', '.join(recipe.presets)}, got {preset!r}. "
+            f"List them with: kd recipes {recipe.name}"
+        )
+    summary, default = recipe.presets[preset]
+    listing = "\n".join(f"  {name:<12} {text}" for name, (text, _) in recipe.presets.items())
+    description = f"{recipe.summary}\n\nPreset {preset!r}: {summary}\nAll presets:\n{listing}"
+    config = tyro.cli(
+        type(default), default=default, args=rest, prog=f"{prog} {preset}", description=description
+    )
+    return module.main(config)

@@ -1,0 +1,42 @@
+"""Training a student: the collator, the objective, and a ``transformers.Trainer`` that uses them.
+
+A bare loop needs three of the pieces:
+
+    prepare_student(model)                                   # once: the loss goes into its forward
+    batch = DistillationCollator(pad_token_id, cache)(rows)  # shifts the labels, adds the targets
+    loss = compute_loss(model, batch, Objective(kd_weight=0.5, ce_weight=0.5, temperature=2.0))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kd.training.collator import DistillationCollator
+from kd.training.objective import Objective, compute_loss
+from kd.training.student import prepare_student
+
+if TYPE_CHECKING:
+    from kd.training.checkpoints import last_complete_checkpoint, mark_complete
+    from kd.training.trainer import DistillationTrainer
+
+__all__ = [
+    "DistillationCollator",
+    "DistillationTrainer",
+    "Objective",
+    "compute_loss",
+    "last_complete_checkpoint",
+    "mark_complete",
+    "prepare_student",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DistillationTrainer":  # transformers' Trainer takes seconds to import
+        from kd.training.trainer import DistillationTrainer
+
+        return DistillationTrainer
+    if name in ("last_complete_checkpoint", "mark_complete"):
+        from kd.training import checkpoints
+
+        return getattr(checkpoints, name)
+    raise AttributeError(f"module 'kd.training' has no attribute {name!r}")

@@ -1,0 +1,102 @@
+"""Checkpoints that are whole or not used: a completeness marker with digests, written last.
+
+transformers writes straight into ``checkpoint-N`` and resumes from the highest N, torn or not.
+``mark_complete`` puts ``COMPLETE.json`` (size and SHA-256 of every file) into a finished
+checkpoint, and ``last_complete_checkpoint`` takes the newest one that still matches its marker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+
+MARKER = "COMPLETE.json"
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def mark_complete(folder: str | Path) -> Path:
+    """Flush every file of a checkpoint to disk, then write its marker atomically.
+
+    Args:
+        folder: a ``checkpoint-N`` folder nobody writes to any more.
+
+    Returns:
+        The marker's path.
+    """
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
+    listing = {}
+    for path in files:
+        _sync(path)
+        name = path.relative_to(folder).as_posix()
+        listing[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    marker = folder / MARKER
+    temporary = folder / (MARKER + ".tmp")
+    with temporary.open("w") as file:
+        json.dump({"files": listing}, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, marker)
+    _sync(folder)
+    return marker
+
+
+def problem_with(folder: str | Path) -> str | None:
+    """Why a checkpoint must not be resumed from, or None when it is whole."""
+    folder = Path(folder)
+    marker = folder / MARKER
+    if not marker.is_file():
+        return f"has no {MARKER} (its writer was interrupted)"
+    try:
+        files = json.loads(marker.read_text())["files"]
+        for name, wanted in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"lacks {name}"
+            size = path.stat().st_size
+            if size != wanted["bytes"]:
+                return f"has {size} bytes in {name} instead of {wanted['bytes']}"
+            if _digest(path) != wanted["sha256"]:
+                return f"has a damaged {name} (its SHA-256 differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"has an unreadable {MARKER} ({error})"
+    return None
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole ``checkpoint-N`` under a folder; torn ones are skipped with a warning."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return None
+    numbered = []
+    for path in output_dir.iterdir():
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            numbered.append((int(match.group(1)), path))
+    for _, path in sorted(numbered, reverse=True):
+        why = problem_with(path)
+        if why is None:
+            return path
+        warnings.warn(
+            f"last_complete_checkpoint: {path.name} {why}; trying the one before it.", stacklevel=2
+        )
+    return None

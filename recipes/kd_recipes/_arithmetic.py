@@ -1,0 +1,134 @@
+"""The quickstart's world: sums of one-digit numbers, solved one step per line, in any order.
+
+A problem is ``4-8+7+0=``. A worked solution replaces two neighbours by their sum, line by line,
+and picks the neighbours at random: ``-4+7+0;3+0;3`` and ``4-1+0;3+0;3`` are both right. A teacher
+trained on such solutions therefore spreads its probability over several valid next steps, and
+that is what its logits can tell a student which one sampled trace cannot.
+
+Everything is plain transformers: the tokenizer is a ``PreTrainedTokenizerFast`` of single
+characters with R1's ``<think>`` tags, the models are ``Qwen2ForCausalLM`` built from a config.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+SPECIAL = ["<pad>", "<eos>", "<think>", "</think>"]
+CHARACTERS = list("0123456789+-=;")
+# The thinking stays in the text: R1's own template deletes it from assistant turns.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
+OPERATORS = "+-"
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The 18-token character tokenizer, made in memory: nothing is downloaded."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + CHARACTERS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens=["<think>", "</think>"],
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def problem(rng: random.Random) -> str:
+    """One problem of 2 to 4 one-digit terms, such as ``4-8+7=``; mostly the longer ones."""
+    count = rng.choices((2, 3, 4), weights=(1, 7, 12))[0]
+    digits = [str(rng.randrange(10)) for _ in range(count)]
+    return digits[0] + "".join(rng.choice(OPERATORS) + digit for digit in digits[1:]) + "="
+
+
+def problems(count: int, seed: int, exclude: set[str] | frozenset[str] = frozenset()) -> list[str]:
+    """``count`` different problems, none of them in ``exclude``; the same for the same seed."""
+    rng = random.Random(f"problems-{seed}")
+    found: dict[str, None] = {}
+    attempts = 0
+    while len(found) < count:
+        attempts += 1
+        if attempts > 200 * count + 1000:
+            raise ValueError(
+                f"problems: count must be at most the number of different problems, got {count}. "
+                "Ask for fewer problems."
+            )
+        made = problem(rng)
+        if made not in exclude:
+            found[made] = None
+    return list(found)
+
+
+def terms(text: str) -> list[int]:
+    """The signed terms of ``4-8+7`` or ``4-8+7=``: [4, -8, 7]."""
+    signed = text.rstrip("=").replace("-", "+-")
+    return [int(part) for part in signed.split("+") if part]
+
+
+def write(values: list[int]) -> str:
+    return str(values[0]) + "".join(f"{value:+d}" for value in values[1:])
+
+
+def answer(question: str) -> str:
+    """The exact answer, computed without any model."""
+    return str(sum(terms(question)))
+
+
+def solve(question: str, rng: random.Random, random_order: bool = True) -> str:
+    """A worked solution: the lines of thought, joined by ``;``, the last one being the answer."""
+    values = terms(question)
+    lines = []
+    while len(values) > 1:
+        i = rng.randrange(len(values) - 1) if random_order else 0
+        values[i : i + 2] = [values[i] + values[i + 1]]
+        lines.append(write(values))
+    return ";".join(lines)
+
+
+def valid_next_lines(line: str) -> set[str]:
+    """Every line that may follow this one."""
+    values = terms(line)
+    return {
+        write(values[:i] + [values[i] + values[i + 1]] + values[i + 2 :])
+        for i in range(len(values) - 1)
+    }
+
+
+def model(hidden: int, layers: int, seed: int, **options: Any) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 with heads of 32 and a feed-forward of 2.75 times hidden."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(SPECIAL) + len(CHARACTERS),
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 32),
+        num_key_value_heads=max(1, hidden // 32),
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        use_cache=False,
+        initializer_range=0.05,
+        **options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)

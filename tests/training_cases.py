@@ -1,0 +1,80 @@
+"""Tiny students and rows for the training tests."""
+
+import random
+import types
+
+import torch
+
+VOCABULARY = 23
+
+
+def student(seed=0, **options):
+    """A Qwen2 of 8k parameters."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+        use_cache=False,
+        pad_token_id=0,
+        initializer_range=0.3,
+        **options,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen2ForCausalLM(config)
+
+
+def rows(count, seed=0, weights=False):
+    """Sequences of 3 to 12 tokens, the first few of each not trained on."""
+    generator = random.Random(seed)
+    made = []
+    for _ in range(count):
+        length = generator.randint(3, 12)
+        ids = [generator.randrange(1, VOCABULARY) for _ in range(length)]
+        prompt = generator.randint(1, length - 1)
+        row = {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
+        if weights:
+            row["weights"] = [generator.choice((0.0, 0.5, 2.0)) for _ in ids]
+        made.append(row)
+    return made
+
+
+class RandomCache:
+    """Top-4 targets that depend on the sequence alone, as a content-addressed cache's do."""
+
+    def batch(self, sequences, length):
+        ids = torch.full((len(sequences), length, 4), -1)
+        logprobs = torch.full((len(sequences), length, 4), float("-inf"))
+        for row, sequence in enumerate(sequences):
+            generator = torch.Generator().manual_seed(int(sequence.sum()))
+            logits = 2 * torch.randn(len(sequence), VOCABULARY, generator=generator)
+            top = logits.log_softmax(-1).topk(4)
+            ids[row, : len(sequence)] = top.indices
+            logprobs[row, : len(sequence)] = top.values
+        return types.SimpleNamespace(ids=ids, logprobs=logprobs)
+
+
+def arguments(folder, **options):
+    """TrainingArguments without reports, bars or a GPU."""
+    from transformers import TrainingArguments
+
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**settings, **options})
