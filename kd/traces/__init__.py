@@ -1,0 +1,50 @@
+"""Reasoning traces: load, verify, filter, mix, render and pack them, with every drop counted.
+
+Example:
+    >>> from kd.traces import Numeric, Trace, verify
+    >>> answered = [Trace("1+1=?", "one more", "2", reference="2"), Trace("2+2=?", "hm", "5")]
+    >>> kept, report = verify(answered, Numeric())
+    >>> len(kept), report["verify"].dropped
+    (1, {'unknown: no reference': 1})
+"""
+
+from kd.traces.generation import Sampling, generate_local
+from kd.traces.packing import Pack, best_fit, collate_packs, efficiency, isolates_documents, pack
+from kd.traces.rendering import CHATML, Rendered, Renderer, RenderError, render, render_stream
+from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
+from kd.traces.verification import judge_all, verify, verify_stream
+from kd.traces.verifiers import Choice, Exact, Numeric, Verdict, Verifier
+from kd.traces.yields import Tally, Yield
+
+__all__ = [
+    "CHATML",
+    "COMPACT",
+    "R1",
+    "SKY_T1",
+    "Choice",
+    "Exact",
+    "Numeric",
+    "Pack",
+    "RenderError",
+    "Rendered",
+    "Renderer",
+    "Sampling",
+    "Tags",
+    "Tally",
+    "Trace",
+    "Verdict",
+    "Verifier",
+    "Yield",
+    "best_fit",
+    "collate_packs",
+    "efficiency",
+    "generate_local",
+    "isolates_documents",
+    "judge_all",
+    "pack",
+    "render",
+    "render_stream",
+    "split_completion",
+    "verify",
+    "verify_stream",
+]

@@ -1,0 +1,176 @@
+"""Runs a verifier over traces: in parallel, resumable, and never stopped by one bad sample."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kd.traces.trace import Trace
+from kd.traces.verifiers.verdict import CORRECT, ERROR, Verdict, Verifier
+from kd.traces.yields import Yield
+
+
+def verify(
+    traces: Iterable[Trace],
+    verifier: Verifier,
+    *,
+    keep: Collection[str] = (CORRECT,),
+    workers: int = 1,
+    journal: str | Path | None = None,
+    report: Yield | None = None,
+    stage: str = "verify",
+) -> tuple[list[Trace], Yield]:
+    """Check every trace and keep those whose verdict has a wanted status.
+
+    Args:
+        traces: what to check.
+        verifier: called as ``verifier(trace)``, returns a ``Verdict``; one that raises counts as
+            status "error", never as "wrong".
+        keep: statuses that pass: "correct", "wrong", "unknown", "error".
+        workers: threads; verifiers that run another process (mathematics, code) use the cores.
+        journal: a JSON-lines file of verdicts; a rerun continues from it.
+        report: the yield to add to; a new one by default.
+        stage: the stage's name in the report.
+
+    Returns:
+        The kept traces in their order, each with its verdict in ``metadata["verdict"]``, and the
+        yield.
+    """
+    report = Yield() if report is None else report
+    stream = verify_stream(
+        traces, verifier, keep=keep, workers=workers, journal=journal, report=report, stage=stage
+    )
+    return list(stream), report
+
+
+def verify_stream(
+    traces: Iterable[Trace],
+    verifier: Verifier,
+    *,
+    keep: Collection[str] = (CORRECT,),
+    workers: int = 1,
+    journal: str | Path | None = None,
+    report: Yield,
+    stage: str = "verify",
+) -> Iterator[Trace]:
+    """``verify`` one trace at a time, in order, holding only a few in memory."""
+    tally = report.stage(stage)
+    statuses: dict[str, int] = tally.notes.setdefault("statuses", {})
+    for trace, verdict in judge_all(traces, verifier, workers=workers, journal=journal):
+        tally.seconds += verdict.seconds
+        statuses[verdict.status] = statuses.get(verdict.status, 0) + 1
+        if verdict.status in keep:
+            tally.keep()
+            yield trace.note(verdict=verdict.to_dict())
+        else:
+            tally.drop(verdict.label(), trace, verdict.detail)
+
+
+def judge_all(
+    traces: Iterable[Trace],
+    verifier: Verifier,
+    *,
+    workers: int = 1,
+    journal: str | Path | None = None,
+) -> Iterator[tuple[Trace, Verdict]]:
+    """Every trace with its verdict, in order; see ``verify``."""
+    known = Journal(journal, verifier) if journal is not None else None
+    try:
+        yield from _ordered(traces, lambda trace: _judge(trace, verifier, known), workers)
+    finally:
+        if known is not None:
+            known.close()
+
+
+def judge(trace: Trace, verifier: Verifier) -> Verdict:
+    """One verdict; an exception in the verifier becomes status "error"."""
+    started = time.perf_counter()
+    try:
+        verdict = verifier(trace)
+    except Exception as error:  # a verifier must not stop the run, whatever it raises
+        verdict = Verdict(ERROR, "verifier crashed", detail=f"{type(error).__name__}: {error}")
+    seconds = verdict.seconds or time.perf_counter() - started
+    return Verdict(verdict.status, verdict.reason, seconds, verdict.detail, verdict.extra)
+
+
+def _judge(trace: Trace, verifier: Verifier, known: Journal | None) -> Verdict:
+    if known is None:
+        return judge(trace, verifier)
+    key = known.key(trace)
+    verdict = known.get(key)
+    if verdict is None:
+        verdict = judge(trace, verifier)
+        if verdict.status != ERROR:  # try again next time
+            known.add(key, verdict)
+    return verdict
+
+
+def _ordered(
+    traces: Iterable[Trace], function: Callable[[Trace], Verdict], workers: int
+) -> Iterator[tuple[Trace, Verdict]]:
+    if workers < 1:
+        raise ValueError(f"verify: workers must be at least 1, got {workers}.")
+    if workers == 1:
+        for trace in traces:
+            yield trace, function(trace)
+        return
+    waiting: deque[tuple[Trace, Future[Verdict]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="kd-verify") as pool:
+        try:
+            for trace in traces:
+                waiting.append((trace, pool.submit(function, trace)))
+                if len(waiting) >= 4 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Journal:
+    """A JSON-lines file of verdicts by the content of the trace and the verifier's settings.
+
+    A line that a crash tore is skipped; its trace is judged again.
+    """
+
+    def __init__(self, path: str | Path, verifier: Any) -> None:
+        self.path = Path(path)
+        self.verifier = repr(verifier)
+        self._known: dict[str, Verdict] = {}
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for line in file:
+                    self._read(line)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        if torn:
+            self._file.write("\n")
+
+    def _read(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line)
+            if entry["verifier"] == self.verifier:
+                self._known[entry["trace"]] = Verdict.from_dict(entry["verdict"])
+        except (ValueError, KeyError, TypeError):
+            return
+
+    def key(self, trace: Trace) -> str:
+        return trace.replace(system=f"{trace.system}\0{trace.reference}").id
+
+    def get(self, key: str) -> Verdict | None:
+        return self._known.get(key)
+
+    def add(self, key: str, verdict: Verdict) -> None:
+        entry = {"trace": key, "verifier": self.verifier, "verdict": verdict.to_dict()}
+        self._file.write(json.dumps(entry) + "\n")
+
+    def close(self) -> None:
+        self._file.close()

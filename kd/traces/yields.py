@@ -1,0 +1,217 @@
+"""What every stage took in, kept and dropped, by reason, with examples of each reason."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kd.traces.trace import Trace
+
+EXAMPLES = 3
+EXCERPT = 400
+
+
+@dataclass
+class Tally:
+    """One stage's counts; ``seen == kept + the sum of dropped`` at any time.
+
+    Attributes:
+        seen: records that came in.
+        kept: records passed on.
+        dropped: reason to count.
+        examples: reason to a few excerpts of dropped records, each with the detail of its drop.
+        seconds: time spent in the stage.
+        notes: other figures of the stage, such as token counts.
+    """
+
+    seen: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def keep(self, count: int = 1) -> None:
+        """Count records that go on."""
+        self.seen += count
+        self.kept += count
+
+    def drop(self, reason: str, record: Trace | Mapping[str, Any], detail: str = "") -> None:
+        """Count a record that ends here.
+
+        Args:
+            reason: a short fixed phrase, the same for every record dropped for it.
+            record: the trace, or what is known of a record that never became one.
+            detail: what was special about this record; kept with the example.
+        """
+        self.seen += 1
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append({"detail": detail[:EXCERPT], **excerpt(record)})
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time spent inside to ``seconds``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict that JSON can hold."""
+        return {
+            "in": self.seen,
+            "kept": self.kept,
+            "dropped": dict(sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))),
+            "examples": self.examples,
+            "seconds": round(self.seconds, 3),
+            "notes": self.notes,
+        }
+
+
+class Yield:
+    """The stages of a pipeline in order, each with its counts.
+
+    Example:
+        >>> report = Yield()
+        >>> lint = report.stage("lint")
+        >>> lint.keep(9)
+        >>> lint.drop("empty answer", Trace("1+1=?", "two"))
+        >>> report["lint"].seen, report["lint"].dropped
+        (10, {'empty answer': 1})
+    """
+
+    def __init__(self) -> None:
+        self.stages: dict[str, Tally] = {}
+
+    def stage(self, name: str) -> Tally:
+        """The stage of this name, appended when it is new."""
+        return self.stages.setdefault(name, Tally())
+
+    def __getitem__(self, name: str) -> Tally:
+        return self.stages[name]
+
+    @property
+    def seen(self) -> int:
+        """Records the first stage took in."""
+        return next(iter(self.stages.values())).seen if self.stages else 0
+
+    @property
+    def kept(self) -> int:
+        """Records the last stage passed on."""
+        return list(self.stages.values())[-1].kept if self.stages else 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason to count over all stages."""
+        total: dict[str, int] = {}
+        for tally in self.stages.values():
+            for reason, count in tally.dropped.items():
+                total[reason] = total.get(reason, 0) + count
+        return total
+
+    def merge(self, other: Yield) -> Yield:
+        """Add another's counts: stages of the same name add up, new ones are appended."""
+        for name, theirs in other.stages.items():
+            ours = self.stage(name)
+            ours.seen += theirs.seen
+            ours.kept += theirs.kept
+            ours.seconds += theirs.seconds
+            for reason, count in theirs.dropped.items():
+                ours.dropped[reason] = ours.dropped.get(reason, 0) + count
+            for reason, examples in theirs.examples.items():
+                mine = ours.examples.setdefault(reason, [])
+                mine.extend(examples[: EXAMPLES - len(mine)])
+            ours.notes = _add_notes(ours.notes, theirs.notes)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict that JSON can hold; ``Yield.from_dict`` reads it back."""
+        return {name: tally.to_dict() for name, tally in self.stages.items()}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Yield:
+        """Read what ``to_dict`` made."""
+        made = cls()
+        for name, entry in record.items():
+            made.stages[name] = Tally(
+                seen=entry["in"],
+                kept=entry["kept"],
+                dropped=dict(entry["dropped"]),
+                examples={reason: list(rows) for reason, rows in entry["examples"].items()},
+                seconds=entry.get("seconds", 0.0),
+                notes=dict(entry.get("notes", {})),
+            )
+        return made
+
+    def table(self) -> str:
+        """The counts as aligned text, one line per stage and one per reason below it."""
+        lines = [f"{'stage':<34}{'in':>9}{'kept':>9}{'dropped':>9}{'kept %':>8}{'per s':>9}"]
+        for name, tally in self.stages.items():
+            share = f"{100 * tally.kept / tally.seen:.1f}" if tally.seen else "-"
+            rate = f"{tally.seen / tally.seconds:,.0f}" if tally.seconds > 0 else "-"
+            gone = tally.seen - tally.kept
+            lines.append(f"{name:<34}{tally.seen:>9,}{tally.kept:>9,}{gone:>9,}{share:>8}{rate:>9}")
+            for reason, count in tally.to_dict()["dropped"].items():
+                lines.append(f"  - {reason:<48}{count:>9,}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table())}</pre>"
+
+
+def _add_notes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers add up, lists are joined, dicts go down a level; anything else is replaced."""
+    merged = dict(ours)
+    for key, value in theirs.items():
+        held = merged.get(key)
+        if isinstance(held, dict) and isinstance(value, Mapping):
+            merged[key] = _add_notes(held, value)
+        elif isinstance(held, list) and isinstance(value, list):
+            merged[key] = held + value
+        elif _number(held) and _number(value):
+            merged[key] = held + value
+        else:
+            merged[key] = value
+    return merged
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def excerpt(record: Trace | Mapping[str, Any]) -> dict[str, Any]:
+    """A short readable form of a record: long texts lose their middle."""
+    if isinstance(record, Trace):
+        entries: Mapping[str, Any] = {
+            "prompt": record.prompt,
+            "think": record.think,
+            "answer": record.answer,
+            "reference": record.reference,
+            "source": record.source,
+            **{key: record.metadata[key] for key in ("index", "file") if key in record.metadata},
+        }
+    else:
+        entries = record
+    return {key: _shorten(value) for key, value in entries.items() if value not in ("", None)}
+
+
+def _shorten(value: Any) -> Any:
+    if isinstance(value, (int, float, bool)):
+        return value
+    text = value if isinstance(value, str) else str(value)[: 4 * EXCERPT]
+    text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+    if len(text) <= EXCERPT:
+        return text
+    return (
+        f"{text[: EXCERPT // 2]} [... {len(text) - EXCERPT} characters ...] {text[-EXCERPT // 2 :]}"
+    )

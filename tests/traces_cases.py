@@ -1,0 +1,92 @@
+"""Small real tokenizers, templates and models for the trace tests; nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+CHATML_QWEN = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant."
+    "<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# R1-Distill's habit: everything before </think> of an assistant's turn is deleted.
+R1_DISTILL = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}<|User|>{{ message['content'] }}"
+    "{% else %}<|Assistant|>{{ message['content'].split('</think>')[-1] }}<|eos|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}"
+)
+R1_PREFILLED = R1_DISTILL.replace(
+    "{% if add_generation_prompt %}<|Assistant|>",
+    "{% if add_generation_prompt %}<|Assistant|><think>\n",
+)
+# Qwen3's habit: a turn without a thought gets an empty one; the thought of the last turn stays.
+QWEN3 = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% if '</think>' in message['content'] %}"
+    "{{ message['content'] }}{% else %}<think>\n\n</think>\n\n{{ message['content'] }}{% endif %}"
+    "{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]\n{{ message['content'] }}"
+    "<|eos|>{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+
+
+def byte_tokenizer(
+    template: str | None,
+    *,
+    eos: str = "<|im_end|>",
+    pad: str = "<|pad|>",
+    think_tokens: bool = False,
+    normalise: bool = False,
+    bos: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 256 letters and special tokens, as small as one can be."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|eos|>", "<|User|>", "<|Assistant|>"]
+    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
+    if normalise:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    extra = [token for token in special if token not in (eos, pad)]
+    if think_tokens:
+        extra += ["<think>", "</think>"]
+    options = {"bos_token": bos} if bos else {}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=eos,
+        pad_token=pad,
+        additional_special_tokens=extra,
+        clean_up_tokenization_spaces=False,
+        **options,
+    )
+    made.chat_template = template
+    return made
+
+
+def tiny_model(vocab_size: int = 320, *, attention: str = "eager", seed: int = 0):
+    """A random Qwen2 of two layers."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM._from_config(config, attn_implementation=attention).eval()
