@@ -8,7 +8,9 @@ Example:
     (1, {'unknown: no reference': 1})
 """
 
+from kd.traces.files import write_traces
 from kd.traces.generation import Sampling, generate_local
+from kd.traces.loading import load, to_dataset
 from kd.traces.packing import Pack, best_fit, collate_packs, efficiency, isolates_documents, pack
 from kd.traces.rendering import CHATML, Rendered, Renderer, RenderError, render, render_stream
 from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
@@ -41,10 +43,13 @@ __all__ = [
     "generate_local",
     "isolates_documents",
     "judge_all",
+    "load",
     "pack",
     "render",
     "render_stream",
     "split_completion",
+    "to_dataset",
     "verify",
     "verify_stream",
+    "write_traces",
 ]

@@ -1,0 +1,108 @@
+"""Traces out of files, data sets and lists of any known shape; what fits none is reported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kd.traces.columns import ShapeError
+from kd.traces.files import BadRecord, expand, read_records
+from kd.traces.shapes import every_sample, normalise
+from kd.traces.trace import Trace
+from kd.traces.yields import Yield
+
+_HUB = re.compile(r"^[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:@[\w.\[\]:%-]+)?$")
+
+
+def load(
+    source: str | Path | Iterable[Any],
+    *,
+    report: Yield | None = None,
+    stage: str = "load",
+    name: str = "",
+    domain: str = "",
+    all_samples: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> Iterator[Trace]:
+    """Load traces, one at a time.
+
+    Args:
+        source: a JSON-lines, JSON or Parquet file, a folder of such, a data set of the Hugging
+            Face hub as ``owner/name``, ``owner/name:config`` or ``owner/name@split`` (streamed),
+            or any iterable of dicts, such as a ``datasets.Dataset``.
+        report: takes the counts; a record that fits no shape is dropped with its index and keys.
+        stage: the stage's name in the report.
+        name: the source's name for records that bring none; the file's or data set's by default.
+        domain: likewise.
+        all_samples: make one trace of each sample where a record holds several (OpenR1-Math's
+            ``generations``, an API response's choices) instead of the one it recommends.
+        columns: your column names to known ones, such as ``{"my_q": "prompt"}``.
+
+    Yields:
+        The traces; ``metadata`` says the record's "index" and "shape".
+    """
+    tally = (report if report is not None else Yield()).stage(stage)
+    shapes: dict[str, int] = tally.notes.setdefault("shapes", {})
+    for origin, index, record in _records(source):
+        where = {"index": index, **({"file": origin} if origin else {})}
+        if isinstance(record, BadRecord):
+            tally.drop(record.reason, where, record.detail)
+            continue
+        if columns and isinstance(record, Mapping):
+            record = {columns.get(key, key): value for key, value in record.items()}
+        rows = every_sample(record) if all_samples and isinstance(record, Mapping) else [record]
+        if not rows:
+            tally.drop("no samples", where, "generations is empty")
+        for row in rows:
+            try:
+                trace = normalise(row)
+            except ShapeError as error:
+                keys = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else ""
+                tally.drop(error.reason, {**where, "keys": keys}, error.detail)
+                continue
+            shape = str(trace.metadata.get("shape", "kd"))
+            shapes[shape] = shapes.get(shape, 0) + 1
+            tally.keep()
+            labels = {"source": trace.source or name or origin, "domain": trace.domain or domain}
+            if "index" not in trace.metadata:
+                trace = trace.note(index=index)
+            yield trace.replace(**labels)
+
+
+def _records(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, int, Any]]:
+    """(where from, index, record) of every record."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.exists() and isinstance(source, str) and _HUB.match(source):
+            for index, record in enumerate(_hub(source)):
+                yield source, index, record
+            return
+        for file in expand(path):
+            for index, record in enumerate(read_records(file)):
+                yield file.name.partition(".")[0], index, record
+        return
+    for index, record in enumerate(source):
+        yield "", index, record
+
+
+def _hub(address: str) -> Iterable[Any]:
+    from datasets import load_dataset
+
+    name, _, split = address.partition("@")
+    name, _, config = name.partition(":")
+    found: Iterable[Any] = load_dataset(
+        name, config or None, split=split or "train", streaming=True
+    )
+    return found
+
+
+def to_dataset(traces: Iterable[Trace]) -> Any:
+    """A ``datasets.Dataset`` of the traces; metadata becomes JSON text."""
+    import json
+
+    from datasets import Dataset
+
+    rows = [trace.to_dict() for trace in traces]
+    return Dataset.from_list([{**row, "metadata": json.dumps(row["metadata"])} for row in rows])
