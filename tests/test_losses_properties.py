@@ -149,12 +149,30 @@ def test_repeated_ids_are_summed(name, seed, shares):
     teacher = sparse(t, 3)
     share = torch.tensor(shares, dtype=F64)
     pieces = [teacher.logprobs + share.log(), teacher.logprobs + (1 - share).log()]
-    empty = torch.full((3, 1), -1)
     split = kd.TopK(
-        torch.cat([teacher.ids, empty, teacher.ids.flip(1)], 1),
-        torch.cat([pieces[0], torch.full((3, 1), -0.1, dtype=F64), pieces[1].flip(1)], 1),
+        torch.cat([teacher.ids, teacher.ids.flip(1)], 1),
+        torch.cat([pieces[0], pieces[1].flip(1)], 1),
     )
     loss, other = d(z, teacher, reduction="none"), d(z, split, reduction="none")
+    close(other, loss)
+    close(grad(other, z), grad(loss, z))
+
+
+@quick
+@given(names, seeds, st.booleans(), st.sampled_from([0.0, -0.3, -float("inf"), float("nan")]))
+def test_empty_slots_hold_nothing(name, seed, with_repeats, held):
+    """Padding of a ragged target: whatever log-prob lies in a slot of id -1, it is not read."""
+    d = DIVERGENCES[name]
+    z, t = pair(seed)
+    teacher = sparse(t, 2)
+    logprobs = teacher.logprobs - (0.7 if with_repeats else 0.0)  # exp(-0.7) twice is below one
+    repeats = 2 if with_repeats else 1
+    ids = torch.cat([torch.full((3, 1), -1)] + repeats * [teacher.ids], 1)
+    ids = torch.cat([ids, torch.full((3, 1), -1)], 1)
+    padding = torch.full((3, 1), held, dtype=F64)
+    padded = kd.TopK(ids, torch.cat([padding] + repeats * [logprobs] + [padding], 1))
+    plain = kd.TopK(ids[:, 1:-1], torch.cat(repeats * [logprobs], 1))
+    loss, other = d(z, plain, reduction="none"), d(z, padded, reduction="none")
     close(other, loss)
     close(grad(other, z), grad(loss, z))
 

@@ -225,21 +225,17 @@ class NextTokenCache:
         return mock.Mock(ids=ids, logprobs=logprobs)
 
 
-def soft_and_hard_loss(rows):
-    batch = DistillationCollator(0, NextTokenCache())(rows)
-    logits = perfect_logits(batch)
-    soft = Objective(kd_weight=1.0, ce_weight=0.0).loss(logits, batch, reduction="none")
-    return soft, Objective().loss(logits, batch, reduction="none")
-
-
 def test_teacher_rows_are_aligned_with_the_labels():
     """One row late (or right-aligned past a template's trailing newline), a student is taught to
     repeat the token it has just read."""
-    for soft, hard in (soft_and_hard_loss([ROW]), soft_and_hard_loss([ROW, {**ROW}])):
-        assert soft.max() < 0.05 and hard.max() < 1e-6
     short = {"input_ids": SEQUENCE[:3], "labels": [-100, 9, 2]}
-    soft, hard = soft_and_hard_loss([ROW, short])
-    assert soft.max() < 0.05 and hard.max() < 1e-6
+    for rows in ([ROW], [ROW, short]):
+        batch = DistillationCollator(0, NextTokenCache())(rows)
+        soft = Objective(kd_weight=1.0, ce_weight=0.0)
+        right = soft.loss(perfect_logits(batch), batch, reduction="none")
+        wrong = soft.loss(torch.zeros(*batch["labels"].shape, 11), batch, reduction="none")
+        trained = batch["labels"] != -100
+        assert right.max() < 0.05 and (wrong[trained] > 1).all() and wrong[~trained].eq(0).all()
 
 
 def test_targets_follow_their_sequence_under_shuffling():
@@ -362,11 +358,26 @@ def test_bf16_logits_are_normalised_in_float32():
     z = (22 + 2 * random(64, 97)).bfloat16()
     t = (22 + 2 * random(64, 97, seed=1)).bfloat16()
     for divergence in (kd.forward_kl, kd.reverse_kl, kd.jsd(0.5)):
-        want = divergence(z.double(), t.double(), reduction="none")
+        want = divergence(z, t, reduction="none", backend="reference")
         close(divergence(z, t, reduction="none"), want, rtol=1e-4, atol=1e-5)
     labels = torch.arange(64)
-    want = kd.cross_entropy(z.double(), labels, reduction="none")
+    want = kd.cross_entropy(z, labels, reduction="none", backend="reference")
     close(kd.cross_entropy(z, labels, reduction="none"), want, rtol=1e-5)
+
+
+def test_small_losses_keep_their_digits():
+    """Near the end of training log-ratios are the rounding of two log-normalisers; summed as they
+    are, reverse KL at a gap of 1e-2 is 30 times less accurate than this."""
+    t = (2 * random(64, 1000)).float()
+    z = t + 1e-2 * random(64, 1000, seed=1).float()
+    for divergence, teacher, bound in (
+        (kd.reverse_kl, t, 5e-4),
+        (kd.forward_kl, top_k_of(t, 64), 2e-3),
+        (kd.reverse_kl, top_k_of(t, 64), 2e-3),
+    ):
+        want = divergence(z, teacher, reduction="none", backend="reference")
+        error = (divergence(z, teacher, reduction="none") - want).abs().max() / want.max()
+        assert error < bound
 
 
 def test_lm_head_gradient_accumulates_in_float32():
@@ -394,6 +405,6 @@ def test_rank_without_tokens_still_has_a_graph(form):
             vocab_size=VOCAB,
             num_items=12,
         )
-        assert loss == 0
+        assert loss == 0 and loss.requires_grad
         for grad in torch.autograd.grad(loss, leaves, retain_graph=True):
             assert grad.eq(0).all()

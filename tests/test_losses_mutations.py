@@ -1,0 +1,407 @@
+"""Defects put into the losses on purpose: each must be caught by the test that is named for it.
+
+A mutation replaces one expression in the source of one function and swaps the function's code, so
+every module that imported it sees the defect. A mutation whose text is not found has gone stale
+and fails as well: the list then no longer says what it claims.
+"""
+
+import dataclasses
+import inspect
+import textwrap
+
+import pytest
+import test_losses_contract as contract
+import test_losses_oracle as oracle
+import test_losses_properties as properties
+import test_losses_regressions as regressions
+import torch
+
+from kd.losses import autograd, checks, divergences, inputs, objective, rows, torch_backend
+from kd.training import collator, trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """``old`` becomes ``new`` in module.function, and ``caught_by`` must then fail."""
+
+    module: object
+    function: str
+    old: str
+    new: str
+    caught_by: object
+    arguments: tuple = ()
+
+
+def plain_function(mutation):
+    """The Python function behind a static method, a method or a decorated function."""
+    found = mutation.module
+    for name in mutation.function.split("."):
+        found = getattr(found, name)
+    return inspect.unwrap(getattr(found, "__func__", found))
+
+
+def apply(monkeypatch, mutation):
+    function = plain_function(mutation)
+    source = textwrap.dedent(inspect.getsource(function))
+    source = source[source.index("def ") :]  # without decorators
+    assert source.count(mutation.old) == 1, f"stale: {mutation.old!r} in {mutation.function}"
+    mutated = "from __future__ import annotations\n" + source.replace(mutation.old, mutation.new)
+    made = {}
+    exec(compile(mutated, f"<mutated {mutation.function}>", "exec"), function.__globals__, made)
+    monkeypatch.setattr(function, "__code__", made[function.__name__].__code__)
+
+
+def edit(name, module, function, old, new, caught_by, *arguments):
+    return pytest.param(Mutation(module, function, old, new, caught_by, arguments), id=name)
+
+
+def run(mutation):
+    """The test itself; of a hypothesis test the one example that is named."""
+    test = mutation.caught_by
+    if hasattr(test, "hypothesis"):
+        test = test.hypothesis.inner_test
+    test(*mutation.arguments)
+
+
+def oracle_case(name, teacher="logits", student="logits"):
+    return (oracle.test_float64_agrees_with_the_oracle, name, teacher, student)
+
+
+MUTATIONS = [
+    edit(
+        "T**2 missing in the dense gradient",
+        *(rows, "_rows_dense_", "objective.kd_weight / objective.temperature"),
+        "objective.kd_weight / objective.temperature**3",
+        regressions.test_t2_is_in_the_gradient_as_it_is_in_the_value,
+    ),
+    edit(
+        "1/T missing in the dense gradient",
+        *(rows, "_rows_dense_", "objective.kd_weight / objective.temperature"),
+        "objective.kd_weight",
+        *(properties.test_temperature_divides_the_logits, "forward_kl", 0, 1.0, 3.0),
+    ),
+    edit(
+        "T**2 missing in the dense value",
+        *(rows, "_rows_dense_", "objective.kd_weight * dense_divergence_"),
+        "objective.kd_weight / objective.temperature**2 * dense_divergence_",
+        regressions.test_t2_is_in_the_gradient_as_it_is_in_the_value,
+    ),
+    edit(
+        "T**2 missing everywhere",
+        *(objective, "distillation_loss", "(temperature**2 if scale_by_t2 else 1.0)", "1.0"),
+        regressions.test_t2_is_the_same_for_every_backend_and_form,
+    ),
+    edit(
+        "T**2 missing in one backend",
+        *(objective, "_reference", "kd_weight=objective.kd_weight", "kd_weight=1.0"),
+        regressions.test_t2_is_the_same_for_every_backend_and_form,
+    ),
+    edit(
+        "mean over the vocabulary",
+        *(objective, "_loss", "row_weight * scale", "row_weight * scale / objective.vocab_size"),
+        regressions.test_mean_is_over_tokens_and_not_over_the_vocabulary,
+    ),
+    edit(
+        "divided by the token count twice",
+        *(objective, "_scale", "1 / total)", "1 / total**2)"),
+        regressions.test_tokens_are_divided_by_once,
+    ),
+    edit(
+        "num_items ignored",
+        *(objective, "_scale", "if num_items is not None", "if False"),
+        regressions.test_uneven_microbatches_and_ranks_add_up_to_the_one_batch_gradient,
+    ),
+    edit(
+        "mean over all rows, masked ones too",
+        *(objective, "_scale", "total = weight.sum()", "total = torch.ones_like(weight).sum()"),
+        contract.test_mean_divides_by_the_unmasked_weight,
+    ),
+    edit(
+        "denominator counted on the raw rows",
+        *(trainer, "DistillationTrainer._get_num_items_in_batch"),
+        *('batch["labels"] != -100', 'batch["input_ids"] != 0'),
+        regressions.test_denominator_counts_the_labels_the_loss_sees,
+    ),
+    edit(
+        "ignore_index forgotten",
+        *(objective, "_row_weights", "if labels is not None", "if False"),
+        *(
+            properties.test_masking_rows_is_removing_them,
+            "forward_kl",
+            0,
+            [True, False] * 2 + [True],
+            False,
+        ),
+    ),
+    edit(
+        "per-token weights forgotten",
+        *(objective, "_row_weights", "if weights is not None", "if False"),
+        contract.test_mean_divides_by_the_unmasked_weight,
+    ),
+    edit(
+        "masked rows keep what was in memory",
+        *(torch_backend, "_zero_outside", "gradient[masked] = 0", "gradient[masked] = 1"),
+        contract.test_masked_rows_cost_nothing_and_get_zero_gradient,
+    ),
+    edit(
+        "hard-label gradient dropped, dense",
+        *(rows, "_rows_dense_", "_add_hard_(student,", "_add_hard_(student.clone(),"),
+        regressions.test_hard_label_gradient_is_not_dropped,
+    ),
+    edit(
+        "hard-label gradient dropped, sparse",
+        *(rows, "sparse_rows_", "-objective.ce_weight * weight", "0 * weight"),
+        regressions.test_hard_label_gradient_is_not_dropped,
+    ),
+    edit(
+        "softmax of the hard label dropped, sparse",
+        *(rows, "sparse_rows_", "g = g + objective.ce_weight * log_q.exp()", "pass"),
+        regressions.test_hard_label_gradient_is_not_dropped,
+    ),
+    edit(
+        "half cross-entropy by default",
+        *(objective, "distillation_loss", "ce_weight=float(ce_weight)"),
+        "ce_weight=float(ce_weight) or (0.0 if labels is None else 0.5)",
+        regressions.test_labels_alone_bring_in_no_hard_loss,
+    ),
+    edit(
+        "loss temperature divides the hard part's logits",
+        *(rows, "_rows_dense_", "hard = student.clone()", "hard = student / objective.temperature"),
+        *oracle_case("forward_kl"),
+    ),
+    edit(
+        "capture temperature taken for the loss's",
+        *(inputs, "at_temperature", "if ratio == 1", "if True"),
+        regressions.test_temperature_of_capture_or_sampling_is_not_the_loss_temperature,
+    ),
+    edit(
+        "student's softcap ignored",
+        *(rows, "rows_loss_", "if softcap is not None", "if False"),
+        regressions.test_softcap_and_logit_scale_are_part_of_the_logits,
+    ),
+    edit(
+        "softcap's slope missing in the gradient",
+        *(rows, "rows_loss_", "if slope is not None", "if False"),
+        regressions.test_softcap_and_logit_scale_are_part_of_the_logits,
+    ),
+    edit(
+        "teacher's softcap ignored",
+        *(torch_backend, "_teacher_logits", "if teacher.softcap is not None", "if False"),
+        regressions.test_softcap_and_logit_scale_are_part_of_the_logits,
+    ),
+    edit(
+        "teacher's logit scale ignored",
+        *(torch_backend, "_teacher_logits", "if teacher.logit_scale is not None", "if False"),
+        regressions.test_softcap_and_logit_scale_are_part_of_the_logits,
+    ),
+    edit(
+        "labels unshifted",
+        *(collator, "DistillationCollator.__call__", "labels[i, : len(ids) - 1] = target[1:]"),
+        "labels[i, : len(ids)] = target",
+        regressions.test_completion_mask_is_shifted_with_its_labels,
+    ),
+    edit(
+        "cache rows one position late",
+        *(collator, "DistillationCollator.__call__", "= targets.ids", "= targets.ids.roll(1, 1)"),
+        regressions.test_teacher_rows_are_aligned_with_the_labels,
+    ),
+    edit(
+        "cache rows aligned on the right",
+        *(collator, "DistillationCollator.__call__", "= targets.ids"),
+        "= torch.stack([r.roll(length - len(s), 0) for r, s in zip(targets.ids, sequences)])",
+        regressions.test_teacher_rows_are_aligned_with_the_labels,
+    ),
+    edit(
+        "cache rows in another order than the batch",
+        *(collator, "DistillationCollator.__call__", "self.cache.batch(sequences"),
+        "self.cache.batch(sorted(sequences, key=len)",
+        regressions.test_targets_follow_their_sequence_under_shuffling,
+    ),
+    edit(
+        "every pad id masked",
+        *(collator, "DistillationCollator.__call__", 'batch = {"input_ids"'),
+        'labels[labels == self.pad_token_id] = IGNORE\n    batch = {"input_ids"',
+        regressions.test_stop_token_is_learnt_when_pad_is_eos,
+    ),
+    edit(
+        "labels shifted inside the loss",
+        *(objective, "_loss", "labels.reshape(-1)", "labels.reshape(-1).roll(-1)"),
+        regressions.test_completion_mask_is_shifted_with_its_labels,
+    ),
+    edit(
+        "teacher shifted inside the loss",
+        *(objective, "_flat_teacher", "ids=teacher.ids.reshape(-1, k)"),
+        "ids=teacher.ids.reshape(-1, k).roll(1, 0)",
+        regressions.test_teacher_rows_are_aligned_with_the_labels,
+    ),
+    edit(
+        "both sides renormalised over the top-k",
+        *(rows, "sparse_divergence_", "p, q = log_p.exp(), log_q.exp()"),
+        "log_p = log_p - log_p[:, :-1].logsumexp(-1, keepdim=True);"
+        "log_q = log_q - log_q[:, :-1].logsumexp(-1, keepdim=True);"
+        "log_p[:, -1] = log_q[:, -1] = -1e4;"
+        "p, q = log_p.exp(), log_q.exp()",
+        regressions.test_student_mass_outside_the_top_k_costs,
+    ),
+    edit(
+        "tail's gradient not spread over its tokens",
+        *(rows, "sparse_rows_", "student.mul_(g[:, -1:])", "student.mul_(0)"),
+        *(properties.test_gradient_of_a_row_sums_to_zero, "forward_kl", 0, 1.0),
+    ),
+    edit(
+        "top-k not renormalised where asked",
+        *(rows, "canonical_sparse", "log_p - norm)", "log_p)"),
+        *oracle_case("forward_kl", "renormalize"),
+    ),
+    edit(
+        "raw mass renormalised",
+        *(rows, "canonical_sparse", 'teacher.tail == "renormalize"', 'teacher.tail != "bucket"'),
+        regressions.test_raw_mass_loss_is_not_clamped_at_zero,
+    ),
+    edit(
+        "raw mass loss clamped at zero",
+        *(rows, "sparse_divergence_", "return phi.sum(-1)", "return phi.sum(-1).clamp(min=0)"),
+        regressions.test_raw_mass_loss_is_not_clamped_at_zero,
+    ),
+    edit(
+        "student's tail as log(1 - sum)",
+        *(rows, "sparse_divergence_", "outcomes = torch.cat([top, tail_lse], -1)"),
+        "whole = torch.cat([top, tail_lse], -1).logsumexp(-1, keepdim=True);"
+        "rest = torch.log(1 - (top - whole).exp().sum(-1, keepdim=True));"
+        "outcomes = torch.cat([top, whole + rest], -1)",
+        *(regressions.test_tail_stays_finite_where_the_student_saturates, torch.float32),
+    ),
+    edit(
+        "teacher's tail as log(1 - sum)",
+        *(inputs, "log_complement", ".clamp(max=-resolution)", ""),
+        regressions.test_saturated_teacher_has_a_tail_of_its_rounding_and_no_infinity,
+    ),
+    edit(
+        "repeated ids not summed",
+        *(inputs, "merge_duplicates", "if ids.shape[1] < 2", "if True"),
+        *(properties.test_repeated_ids_are_summed, "forward_kl", 0, [0.5, 0.2, 0.9]),
+    ),
+    edit(
+        "empty slots counted",
+        *(inputs, "merge_duplicates", "logprobs.masked_fill(ids < 0, -torch.inf)", "logprobs"),
+        *(properties.test_empty_slots_hold_nothing, "forward_kl", 0, False, -0.3),
+    ),
+    edit(
+        "padded columns take part",
+        *(checks, "vocabulary", "return vocab_size", "return min(widths.values())"),
+        regressions.test_padded_columns_have_no_probability,
+    ),
+    edit(
+        "padded columns get a gradient",
+        *(torch_backend, "_zero_outside", "gradient[:, vocab:] = 0", "gradient[:, vocab:] = 1"),
+        regressions.test_padded_columns_have_no_probability,
+    ),
+    edit(
+        "JSD's beta flipped",
+        *(
+            divergences,
+            "_jsd",
+            "h = (1 - d.beta)",
+            "d = dataclasses.replace(d, beta=1 - d.beta); h = (1 - d.beta)",
+        ),
+        regressions.test_jsd_beta_weighs_the_teacher,
+    ),
+    edit(
+        "JSD's end points accepted",
+        *(divergences, "jsd", "0 < beta < 1", "0 <= beta <= 1"),
+        regressions.test_jsd_beta_weighs_the_teacher,
+    ),
+    edit(
+        "bf16 log-normaliser, forward KL",
+        *(rows, "dense_forward_kl_", "normalisers.view(-1)", "normalisers.bfloat16().view(-1)"),
+        regressions.test_bf16_logits_are_normalised_in_float32,
+    ),
+    edit(
+        "bf16 log-normaliser, other divergences",
+        *(rows, "dense_divergence_", "torch.log_softmax(student, -1, out=student)"),
+        "student.sub_(student.logsumexp(-1, keepdim=True).bfloat16())",
+        regressions.test_bf16_logits_are_normalised_in_float32,
+    ),
+    edit(
+        "bf16 log-normaliser, cross-entropy",
+        *(rows, "softmax_and_lse_", "lse = peak - logits.amax(-1, keepdim=True).log()"),
+        "lse = (peak - logits.amax(-1, keepdim=True).log()).bfloat16().float()",
+        regressions.test_bf16_logits_are_normalised_in_float32,
+    ),
+    edit(
+        "rounding of the normalisers not cancelled, forward KL",
+        *(divergences, "_forward_kl", " + (q - p)", ""),
+        regressions.test_small_losses_keep_their_digits,
+    ),
+    edit(
+        "rounding of the normalisers not cancelled, reverse KL",
+        *(divergences, "_reverse_kl", "h + (p - q)", "h"),
+        regressions.test_small_losses_keep_their_digits,
+    ),
+    edit(
+        "reverse KL's gradient reversed",
+        *(divergences, "_reverse_kl", "h + (p - q), h", "h + (p - q), -h"),
+        *oracle_case("reverse_kl"),
+    ),
+    edit(
+        "gradient flows through a detached mixture",
+        *(divergences, "_skew_reverse_kl", "if not d.detach_mixture", "if True"),
+        *oracle_case("skew_reverse_kl(0.1, detach_mixture)"),
+    ),
+    edit(
+        "softmax's Jacobian incomplete, dense",
+        *(rows, "dense_divergence_", "value=-1", "value=0"),
+        *(properties.test_gradient_of_a_row_sums_to_zero, "reverse_kl", 0, 1.0),
+    ),
+    edit(
+        "softmax's Jacobian incomplete, sparse",
+        *(rows, "sparse_divergence_", "h - q * h.sum(-1, keepdim=True)", "h"),
+        *(properties.test_gradient_of_a_row_sums_to_zero, "reverse_kl", 0, 1.0),
+    ),
+    edit(
+        "floor ignored",
+        *(rows, "dense_divergence_", "log_p.clamp_(min=objective.floor)", "log_p"),
+        contract.test_reverse_kl_onto_a_teacher_zero_is_infinite_unless_floored,
+    ),
+    edit(
+        "lm_head gradient accumulated in bf16",
+        *(torch_backend, "_mm_into", ".add_(part)", ".copy_(out[v : v + slab].to(part) + part)"),
+        regressions.test_lm_head_gradient_accumulates_in_float32,
+    ),
+    edit(
+        "upstream gradient ignored, scalar",
+        *(autograd, "ReducedLoss.backward", "g * upstream.to(g.dtype)", "g"),
+        contract.test_backward_twice_and_upstream_scale,
+    ),
+    edit(
+        "upstream gradient ignored, scalar, graph freed",
+        *(autograd, "ReducedLoss.backward", "g.mul_(upstream.to(g.dtype))", "g"),
+        *oracle_case("forward_kl"),
+    ),
+    edit(
+        "upstream gradient ignored, per token",
+        *(autograd, "TokenLoss.backward", "run(problem, upstream,"),
+        "run(problem, torch.ones_like(upstream),",
+        *oracle_case("forward_kl"),
+    ),
+    edit(
+        "graph-less zero where nothing is trained",
+        *(objective, "_loss", "    problem = Problem("),
+        "    if len(rows) == 0:\n        return leaf.new_zeros(())\n    problem = Problem(",
+        *(regressions.test_rank_without_tokens_still_has_a_graph, "hidden"),
+    ),
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_defect_is_caught(mutation, monkeypatch):
+    apply(monkeypatch, mutation)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        run(mutation)
+
+
+def test_every_regression_has_a_defect_that_it_catches():
+    caught = {param.values[0].caught_by for param in MUTATIONS}
+    for name, test in vars(regressions).items():
+        if name.startswith("test_"):
+            assert test in caught, f"no mutation is caught by {name}"
