@@ -1,0 +1,56 @@
+"""The printed table of errors: it passes as it is, and fails when a loss is wrong."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import kd
+from kd.bench.plain import plain_losses
+from kd.losses import divergences
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "error_table.py"
+
+
+@pytest.fixture(scope="module")
+def error_table():
+    spec = importlib.util.spec_from_file_location("error_table", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_float64_holds_its_bound(error_table, capsys):
+    assert error_table.main(["--dtype", "float64"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 broken" in printed
+    assert printed.count("\n| ") == len(error_table.DIVERGENCES) * len(error_table.STUDENTS) + 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_wrong_gradient_breaks_the_table(error_table, dtype, capsys, monkeypatch):
+    def wrong(d, p, q, log_p, log_q, head):
+        return p * (log_p - log_q) + (q - p), -1.1 * p
+
+    monkeypatch.setattr(error_table, "DIVERGENCES", (kd.forward_kl,))
+    assert error_table.main(["--dtype", dtype]) == 0
+    monkeypatch.setitem(divergences._TERMS, "forward_kl", wrong)  # what sparse teachers use
+    assert error_table.main(["--dtype", dtype]) == 1
+    assert "BROKEN: forward_kl, logits x bucket" in capsys.readouterr().out
+
+
+def test_plain_pytorch_is_the_oracle_in_float64(error_table):
+    """The yardstick computes the same thing: its errors are rounding and nothing else."""
+    for d in error_table.DIVERGENCES:
+        for teacher_form in error_table.TEACHERS:
+            if not error_table.meaningful(d, teacher_form):
+                continue
+            for temperature in (1.0, 2.0) if teacher_form != "drop" else (1.0,):
+                student, teacher, leaves = error_table.build(
+                    "hidden", teacher_form, 1.0, torch.float64, 0
+                )
+                plain = plain_losses(d, student, teacher, temperature)
+                options = dict(temperature=temperature, reduction="none", backend="reference")
+                want = error_table.evaluate(d(student, teacher, **options), leaves)
+                assert max(error_table.errors_of(error_table.evaluate(plain, leaves), want)) < 1e-9
