@@ -108,6 +108,26 @@ class Report:
         )
 
 
+def open_page(page: str | Path) -> bool:
+    """Show a page in the browser where there is a display; never fails, never waits.
+
+    Returns:
+        Whether a browser was asked to show it.
+    """
+    import sys
+    import webbrowser
+
+    graphical = sys.platform in ("darwin", "win32") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
+    if not graphical:  # a text browser would take over the terminal
+        return False
+    try:
+        return webbrowser.open(Path(page).resolve().as_uri())
+    except (webbrowser.Error, OSError):
+        return False
+
+
 def _cell(value: Any) -> str:
     text = str(value)
     number = text[:1].isdigit() or (text[:1] in "+-−" and text[1:2].isdigit())

@@ -3,7 +3,7 @@
 from kd.recipe.catalog import Entry, entry, find_recipes, run_recipe
 from kd.recipe.jobs import default_workers, run_jobs
 from kd.recipe.progress import Progress, say
-from kd.recipe.stages import Run, Stage
+from kd.recipe.stages import Run, Stage, read_json, write_json
 
 __all__ = [
     "Entry",
@@ -13,7 +13,9 @@ __all__ = [
     "default_workers",
     "entry",
     "find_recipes",
+    "read_json",
     "run_jobs",
     "run_recipe",
     "say",
+    "write_json",
 ]

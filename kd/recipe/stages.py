@@ -51,6 +51,8 @@ class Run:
     """
 
     def __init__(self, folder: str | Path, recipe: str, *, fresh: bool = False) -> None:
+        # stages show their own progress; datasets reads this when it is imported
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         self.folder = Path(folder)
         self.recipe = recipe
         self.fresh = fresh

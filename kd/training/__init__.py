@@ -17,6 +17,7 @@ from kd.training.student import prepare_student
 
 if TYPE_CHECKING:
     from kd.training.checkpoints import last_complete_checkpoint, mark_complete
+    from kd.training.fitting import fit
     from kd.training.trainer import DistillationTrainer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DistillationTrainer",
     "Objective",
     "compute_loss",
+    "fit",
     "last_complete_checkpoint",
     "mark_complete",
     "prepare_student",
@@ -35,6 +37,10 @@ def __getattr__(name: str) -> Any:
         from kd.training.trainer import DistillationTrainer
 
         return DistillationTrainer
+    if name == "fit":
+        from kd.training.fitting import fit
+
+        return fit
     if name in ("last_complete_checkpoint", "mark_complete"):
         from kd.training import checkpoints
 

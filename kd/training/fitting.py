@@ -1,0 +1,105 @@
+"""One call that trains a student with settings that suit a recipe, and continues when rerun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from kd.training.objective import Objective
+from kd.training.trainer import DistillationTrainer
+
+
+class ReportShare(TrainerCallback):
+    """Tells a function the share of the optimiser steps done, from 0 to 1."""
+
+    def __init__(self, report: Callable[[float], None]) -> None:
+        self.report = report
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.report(state.global_step / max(state.max_steps, 1))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars for written shards and no remarks on checkpoints' times; errors are still shown."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def fit(
+    model: Any,
+    rows: Any,
+    folder: str | Path,
+    *,
+    collator: Any,
+    objective: Objective | None = None,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+    warmup: float = 0.05,
+    checkpoints: int = 4,
+    report: Callable[[float], None] | None = None,
+    **arguments: Any,
+) -> list[dict[str, float]]:
+    """Train a student in place; a call that was killed continues from its last whole checkpoint.
+
+    Args:
+        model: the student, a causal LM.
+        rows: a dataset of {input_ids, labels}.
+        folder: for checkpoints; a rerun with the same folder continues.
+        collator: a ``DistillationCollator``.
+        objective: what to minimise; plain SFT when None.
+        steps: optimiser steps.
+        batch_size: sequences in one step on one process.
+        learning_rate: peak; warmed up linearly, then cosine to zero.
+        seed: of the data order.
+        warmup: share of the steps.
+        checkpoints: how many are written over the run; 0 for none.
+        report: called with the share done.
+        **arguments: more of transformers' ``TrainingArguments``; they win.
+
+    Returns:
+        The log: one dict a logged step, with ``step``, ``loss``, its parts and the speed.
+    """
+    settings: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": round(warmup * steps),
+        "logging_steps": max(1, steps // 20),
+        "save_strategy": "steps" if checkpoints else "no",
+        "save_steps": max(1, steps // max(checkpoints, 1)),
+        "save_total_limit": 2,
+        "seed": seed,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    args = TrainingArguments(str(folder), **{**settings, **arguments})
+    trainer = DistillationTrainer(
+        model,
+        args,
+        objective=objective,
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=[ReportShare(report)] if report is not None else [],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with _quiet():
+        trainer.train(resume_from_checkpoint=True)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]

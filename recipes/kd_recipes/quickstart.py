@@ -1,0 +1,466 @@
+"""Distil a tiny reasoning model on a CPU: do a teacher's logits add anything to its traces?
+
+    kd run quickstart                       # minutes on 2 CPU cores, nothing is downloaded
+    kd run quickstart smoke                 # seconds, to see that everything runs
+    kd run quickstart plenty                # with plenty of traces: does the gain stay?
+    kd run quickstart --temperature 1.0     # any field can be set
+
+A teacher of 0.8M parameters solves sums such as ``4-8+7+0=`` one step per line, in any order. It
+writes traces, which are kept when the answer is exact; its top-k log-probabilities on the kept
+traces go into a cache. Pairs of students of 0.1M parameters then see the same few traces in the
+same order from the same start: one learns from the traces alone, one also from the cached logits.
+Both are scored on problems that nobody was trained on, over several seeds.
+
+The teacher's weights (``quickstart_teacher.safetensors``, 1.6 MB) were made by the preset
+``teacher``, that is by ``train_teacher`` below. A run that was killed continues when it is started
+again, and stages whose inputs have not changed are skipped.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kd.recipe import (
+    Progress,
+    Run,
+    Stage,
+    default_workers,
+    read_json,
+    run_jobs,
+    say,
+    write_json,
+)
+from kd_recipes import _arithmetic as arithmetic
+
+TEACHER_FILE = Path(__file__).with_name("quickstart_teacher.safetensors")
+MAX_NEW_TOKENS = 36  # the longest right solution has 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of the quickstart."""
+
+    output: str = "runs/quickstart"
+    """Folder of the run; start again with the same one to continue."""
+    train_teacher: bool = False
+    """Train the teacher instead of using the shipped weights."""
+    teacher_hidden: int = 128
+    """Width of the teacher."""
+    teacher_layers: int = 4
+    """Depth of the teacher."""
+    teacher_steps: int = 3000
+    """Optimiser steps of the teacher, 64 fresh problems each (with train_teacher)."""
+    problems: int = 800
+    """Problems the teacher solves once each, at temperature 1, to make traces."""
+    top_k: int = 8
+    """Log-probabilities cached per token, of 18 in the vocabulary."""
+    student_hidden: int = 64
+    """Width of the students."""
+    student_layers: int = 2
+    """Depth of the students."""
+    steps: int = 1200
+    """Optimiser steps of each student."""
+    batch_size: int = 64
+    """Traces per optimiser step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of the students; cosine to zero."""
+    kd_weight: float = 0.5
+    """Weight of the divergence from the teacher in the KD arm."""
+    ce_weight: float = 0.5
+    """Weight of the cross-entropy on the trace in the KD arm."""
+    temperature: float = 2.0
+    """Softens teacher and student in the divergence."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One pair of students per seed: same start, same data order."""
+    test_problems: int = 1000
+    """Problems kept for the score; no model is trained on them."""
+    workers: int = 0
+    """Students trained side by side, one thread each; 0 takes one per core."""
+    fresh: bool = False
+    """Forget earlier stages and do everything again."""
+    open: bool = False
+    """Open the report in a browser at the end, where there is one."""
+
+
+DEFAULT = Config()
+SMOKE = replace(
+    DEFAULT,
+    output="runs/quickstart-smoke",
+    problems=64,
+    steps=20,
+    seeds=(0, 1),
+    test_problems=32,
+    workers=1,
+)
+PLENTY = replace(DEFAULT, output="runs/quickstart-plenty", problems=4000, steps=1500)
+TEACHER = replace(DEFAULT, output="runs/quickstart-teacher", train_teacher=True)
+PRESETS = {
+    "default": ("Shipped teacher, 800 traces, 3 seeds: about 3 minutes on 2 CPU cores.", DEFAULT),
+    "smoke": ("Everything once in seconds; its students learn nothing yet.", SMOKE),
+    "plenty": ("4,000 traces, so that data is not short: about 4 minutes.", PLENTY),
+    "teacher": ("Trains the teacher as well: about 10 minutes more on 2 CPU cores.", TEACHER),
+}
+ARMS = {"sft": "traces alone", "kd": "traces + logits"}
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the recipe; returns the figures of its report."""
+    run = Run(config.output, "quickstart", fresh=config.fresh)
+    hidden, layers = config.teacher_hidden, config.teacher_layers
+    weights = TEACHER_FILE
+    if config.train_teacher:
+        made = run.stage(
+            "weights", train_teacher, hidden=hidden, layers=layers, steps=config.teacher_steps
+        )
+        weights = made.path / "teacher.safetensors"
+    held_out = config.test_problems
+    teacher = run.stage(
+        "teacher",
+        score_teacher,
+        weights=weights,
+        hidden=hidden,
+        layers=layers,
+        test_problems=held_out,
+    )
+    traces = run.stage(
+        "traces",
+        make_traces,
+        teacher=teacher,
+        problems=config.problems,
+        test_problems=held_out,
+    )
+    cache = run.stage("cache", make_cache, teacher=teacher, traces=traces, top_k=config.top_k)
+    what = replace(config, output="", workers=0, fresh=False, open=False)
+    workers = config.workers or default_workers()
+    students = run.stage(
+        "students",
+        partial(train_students, workers=workers),
+        config=what,
+        traces=traces,
+        cache=cache,
+    )
+    report = run.stage(
+        "report",
+        write_report,
+        config=what,
+        teacher=teacher,
+        traces=traces,
+        cache=cache,
+        students=students,
+    )
+    page = report.path / "report.html"
+    say(f"\n{report.result['table']}\n\n{report.result['verdict']}\n\nreport: {page}")
+    if config.open:
+        from kd.evaluation import open_page
+
+        open_page(page)
+    return report.result
+
+
+# --- the teacher ----------------------------------------------------------------------------------
+
+
+def train_teacher(folder: Path, hidden: int, layers: int, steps: int) -> dict[str, Any]:
+    """Train the teacher on fresh worked solutions, and keep its weights in half precision."""
+    from datasets import Dataset
+    from safetensors.torch import save_file
+
+    from kd.training import DistillationCollator, fit
+
+    tokenizer, rng = arithmetic.tokenizer(), random.Random("teacher")
+    held_out = set(arithmetic.problems(1000, seed=0))
+
+    def rows() -> Any:
+        while True:
+            question = arithmetic.problem(rng)
+            if question not in held_out:
+                yield encode(tokenizer, question, arithmetic.solve(question, rng))
+
+    source, made = rows(), []
+    with Progress("writing worked solutions", 64 * steps) as bar:
+        for _ in range(64 * steps):
+            made.append(next(source))
+            bar.advance()
+    data = Dataset.from_list(made)
+    model = arithmetic.model(hidden, layers, seed=0)
+    with Progress("training the teacher", 1.0) as bar:
+        fit(
+            model,
+            data,
+            folder / "training",
+            collator=DistillationCollator(tokenizer.pad_token_id, attention_mask=False),
+            steps=steps,
+            batch_size=64,
+            learning_rate=1e-3,
+            adam_beta2=0.98,
+            weight_decay=0.01,
+            report=bar.to,
+        )
+    weights = {name: value.half() for name, value in model.state_dict().items()}
+    weights.pop("lm_head.weight")  # tied to the embedding
+    save_file(weights, folder / "teacher.safetensors")
+    return {"parameters": model.num_parameters()}
+
+
+def encode(tokenizer: Any, question: str, solution: str) -> dict[str, list[int]]:
+    """A worked solution as a training row: the problem is not trained on."""
+    answer = solution.rpartition(";")[2]
+    prompt = tokenizer(question).input_ids
+    completion = tokenizer(f"<think>{solution}</think>{answer}<eos>").input_ids
+    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+
+def load_teacher(weights: Path, hidden: int, layers: int) -> Any:
+    """The teacher in float32, ready to generate."""
+    from safetensors.torch import load_file
+
+    model = arithmetic.model(hidden, layers, seed=0)
+    state = {name: value.float() for name, value in load_file(weights).items()}
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def score_teacher(
+    folder: Path, weights: Path, hidden: int, layers: int, test_problems: int
+) -> dict[str, Any]:
+    """How often the teacher is right on the held-out problems, decoding greedily."""
+    model = load_teacher(weights, hidden, layers)
+    accuracy, _ = answer_all(model, test_problems, "testing the teacher")
+    parameters = model.num_parameters()
+    return {
+        "weights": str(weights),
+        "hidden": hidden,
+        "layers": layers,
+        "accuracy": accuracy,
+        "parameters": parameters,
+    }
+
+
+def answer_all(model: Any, test_problems: int, description: str) -> tuple[float, list[str]]:
+    """Greedy completions of the held-out problems, and the share that is exactly right."""
+    from kd.evaluation import generate, score
+
+    questions = arithmetic.problems(test_problems, seed=0)
+    with Progress(description, len(questions)) as bar:
+        completions = generate(
+            model,
+            arithmetic.tokenizer(),
+            questions,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=256,
+            progress=bar.to,
+        )
+    result = score(completions, [arithmetic.answer(question) for question in questions])
+    return result.accuracy, completions
+
+
+# --- traces and their targets ---------------------------------------------------------------------
+
+
+def make_traces(folder: Path, teacher: Stage, problems: int, test_problems: int) -> dict[str, Any]:
+    """The teacher solves problems; traces with the exact answer are kept, tokenised and saved."""
+    from datasets import Dataset
+
+    from kd.traces import (
+        COMPACT,
+        Exact,
+        Renderer,
+        Sampling,
+        Trace,
+        generate_local,
+        render_stream,
+        verify,
+        write_traces,
+    )
+
+    tokenizer = arithmetic.tokenizer()
+    held_out = set(arithmetic.problems(test_problems, seed=0))
+    questions = arithmetic.problems(problems, seed=1, exclude=held_out)
+    asked = [Trace(question, reference=arithmetic.answer(question)) for question in questions]
+    with Progress("solving problems", len(asked)) as bar:
+        answered = list(
+            generate_local(
+                teacher_of(teacher),
+                tokenizer,
+                asked,
+                sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS),
+                batch_size=256,
+                progress=bar.to,
+            )
+        )
+    kept, report = verify(answered, Exact())
+    write_traces(folder / "traces.jsonl", kept)
+    renderer = Renderer(tokenizer, tags=COMPACT)
+    rows = [
+        {"input_ids": row.input_ids, "labels": row.labels}
+        for _, row in render_stream(kept, renderer, report=report)
+    ]
+    Dataset.from_list(rows).save_to_disk(folder / "rows")
+    return {"table": report.table(), "kept": len(rows), "tried": len(asked)}
+
+
+def teacher_of(stage: Stage) -> Any:
+    """The teacher that a finished ``teacher`` stage scored."""
+    found = stage.result
+    return load_teacher(Path(found["weights"]), found["hidden"], found["layers"])
+
+
+def rows_of(traces: Path) -> Any:
+    """The tokenised traces of the finished ``traces`` stage."""
+    from datasets import load_from_disk
+
+    return load_from_disk(traces / "rows").with_format("torch")
+
+
+def make_cache(folder: Path, teacher: Stage, traces: Stage, top_k: int) -> dict[str, Any]:
+    """Cache the teacher's likeliest tokens after every token of every trace."""
+    from kd.teachers import build_cache
+
+    rows = rows_of(traces.path)
+    cache = build_cache(
+        teacher_of(teacher),
+        [row["input_ids"] for row in rows],
+        folder / "cache",
+        tokenizer=arithmetic.tokenizer(),
+        top_k=top_k,
+    )
+    undecided = tokens = 0
+    for row in rows:
+        best = cache.lookup(row["input_ids"]).logprobs.max(dim=-1).values.exp()  # [L]
+        trained = row["labels"][1:] != -100
+        undecided += int((best[:-1][trained] < 0.9).sum())
+        tokens += int(trained.sum())
+    size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
+    return {"tokens": tokens, "undecided": undecided / tokens, "bytes": size}
+
+
+# --- students -------------------------------------------------------------------------------------
+
+
+def train_students(
+    folder: Path, config: Config, traces: Stage, cache: Stage, workers: int
+) -> dict[str, Any]:
+    """Every arm with every seed, several side by side; finished students are not trained again."""
+    jobs = [
+        (folder / f"{arm}-{seed}", arm, seed, config, traces.path, cache.path / "cache")
+        for seed in config.seeds
+        for arm in ARMS
+    ]
+    results = run_jobs(train_student, jobs, f"training {len(jobs)} students", workers)
+    return {arm: [found for found in results if found["arm"] == arm] for arm in ARMS}
+
+
+def train_student(job: Any, report: Any) -> dict[str, Any]:
+    """Train and score one student, continuing from its last checkpoint if there is one."""
+    folder, arm, seed, config, traces, cache = job
+    done = read_json(folder / "result.json")
+    if done:
+        return done
+
+    from kd.cache import TeacherCache
+    from kd.training import DistillationCollator, Objective, fit
+
+    targets, objective = None, Objective()
+    if arm == "kd":
+        targets = TeacherCache(cache)
+        objective = Objective(
+            kd_weight=config.kd_weight,
+            ce_weight=config.ce_weight,
+            temperature=config.temperature,
+            teacher_temperature=targets.meta.temperature,
+            vocab_size=targets.meta.live_vocab,
+        )
+    model = arithmetic.model(config.student_hidden, config.student_layers, seed)
+    log = fit(
+        model,
+        rows_of(traces),
+        folder,
+        collator=DistillationCollator(0, targets, attention_mask=False),
+        objective=objective,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=seed,
+        report=lambda share: report(0.95 * share),
+    )
+    accuracy, completions = answer_all(model, config.test_problems, f"testing {folder.name}")
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "accuracy": accuracy,
+        "parameters": model.num_parameters(),
+        "log": log,
+        "completions": completions[:200],
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+WHY = """Logits help most where one trace says little. Here several next steps are right, the
+trace shows one of them at random, and the cached logits show how the teacher weighs them all. With
+a single right way to write each step, or with plenty of traces (kd run quickstart plenty), the
+traces alone come close and the gain shrinks. Few traces and an undecided teacher: cache its logits;
+a teacher that is nearly certain of every token: its traces are enough."""
+
+
+def write_report(
+    folder: Path, config: Config, teacher: Stage, traces: Stage, cache: Stage, students: Stage
+) -> dict[str, Any]:
+    """The table, the plot, the plain words and some samples on one page."""
+    from kd.evaluation import (
+        Report,
+        arms_figure,
+        arms_rows,
+        compare_arms,
+        final_answer,
+        percent,
+        text_table,
+    )
+
+    results = students.result
+    arms = {label: [run["accuracy"] for run in results[arm]] for arm, label in ARMS.items()}
+    verdict = compare_arms(arms, ARMS["sft"], ARMS["kd"])
+    references = {"teacher": teacher.result["accuracy"]}
+    header, rows = arms_rows(arms, config.seeds, references)
+    kept, tried = traces.result["kept"], traces.result["tried"]
+    undecided = percent(cache.result["undecided"])
+    sizes = teacher.result["parameters"], results["sft"][0]["parameters"]
+    page = Report("Quickstart: do logits add anything to traces?")
+    page.verdict(verdict)
+    page.table(header, rows)
+    page.plot(
+        arms_figure(arms, references),
+        "accuracy",
+        "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
+    )
+    page.text(
+        f"A teacher of {sizes[0]:,} parameters solved {tried} problems once each; {kept} traces "
+        f"with the exact answer were kept. Students of {sizes[1]:,} parameters saw these traces "
+        f"for {config.steps} steps of {config.batch_size}. Each was asked {config.test_problems} "
+        "problems that no model was trained on, decoding greedily; only the exact answer counts. "
+        f"The second arm weighs cross-entropy with {config.ce_weight} and the divergence from the "
+        f"top-{config.top_k} cached log-probabilities at temperature {config.temperature} with "
+        f"{config.kd_weight}."
+    )
+    page.heading("When do logits help?").text(" ".join(WHY.split()))
+    page.text(
+        f"On these traces the teacher puts less than 90 % on any one token at {undecided} of "
+        f"{cache.result['tokens']:,} trained tokens; the whole cache is "
+        f"{cache.result['bytes']:,} bytes."
+    )
+    page.heading("Traces kept and dropped").code(traces.result["table"])
+    page.heading("Samples").text("The first seed of each arm on the same held-out problems.")
+    questions = arithmetic.problems(config.test_problems, seed=0)
+    for arm, label in ARMS.items():
+        written = zip(questions, results[arm][0]["completions"][:8], strict=False)
+        page.text(label).samples(
+            [(q, c, final_answer(c) == arithmetic.answer(q)) for q, c in written]
+        )
+    page.save(folder)
+    return {"verdict": verdict, "table": text_table(header, rows), "arms": arms, **references}
