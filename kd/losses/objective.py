@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from kd.losses import checks
+from kd.losses import checks, triton_backend
 from kd.losses.autograd import ReducedLoss, TokenLoss, leaves
 from kd.losses.divergences import Divergence, forward_kl, resolve
 from kd.losses.inputs import Hidden, Student, Teacher, TopK, full_tensor
@@ -292,18 +292,21 @@ def _loss(
     if backend == "reference":
         losses = _reference(student, flat_teacher, flat_labels, objective, ignore_index)
         return _reduce(losses, row_weight.double(), reduction, num_items, shape)
-    if backend == "triton":
-        raise NotImplementedError(f"{where}: backend='triton' is not wired to the losses yet.")
-    rows = row_weight.nonzero().squeeze(1)
+    on_triton = triton_backend.chosen(where, backend, leaf)
+    rows = None if on_triton else row_weight.nonzero().squeeze(1)
     problem = Problem(
         student=flat_student,
         teacher=flat_teacher,
         labels=flat_labels,
-        rows=None if len(rows) == len(row_weight) else rows,
+        rows=None if rows is None or len(rows) == len(row_weight) else rows,
         objective=objective,
         overwrite=_may_overwrite(where, overwrite, student, reduction),
     )
     with torch.autocast(leaf.device.type, enabled=False):
+        if on_triton:
+            factor = None if reduction == "none" else _scale(row_weight, reduction, num_items)
+            losses = triton_backend.loss(problem, row_weight, factor, *leaves(flat_student))
+            return losses.reshape(shape if reduction == "none" else ())
         if reduction == "none":
             losses = TokenLoss.apply(problem, *leaves(flat_student))
             return (losses * row_weight).reshape(shape)

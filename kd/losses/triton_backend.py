@@ -1,0 +1,322 @@
+"""The Triton backend: fused row kernels on a GPU, with the torch backend's interface.
+
+A tile of student logits, the caller's own or one chunk of a projection, goes through one kernel
+that gives row losses and, in the same launch, the gradient of the raw logits. Masked rows of logits
+are skipped inside the kernel; those of a projection are packed out before the first matmul, which
+takes the backend's one host sync. Under TRITON_INTERPRET=1 it runs on CPU tensors, for the tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kd.losses.autograd import _in_order, _keeps_graph, _needs, _rebuild, _without_tensors
+from kd.losses.divergences import Divergence
+from kd.losses.inputs import Hidden, TopK
+from kd.losses.rows import Objective, canonical_sparse, densify
+from kd.losses.torch_backend import Gradients, Problem, Projection, _allocate, _scatter_rows, _take
+
+
+def chosen(where: str, backend: str, like: Tensor) -> bool:
+    """Whether the Triton backend computes this loss.
+
+    Raises:
+        RuntimeError: it was asked for by name and cannot run here.
+    """
+    if backend not in ("triton", "auto"):
+        return False
+    reason = _unavailable(like)
+    if reason is not None and backend == "triton":
+        raise RuntimeError(f"{where}: backend='triton' must be able to run here, got {reason}")
+    return reason is None and (backend == "triton" or like.is_cuda)
+
+
+def _unavailable(like: Tensor) -> str | None:
+    if like.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"a {like.dtype} student. Cast it, or use backend='torch'."
+    if not _triton_imports():
+        return "no triton. pip install 'kd-llm[gpu]', or use backend='torch'."
+    from kd_kernels.rows import interpreting
+
+    if not like.is_cuda and not interpreting():
+        return f"a tensor on {like.device}. Move it to a GPU, or use backend='torch'."
+    return None
+
+
+@functools.cache
+def _triton_imports() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def loss(problem: Problem, weight: Tensor, scale: Tensor | float | None, *leaves: Any) -> Tensor:
+    """Weighted losses [N] where scale is None, else scale * their sum. weight [N]."""
+    if isinstance(problem.student, Projection):
+        rows = weight.nonzero().squeeze(1)
+        problem = dataclasses.replace(problem, rows=None if len(rows) == len(weight) else rows)
+    if scale is None:
+        return TokenLoss.apply(problem, weight, *leaves) * weight
+    return ReducedLoss.apply(problem, weight * scale, *leaves)
+
+
+class ReducedLoss(torch.autograd.Function):
+    """sum(weight * row loss), its gradients computed in forward."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, weight: Tensor, *tensors: Tensor | None) -> Tensor:
+        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
+        needed = ctx.needs_input_grad[2:]
+        losses, grads = run(problem, weight, _needs(problem, needed) if any(needed) else None)
+        if any(needed):
+            ordered = _in_order(grads, problem.student)
+            ctx.gradients = [g if n else None for g, n in zip(ordered, needed, strict=True)]
+            ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        return torch.dot(losses, weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        from kd_kernels.scale import scale_
+
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "distillation_loss: backward was called twice over a graph that was not kept. "
+                "Pass retain_graph=True to the first call."
+            )
+        keep = _keeps_graph()
+        out: list[Tensor | None] = [None, None]
+        for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True):
+            scaled = gradient
+            if gradient is not None:
+                scaled = (
+                    gradient * upstream.to(gradient.dtype) if keep else scale_(gradient, upstream)
+                )
+            out.append(None if scaled is None else scaled.to(dtype))
+        if not keep:
+            ctx.gradients = None
+        return tuple(out)
+
+
+class TokenLoss(torch.autograd.Function):
+    """Row losses [N], zero where weight is zero; recomputed in backward under any upstream."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, weight: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.problem = dataclasses.replace(problem, student=_without_tensors(problem.student))
+        ctx.save_for_backward(*tensors)
+        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
+        losses, _ = run(problem, weight, None)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        student = tensors[0]
+        if isinstance(ctx.problem.student, Projection):
+            pairs = tuple(zip(tensors[:-1:2], tensors[1:-1:2], strict=True))
+            student = dataclasses.replace(ctx.problem.student, pairs=pairs)
+        problem = dataclasses.replace(ctx.problem, student=student)
+        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
+        needed = ctx.needs_input_grad[2:]
+        _, grads = run(problem, upstream, _needs(problem, needed))
+        ordered = _in_order(grads, problem.student)
+        return (
+            None,
+            None,
+            *(
+                g.to(t.dtype) if n and g is not None and t is not None else None
+                for g, n, t in zip(ordered, needed, tensors, strict=True)
+            ),
+        )
+
+
+def run(
+    problem: Problem, weight: Tensor, needs: tuple[bool, bool, bool] | None
+) -> tuple[Tensor, Gradients]:
+    """As ``torch_backend.run``; rows of weight zero do not count."""
+    from kd_kernels.linear import chunk_tokens
+
+    if isinstance(problem.student, Projection):
+        return _run_projection(problem, problem.student, weight, needs)
+    logits = problem.student
+    gradient = None
+    if needs is not None and needs[0]:
+        gradient = logits if problem.overwrite else torch.empty_like(logits)
+    losses = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
+    step = len(logits)
+    if isinstance(problem.teacher, Hidden) or _is_uniform(problem.teacher):
+        step = chunk_tokens(len(logits), problem.objective.vocab_size * 4, logits.device)
+    for start in range(0, len(logits), max(1, step)):
+        block = slice(start, start + step)
+        losses[block] = _tile_losses(
+            problem,
+            _rowwise(logits[block]),
+            (1.0, None),
+            block,
+            weight[block],
+            None if gradient is None else gradient[block],
+        )
+    return losses, Gradients(logits=gradient)
+
+
+def _rowwise(logits: Tensor) -> Tensor:
+    """Logits whose rows a kernel can walk: unit stride between columns."""
+    return logits if logits.shape[-1] < 2 or logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _is_uniform(teacher: Any) -> bool:
+    return isinstance(teacher, TopK) and teacher.tail == "uniform"
+
+
+def kernel_divergence(divergence: Divergence) -> str:
+    """The name of a divergence's branch in ``kd_kernels.algebra.terms``."""
+    name, alpha, beta = divergence.name, divergence.alpha, divergence.beta
+    if name == "skew_forward_kl" and alpha == 0:
+        return "forward_kl"
+    if name == "skew_reverse_kl" and alpha == 0:
+        return "reverse_kl"
+    if name == "skew_reverse_kl" and divergence.detach_mixture:
+        return "skew_reverse_kl_detached"
+    if name == "alpha_beta" and beta == 0:
+        return "alpha_beta_forward"
+    if name == "alpha_beta" and alpha == 0:
+        return "alpha_beta_reverse"
+    return name
+
+
+def _row_loss(objective: Objective) -> Any:
+    from kd_kernels.rows import RowLoss
+
+    return RowLoss(
+        divergence=kernel_divergence(objective.divergence),
+        vocab=objective.vocab_size,
+        alpha=objective.divergence.alpha,
+        beta=objective.divergence.beta,
+        head_mass=objective.divergence.head_mass,
+        temperature=objective.temperature,
+        kd=objective.kd_weight,
+        ce=objective.ce_weight,
+        floor=objective.floor,
+    )
+
+
+def _tile_losses(
+    problem: Problem,
+    student: Tensor,
+    transform: tuple[float | None, float | None],
+    rows: Any,
+    weight: Tensor,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Losses of a tile of raw student logits [R, width]; rows index the teacher and the labels.
+
+    transform: (logit scale, soft cap) of the student.
+    """
+    from kd_kernels.dense import dense_losses
+    from kd_kernels.rows import Logits
+
+    objective, labels = problem.objective, problem.labels
+    soft = problem.teacher if objective.kd_weight != 0 else None
+    scale, cap = transform
+    z = Logits(student, 1.0 if scale is None else scale, cap)
+    if labels is not None and objective.ce_weight != 0:
+        labels = labels[rows].long()  # rows of weight 0 may hold ignore_index: never read
+    else:
+        labels = None
+    row_loss = _row_loss(objective)
+    teacher = None
+    if isinstance(soft, Hidden):
+        hidden = soft.hidden[rows]
+        teacher = Logits(_project_teacher(soft, hidden, objective.vocab_size), *_transform(soft))
+    elif isinstance(soft, TopK):
+        sparse = canonical_sparse(soft, rows, objective, torch.float32)
+        dense = densify(sparse, objective.vocab_size)
+        teacher = Logits(dense, objective.temperature)  # already at the temperature
+    elif soft is not None:
+        teacher = Logits(_rowwise(soft[rows]))
+    return dense_losses(z, teacher, weight.float(), row_loss, labels=labels, gradient=gradient)
+
+
+def _transform(source: Hidden | Projection) -> tuple[float, float | None]:
+    return (1.0 if source.logit_scale is None else source.logit_scale), source.softcap
+
+
+def _project_teacher(teacher: Hidden, hidden: Tensor, vocab: int) -> Tensor:
+    """Raw teacher logits [R, vocab]; the kernel applies scale and cap."""
+    from kd_kernels.linear import project
+
+    pairs = [(hidden, teacher.weight)]
+    if teacher.lora is not None:
+        a, b, scaling = teacher.lora
+        pairs.append((scaling * (hidden @ a.T), b))
+    return project(tuple(pairs), teacher.bias, vocab)
+
+
+def _run_projection(
+    problem: Problem,
+    student: Projection,
+    weight: Tensor,
+    needs: tuple[bool, bool, bool] | None,
+) -> tuple[Tensor, Gradients]:
+    from kd_kernels.linear import chunk_tokens, project
+
+    vocab, rows = problem.objective.vocab_size, problem.rows
+    first = student.pairs[0][0]
+    count = len(first) if rows is None else len(rows)
+    losses = torch.zeros(count, dtype=torch.float32, device=first.device)
+    size = chunk_tokens(count, vocab * 10, first.device)
+    grads = _allocate(
+        student, rows, needs or (False,) * 3, torch.float32 if size < count else first.dtype
+    )
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        index = slice(start, stop) if rows is None else rows[start:stop]
+        inputs = [_take(x, rows, start, stop) for x, _ in student.pairs]
+        pairs = tuple((x, w) for x, (_, w) in zip(inputs, student.pairs, strict=True))
+        logits = project(pairs, student.bias, vocab)
+        dlogits = None
+        if needs is not None:
+            narrow = logits.dtype != first.dtype
+            dlogits = torch.empty_like(logits, dtype=first.dtype) if narrow else logits
+        losses[start:stop] = _tile_losses(
+            problem, logits, (student.logit_scale, student.softcap), index, weight[index], dlogits
+        )
+        if dlogits is not None:
+            _accumulate(student, grads, inputs, dlogits, start, rows)
+        del logits, dlogits
+    return _scatter_rows(losses, rows, len(first)), grads
+
+
+def _accumulate(
+    student: Projection,
+    grads: Gradients,
+    inputs: list[Tensor],
+    dlogits: Tensor,
+    start: int,
+    rows: Tensor | None,
+) -> None:
+    """dX, dW and db of one chunk from the weighted gradient of its raw logits [c, vocab]."""
+    from kd_kernels.linear import add_product
+
+    stop, vocab = start + len(dlogits), dlogits.shape[1]
+    for x, (_, w), dx, dw in zip(inputs, student.pairs, grads.inputs, grads.weights, strict=True):
+        if dx is not None and rows is None:
+            torch.mm(dlogits, w[:vocab], out=dx[start:stop])
+        elif dx is not None:
+            dx.index_copy_(0, rows[start:stop], dlogits @ w[:vocab])  # type: ignore[index]
+        if dw is not None:
+            if start == 0:
+                dw[vocab:] = 0
+            add_product(dw[:vocab], dlogits.T, x, add=start > 0)
+    if grads.bias is not None:
+        grads.bias[:vocab] += dlogits.sum(0, dtype=grads.bias.dtype)

@@ -1,0 +1,125 @@
+"""Launcher of the dense row kernels: losses and gradients of logits against logits.
+
+Raw tensors in, raw tensors out; nothing here synchronises with the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kd_kernels.dense_two_pass import dense_rows_two_pass
+from kd_kernels.head import head_threshold
+from kd_kernels.rows import LOG2E, Logits, RowLoss, interpreting, native, row_limit
+
+
+def dense_losses(
+    student: Logits,
+    teacher: Logits | None,
+    weights: Tensor,
+    loss: RowLoss,
+    *,
+    labels: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """Unweighted losses [N] of every row; its weighted gradient into ``gradient``, where given.
+
+    Args:
+        student: [N, width] logits. teacher: [N, width_t], or None for cross-entropy alone.
+        weights: [N] float32; a row of weight zero gets loss and gradient zero and is not read.
+        labels: [N] token ids, wanted where loss.ce is not zero.
+        gradient: [N, width]; columns past the vocabulary are zeroed. May be the student's tensor.
+    """
+    rows = student.tensor.shape[0]
+    losses = torch.empty(rows, dtype=torch.float32, device=student.tensor.device)
+    if rows == 0:
+        return losses
+    divergence = loss.divergence if teacher is not None and loss.kd != 0 else "none"
+    if teacher is None or divergence == "none":
+        divergence, teacher = "none", student
+    heads = losses
+    if divergence == "adaptive_kl":
+        heads = head_logits(teacher, weights, loss)
+    hard = 0 if labels is None or loss.ce == 0 else (1 if loss.temperature == 1 else 2)
+    target = student.tensor if gradient is None else gradient
+    s_limit, t_limit = row_limit(student.tensor, loss.vocab), row_limit(teacher.tensor, loss.vocab)
+    block, group, warps = _two_pass_shape(student.tensor, teacher.tensor, loss.vocab)
+    width = loss.vocab if gradient is None else _zero_padding(gradient, loss.vocab, block)
+    dense_rows_two_pass[(rows,)](
+        student.tensor,
+        teacher.tensor,
+        target,
+        losses,
+        weights,
+        labels if hard else weights,
+        heads,
+        student.tensor.stride(0),
+        teacher.tensor.stride(0),
+        target.stride(0),
+        loss.vocab,
+        s_limit,
+        t_limit,
+        width,
+        *student.to_log2(loss.temperature),
+        *teacher.to_log2(loss.temperature),
+        loss.temperature,
+        loss.alpha,
+        loss.beta,
+        -math.inf if loss.floor is None else loss.floor * LOG2E,
+        loss.kd,
+        loss.ce,
+        student.scale,
+        DIVERGENCE=divergence,
+        STUDENT_CAP=student.cap is not None,
+        TEACHER_CAP=teacher.cap is not None,
+        STUDENT_EXACT=student.cap is None and s_limit == width == loss.vocab,
+        TEACHER_EXACT=teacher.cap is None and t_limit == loss.vocab,
+        HARD=hard,
+        FLOOR=loss.floor is not None,
+        GRADIENT=gradient is not None,
+        CUDA=native(),
+        BLOCK=block,
+        GROUP=group,
+        num_warps=warps,
+    )
+    return losses
+
+
+def head_logits(teacher: Logits, weights: Tensor, loss: RowLoss) -> Tensor:
+    """[N] float32: the least logit of adaptive_kl's head, in log2 units at the temperature."""
+    heads = torch.empty_like(weights)
+    limit = row_limit(teacher.tensor, loss.vocab)
+    block, group, warps = _two_pass_shape(teacher.tensor, teacher.tensor, loss.vocab)
+    head_threshold[(len(heads),)](
+        teacher.tensor,
+        heads,
+        weights,
+        teacher.tensor.stride(0),
+        loss.vocab,
+        limit,
+        *teacher.to_log2(loss.temperature),
+        loss.head_mass,
+        TEACHER_CAP=teacher.cap is not None,
+        TEACHER_EXACT=teacher.cap is None and limit == loss.vocab,
+        CUDA=native(),
+        BLOCK=block,
+        GROUP=group,
+        num_warps=warps,
+    )
+    return heads
+
+
+def _zero_padding(gradient: Tensor, vocab: int, block: int) -> int:
+    """Zero the columns past the last block; returns where the kernel's own writing ends."""
+    covered = min(-(-vocab // block) * block, gradient.shape[1])
+    gradient[:, covered:] = 0
+    return covered
+
+
+def _two_pass_shape(student: Tensor, teacher: Tensor, vocab: int) -> tuple[int, int, int]:
+    """(block, columns a lane holds, warps)."""
+    group = 16 // max(student.dtype.itemsize, teacher.dtype.itemsize)
+    block = 64 if interpreting() else 4096
+    return block, group, max(1, min(8, block // (32 * group)))

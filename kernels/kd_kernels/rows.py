@@ -1,0 +1,75 @@
+"""What the launchers of row kernels share: logits as arguments, and how rows may be read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Raw logits [N, width] of which the final ones are cap * tanh(scale * raw / cap)."""
+
+    tensor: Tensor
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"kd_kernels: logits must be bfloat16, float16 or float32, got "
+                f"{self.tensor.dtype}. Cast them, or use backend='torch'."
+            )
+        if self.tensor.ndim != 2 or (self.tensor.shape[1] > 1 and self.tensor.stride(1) != 1):
+            raise ValueError(
+                "kd_kernels: logits must be [N, V] with unit column stride, got shape "
+                f"{tuple(self.tensor.shape)}, strides {self.tensor.stride()}. Call .contiguous()."
+            )
+
+    def to_log2(self, temperature: float) -> tuple[float, float]:
+        """(inner, outer) of kd_kernels.algebra.to_log2."""
+        if self.cap is None:
+            return 0.0, self.scale * LOG2E / temperature
+        return self.scale / self.cap, self.cap * LOG2E / temperature
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLoss:
+    """What a row's loss is: kd * D(teacher, student at T) + ce * cross-entropy at T = 1."""
+
+    divergence: str  # a branch of kd_kernels.algebra.terms, or "none"
+    vocab: int
+    alpha: float = 0.0
+    beta: float = 0.0
+    head_mass: float = 0.5
+    temperature: float = 1.0
+    kd: float = 1.0
+    ce: float = 0.0
+    floor: float | None = None  # nats
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def native() -> bool:
+    """Whether kernels run on an NVIDIA GPU, whose one-instruction exponentials they then use."""
+    return torch.version.hip is None and not interpreting()
+
+
+def row_limit(tensor: Tensor, vocab: int) -> int:
+    """Where reading a row of vocab tokens ends: its last whole vector, if the row holds that.
+
+    A multiple of 16 keeps 128-bit loads whole where rows are aligned; the columns past vocab are
+    read and not used.
+    """
+    rounded = -(-vocab // 16) * 16
+    aligned = tensor.stride(0) % 16 == 0 and tensor.shape[1] >= rounded
+    return rounded if aligned else vocab
