@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_kernels.dense_two_pass import dense_rows_two_pass
 from kd_kernels.head import head_threshold
-from kd_kernels.rows import LOG2E, Logits, RowLoss, interpreting, native, row_limit
+from kd_kernels.rows import LOG2E, Logits, RowLoss, Target, row_limit, target_of
 
 
 def dense_losses(
@@ -43,21 +43,22 @@ def dense_losses(
     if divergence == "adaptive_kl":
         heads = head_logits(teacher, weights, loss)
     hard = 0 if labels is None or loss.ce == 0 else (1 if loss.temperature == 1 else 2)
-    target = student.tensor if gradient is None else gradient
+    written = student.tensor if gradient is None else gradient
     s_limit, t_limit = row_limit(student.tensor, loss.vocab), row_limit(teacher.tensor, loss.vocab)
-    block, group, warps = _two_pass_shape(student.tensor, teacher.tensor, loss.vocab)
+    target = target_of(student.tensor.device)
+    block, group, warps = _two_pass_shape(student.tensor, teacher.tensor, target)
     width = loss.vocab if gradient is None else _zero_padding(gradient, loss.vocab, block)
     dense_rows_two_pass[(rows,)](
         student.tensor,
         teacher.tensor,
-        target,
+        written,
         losses,
         weights,
         labels if hard else weights,
         heads,
         student.tensor.stride(0),
         teacher.tensor.stride(0),
-        target.stride(0),
+        written.stride(0),
         loss.vocab,
         s_limit,
         t_limit,
@@ -79,10 +80,11 @@ def dense_losses(
         HARD=hard,
         FLOOR=loss.floor is not None,
         GRADIENT=gradient is not None,
-        CUDA=native(),
+        CUDA=target.kind == "cuda",
         BLOCK=block,
         GROUP=group,
         num_warps=warps,
+        num_stages=1,
     )
     return losses
 
@@ -91,7 +93,8 @@ def head_logits(teacher: Logits, weights: Tensor, loss: RowLoss) -> Tensor:
     """[N] float32: the least logit of adaptive_kl's head, in log2 units at the temperature."""
     heads = torch.empty_like(weights)
     limit = row_limit(teacher.tensor, loss.vocab)
-    block, group, warps = _two_pass_shape(teacher.tensor, teacher.tensor, loss.vocab)
+    target = target_of(teacher.tensor.device)
+    block, group, warps = _two_pass_shape(teacher.tensor, teacher.tensor, target)
     head_threshold[(len(heads),)](
         teacher.tensor,
         heads,
@@ -103,10 +106,11 @@ def head_logits(teacher: Logits, weights: Tensor, loss: RowLoss) -> Tensor:
         loss.head_mass,
         TEACHER_CAP=teacher.cap is not None,
         TEACHER_EXACT=teacher.cap is None and limit == loss.vocab,
-        CUDA=native(),
+        CUDA=target.kind == "cuda",
         BLOCK=block,
         GROUP=group,
         num_warps=warps,
+        num_stages=1,
     )
     return heads
 
@@ -118,8 +122,8 @@ def _zero_padding(gradient: Tensor, vocab: int, block: int) -> int:
     return covered
 
 
-def _two_pass_shape(student: Tensor, teacher: Tensor, vocab: int) -> tuple[int, int, int]:
+def _two_pass_shape(student: Tensor, teacher: Tensor, target: Target) -> tuple[int, int, int]:
     """(block, columns a lane holds, warps)."""
     group = 16 // max(student.dtype.itemsize, teacher.dtype.itemsize)
-    block = 64 if interpreting() else 4096
+    block = 64 if target.kind == "interpreter" else 4096
     return block, group, max(1, min(8, block // (32 * group)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -54,14 +57,47 @@ class RowLoss:
     floor: float | None = None  # nats
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for: "cuda" with its compute capability, "hip", "interpreter"."""
+
+    kind: str
+    arch: int = 0
+
+
+_pretended: list[Target] = []
+
+
+@contextlib.contextmanager
+def compiling_for(target: Target) -> Iterator[None]:
+    """Launchers choose as they would on ``target``: to compile kernels where it is not at hand."""
+    _pretended.append(target)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of kernels on a device."""
+    if _pretended:
+        return _pretended[-1]
+    if interpreting():
+        return Target("interpreter")
+    return _detect(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _detect(index: int) -> Target:
+    if torch.version.hip is not None:
+        return Target("hip")
+    major, minor = torch.cuda.get_device_capability(index)
+    return Target("cuda", 10 * major + minor)
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
     return bool(triton.knobs.runtime.interpret)
-
-
-def native() -> bool:
-    """Whether kernels run on an NVIDIA GPU, whose one-instruction exponentials they then use."""
-    return torch.version.hip is None and not interpreting()
 
 
 def row_limit(tensor: Tensor, vocab: int) -> int:

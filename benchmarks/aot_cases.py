@@ -1,0 +1,101 @@
+"""The launches that the ahead-of-time gate compiles: kernel, divergence, dtype, vocabulary.
+
+Each case runs a launcher on meta tensors, so what is compiled is what the launcher would launch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from kd_kernels.dense import dense_losses
+from kd_kernels.rows import Logits, RowLoss
+
+VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIVERGENCES = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jsd": {"beta": 0.5},
+    "skew_forward_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1},
+    "skew_reverse_kl_detached": {"alpha": 0.1},
+    "total_variation": {},
+    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+    "alpha_beta_forward": {"alpha": 0.5},
+    "alpha_beta_reverse": {"beta": 0.5},
+    "adaptive_kl": {},
+}
+TWO_PASS = ("forward_kl", "reverse_kl", "none")
+ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One launch: how to make it, and the bytes an element costs against the floor."""
+
+    name: str
+    launch: Callable[[], object]
+    bytes: float  # read and written an element of the row, all passes
+    floor: float
+    read_bytes: float  # read an element in one pass
+    which: int = -1  # of the launches that the launcher makes
+    aligned: bool = True
+    arches: tuple[str, ...] | None = None
+
+    def runs_on(self, arch: str) -> bool:
+        return self.arches is None or arch in self.arches
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def dense_case(divergence: str, kind: str, vocab: int, live: int | None = None, **options) -> Case:
+    """Dense rows in two or three passes, gradient written."""
+    dtype = DTYPES[kind]
+    size = dtype.itemsize
+    sides = 1 if divergence == "none" else 2
+    passes = 2 if divergence in TWO_PASS else 3
+
+    def launch() -> None:
+        student, gradient = (empty(ROWS, vocab, dtype=dtype) for _ in range(2))
+        weights = empty(ROWS, dtype=torch.float32)
+        loss = RowLoss(divergence, live or vocab, **DIVERGENCES.get(divergence, {}), **options)
+        teacher = None if sides == 1 else Logits(empty(ROWS, vocab, dtype=dtype))
+        labels = empty(ROWS, dtype=torch.int64) if loss.ce else None
+        dense_losses(
+            Logits(student),
+            teacher,
+            weights,
+            loss,
+            labels=labels,
+            gradient=torch.empty_like(student),
+        )
+
+    extra = "".join(f" {k}={v:g}" for k, v in options.items())
+    name = f"dense {divergence} {kind} {live or vocab}{extra}"
+    return Case(
+        name,
+        launch,
+        bytes=passes * sides * size + size,
+        floor=sides * size + size,
+        read_bytes=sides * size,
+    )
+
+
+def cases(subset: bool) -> list[Case]:
+    """Every variant, or the representative ones that the test suite checks."""
+    if subset:
+        return [
+            *(dense_case(d, "bf16", 128_256) for d in DIVERGENCES),
+            dense_case("none", "bf16", 151_936, live=151_665, ce=1.0),
+            dense_case("forward_kl", "fp32", 151_936, live=151_665, ce=1.0, temperature=2.0),
+        ]
+    grid = [(d, k, v) for v in VOCABULARIES for k in DTYPES for d in DIVERGENCES]
+    found = [dense_case(*point) for point in grid]
+    found += [dense_case("none", k, 151_936, live=151_665, ce=1.0) for k in DTYPES]
+    hard = dict(live=151_665, ce=1.0, temperature=2.0)
+    return found + [dense_case(d, k, 151_936, **hard) for d in DIVERGENCES for k in DTYPES]

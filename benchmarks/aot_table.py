@@ -1,0 +1,285 @@
+"""Compile every kernel variant for GPUs that are not here, and table what the machine code says.
+
+    python benchmarks/aot_table.py                 # every variant (make aot)
+    python benchmarks/aot_table.py --subset        # the ones the test suite checks
+    python benchmarks/aot_table.py --check FILE    # fail where a variant exceeds its budget
+    python benchmarks/aot_table.py --record FILE   # write budgets from what is found
+
+The launchers themselves run, on meta tensors, and their launches are compiled as they stand: same
+tile shapes, same alignment of arguments. SASS and MUFU per element are static counts over the loops
+that read logits (the whole kernel where it has none), divided by the elements that a thread reads
+there. "of floor" is the share of the memory floor that the counts allow on an H100: 3.0 TB/s,
+9.87 instructions and 1.23 MUFU a byte. They are bounds, not timings. Needs triton alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from aot_cases import Case, cases  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from kd_kernels.rows import Target, compiling_for  # noqa: E402
+
+ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SASS_PER_BYTE, MUFU_PER_BYTE = 9.87, 1.23
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Report:
+    """What the machine code of one launch says."""
+
+    registers: int = 0
+    spills: int = 0  # bytes of stack, or spilled registers
+    shared: int = 0
+    blocks: int = 0  # resident on one multiprocessor
+    width: int = 0  # narrowest bulk access, bits
+    sass: float = 0.0
+    mufu: float = 0.0
+    clusters: int = 1
+
+
+def gpu_target(arch: str) -> tuple[GPUTarget, Target]:
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64), Target("hip")
+    number = int(arch.removeprefix("sm_"))
+    return GPUTarget("cuda", number, 32), Target("cuda", number)
+
+
+def capture(case: Case, target: Target) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """(kernel, arguments by name, options) of the case's main launch on the target."""
+    launches = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        launches.append((self, args, kwargs))
+
+    original, JITFunction.run = JITFunction.run, record
+    try:
+        with compiling_for(target):
+            case.launch()
+    finally:
+        JITFunction.run = original
+    kernel, args, kwargs = launches[case.which]
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+    return kernel, values, {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+
+
+def source(kernel: Any, values: dict[str, Any]) -> ASTSource:
+    """The launch's signature, specialised as Triton's own launcher would."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            aligned = value.storage_offset() * value.dtype.itemsize % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], aligned = "fp32", False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def measure(case: Case, arch: str) -> Report:
+    gpu, target = gpu_target(arch)
+    kernel, values, options = capture(case, target)
+    compiled = triton.compile(source(kernel, values), target=gpu, options=options)
+    warps = options.get("num_warps", 4)
+    report = Report(shared=compiled.metadata.shared, clusters=options.get("num_ctas", 1))
+    if gpu.backend == "hip":
+        _read_amd(report, compiled.asm["amdgcn"], case)
+    else:
+        _read_nvidia(report, compiled.asm["cubin"], case)
+        threads = 32 * warps
+        by_registers = 65536 // (-(-report.registers // 8) * 8 * threads)
+        by_shared = (227 << 10) // max(1, report.shared + 1024)
+        report.blocks = min(by_registers, by_shared, 2048 // threads, 32)
+    return report
+
+
+def _tool(name: str) -> str:
+    folder = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return str(folder / name)
+
+
+def _read_nvidia(report: Report, cubin: bytes, case: Case) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
+        listing = _run(_tool("nvdisasm"), "-c", file.name)
+    report.registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    report.spills = int(re.findall(r"STACK:(\d+)", usage)[-1])
+    code, labels = [], {}
+    for line in listing.splitlines():
+        label = re.match(r"\s*(\.L_x?_?\w+):", line)
+        if label:
+            labels[label[1]] = len(code)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if instruction:
+            code.append(instruction[1])
+    loops = []
+    for end, text in enumerate(code):
+        jump = re.search(r"\bBRA\b.*`\((\.L\w+)\)", text)
+        if jump and labels[jump[1]] < end:
+            loops.append(code[labels[jump[1]] : end + 1])
+    loops = [loop for loop in loops if any(_bits(i, "LDG") >= 32 for i in loop)]
+    regions = loops or [code]
+    widths = []
+    for region in regions:
+        loads = [b for b in (_bits(i, "LDG") for i in region) if b]
+        bulk = [b for b in loads if b >= 32] or loads
+        widths += bulk if loops else [b for b in bulk if b >= 64] or bulk
+        elements = sum(bulk) / 8 / case.read_bytes
+        report.sass += len([i for i in region if "NOP" not in i]) / elements
+        report.mufu += sum("MUFU" in i for i in region) / elements
+    widths += [b for region in regions for i in region if (b := _bits(i, "STG")) > 16]
+    report.width = min(widths, default=0)
+
+
+def _bits(instruction: str, kind: str) -> int:
+    """Width of a global access in bits; 0 for other instructions."""
+    found = re.search(rf"\b{kind}\.([\w.]+)", instruction)
+    if not found:
+        return 0
+    parts = found[1].split(".")
+    for width in ("128", "64"):
+        if width in parts:
+            return int(width)
+    return 16 if "U16" in parts else 8 if "U8" in parts else 32
+
+
+def _read_amd(report: Report, assembly: str, case: Case) -> None:
+    report.registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[-1])
+    report.spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)[-1])
+    wide = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+    found = re.findall(r"(?:global|buffer)_load_(\w+)", assembly)
+    widths = [wide.get(name.split("_")[0], 0) for name in found]
+    bulk = [w for w in widths if w >= 64]
+    report.width = min(bulk) if len(bulk) * 2 >= len(widths) else min(widths, default=0)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def fingerprint() -> str:
+    """Hash of everything that decides the machine code."""
+    files = sorted((ROOT / "kernels" / "kd_kernels").glob("*.py"))
+    files += sorted(pathlib.Path(__file__).parent.glob("aot_*.py"))
+    content = b"".join(f.read_bytes() for f in files) + triton.__version__.encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def reports(wanted: list[tuple[Case, str]], cache: pathlib.Path) -> dict[str, Report]:
+    """Every case on every arch, from the cache where the sources have not changed."""
+    mark, stored = fingerprint(), {}
+    if cache.exists():
+        held = json.loads(cache.read_text())
+        stored = held["reports"] if held["fingerprint"] == mark else {}
+    found = {}
+    for case, arch in wanted:
+        name = f"{case.name} {arch}"
+        if name not in stored:
+            stored[name] = dataclasses.asdict(measure(case, arch))
+        found[name] = Report(**stored[name])
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps({"fingerprint": mark, "reports": stored}))
+    return found
+
+
+def share_of_floor(case: Case, report: Report) -> float:
+    """Share of the memory floor that the counts allow."""
+    cost = max(case.bytes, report.sass / SASS_PER_BYTE, report.mufu / MUFU_PER_BYTE)
+    return case.floor / cost
+
+
+def faults(case: Case, arch: str, report: Report, budget: dict[str, float] | None) -> list[str]:
+    """What is wrong with a variant: rules for all, then its own recorded budget."""
+    wrong = []
+    if report.spills:
+        wrong.append(f"{report.spills} spills")
+    if case.aligned and report.width < 128:
+        wrong.append(f"{report.width}-bit bulk access")
+    if arch == "sm_90" and report.sass > 9.8 * case.bytes:
+        wrong.append(f"{report.sass:.1f} SASS/element at {case.bytes:g} bytes is not memory-bound")
+    for key, slack in (("registers", 0), ("sass", 0.5), ("mufu", 0.05)):
+        if budget and getattr(report, key) > budget[key] + slack:
+            wrong.append(f"{key} {getattr(report, key):.1f} exceeds its budget {budget[key]:.1f}")
+    return wrong
+
+
+def write_budgets(path: pathlib.Path, kept: dict[str, dict[str, float]]) -> None:
+    """One line a variant, so that a change of budget reads as a change of one line."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept))
+    path.write_text(f'{{"triton": "{triton.__version__}", "variants": {{\n{lines}\n}}}}\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subset", action="store_true", help="the variants the tests check")
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--check", type=pathlib.Path, help="fail where a budget is exceeded")
+    parser.add_argument("--record", type=pathlib.Path, help="write budgets")
+    default = ROOT / "runs" / "aot.json"
+    parser.add_argument("--cache", type=pathlib.Path, default=default, help="where results lie")
+    options = parser.parse_args()
+    chosen = [c for c in cases(options.subset) if options.only in c.name]
+    wanted = [(c, a) for c in chosen for a in ARCHES if c.runs_on(a)]
+    found = reports(wanted, options.cache)
+    budgets = json.loads(options.check.read_text())["variants"] if options.check else {}
+    columns = "kernel", "arch", "regs", "spill", "smem", "CTA/SM", "bits", "SASS/el", "MUFU/el"
+    print(f"triton {triton.__version__}")
+    print(("{:58s} {:7s}" + " {:>7s}" * 9).format(*columns, "B/el", "floor"))
+    bad = 0
+    for case, arch in wanted:
+        r = found[f"{case.name} {arch}"]
+        share = f"{share_of_floor(case, r):.0%}" if arch == "sm_90" else ""
+        numbers = (r.registers, r.spills, r.shared, r.blocks, r.width)
+        print(
+            f"{case.name:58s} {arch:7s}" + "".join(f" {n:7d}" for n in numbers)
+            + (f" {r.sass:7.1f} {r.mufu:7.2f}" if r.sass else f" {'-':>7s} {'-':>7s}")
+            + f" {case.bytes:7.2f} {share:>7s}"
+        )  # fmt: skip
+        for fault in faults(case, arch, r, budgets.get(f"{case.name} {arch}")):
+            bad += 1
+            print(f"  FAULT {fault}")
+    if options.record:
+        kept = {n: {k: round(getattr(r, k), 2) for k in ("registers", "sass", "mufu")}
+                for n, r in found.items()}  # fmt: skip
+        write_budgets(options.record, kept)
+    print(f"{len(wanted)} variants, {bad} faults")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
