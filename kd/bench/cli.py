@@ -1,0 +1,91 @@
+"""``kd bench``: measure this machine, make the report, compare two reports."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+EPILOG = """\
+examples:
+  kd bench                                     everything; a rerun continues where it stopped
+  kd bench --only linear --dtype bfloat16      one suite, one dtype
+  kd bench --against pytorch --against liger   kd beside these alone
+  kd bench --compare OLD NEW                   what became slower; exit status 1 when ours did
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``kd bench``."""
+    from kd.bench.shapes import SUITES
+
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure the losses on this machine, peers beside them",
+        description="Times every loss beside PyTorch and whatever peers are installed, checks "
+        "each answer against the float64 oracle first, and writes tables, plots and a page.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    suites = ", ".join(SUITES)
+    parser.add_argument("--only", action="append", metavar="SUITE", help=f"one of {suites}")
+    parser.add_argument("--shape", action="append", help="name of a shape, or its beginning")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--divergence", action="append", help="forward_kl, reverse_kl, jsd(0.5)")
+    parser.add_argument("--against", action="append", metavar="NAME", help="part of a name")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (bench-results/DEVICE)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds at least (5)")
+    parser.add_argument(
+        "--seconds", type=float, default=45.0, help="time for a group's rounds (45)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: shows that it runs")
+    parser.add_argument("--list", action="store_true", help="show the groups and stop")
+    parser.add_argument("--no-plots", action="store_true", help="tables only")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
+    parser.add_argument("--threshold", type=float, default=0.15, help="change that counts (0.15)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, or compare."""
+    if args.compare:
+        from kd.bench.compare import run as compare
+
+        return compare(args.compare[0], args.compare[1], args.threshold)
+    import torch
+
+    from kd.bench import machine
+    from kd.bench.plan import plan
+    from kd.bench.report import write_report
+    from kd.bench.runner import run_groups
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    groups = plan(
+        device,
+        smoke=args.smoke,
+        suites=args.only,
+        shapes=args.shape,
+        dtypes=args.dtype,
+        divergences=args.divergence,
+    )
+    if args.list:
+        print("\n".join(group.name for group in groups))
+        return 0
+    print(machine.line_of(machine.machine_info(device)))
+    folder = args.out or Path("bench-results") / machine.folder_name(device)
+    run_groups(
+        groups,
+        folder / "groups",
+        fresh=args.fresh,
+        device=device,
+        against=None if args.against is None else tuple(args.against),
+        rounds=args.rounds,
+        seconds=args.seconds,
+    )
+    for path in write_report(folder, "kd bench", plots=not args.no_plots):
+        print(path)
+    return 0

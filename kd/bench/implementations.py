@@ -1,0 +1,375 @@
+"""Who takes part: ours, the bare matmuls, PyTorch as written by hand, and the peers.
+
+Each implementation takes a suite's inputs and returns a function that makes one step: a mean loss
+over tokens and its gradients. Peers are imported when they run and are left out where they are
+not installed; ``KD_PEERS=folder`` adds a folder of packages (pip install --no-deps --target).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kd
+from kd.bench.inputs import parse_divergence
+
+Inputs = dict[str, Tensor]
+Answer = tuple[Tensor, dict[str, Tensor]]
+Step = Callable[[], Answer]
+LINEAR_LEAVES = ("hidden", "weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute a suite's loss and gradients."""
+
+    name: str
+    suites: tuple[str, ...]
+    build: Callable[[str, str, Inputs], Step]
+    package: str | None = None  # whose version is reported; None: part of torch or kd
+    divergences: tuple[str, ...] = ()  # empty: all
+    copies: float = 1.0  # [N, V] float32 tensors alive at once, for the memory guard
+    note: str = ""
+
+    def takes(self, suite: str, divergence: str) -> bool:
+        name = divergence.partition("(")[0]
+        return suite in self.suites and (not self.divergences or name in self.divergences)
+
+
+def add_peers_to_path() -> None:
+    """Make the packages of ``KD_PEERS`` importable, after everything that is installed."""
+    for folder in os.environ.get("KD_PEERS", "").split(os.pathsep):
+        if folder and folder not in sys.path:
+            sys.path.append(folder)
+
+
+def version_of(package: str | None) -> str | None:
+    """Installed version of a package, None where it is not installed; "" for torch and kd."""
+    if package is None:
+        return ""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def leaves(inputs: Inputs, names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: inputs[name].detach().requires_grad_() for name in names}
+
+
+def with_gradients(loss: Tensor, wanted: dict[str, Tensor]) -> Answer:
+    found = torch.autograd.grad(loss, list(wanted.values()))
+    return loss.detach(), dict(zip(wanted, found, strict=True))
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+def build_kd(suite: str, divergence: str, inputs: Inputs, overwrite: bool = False) -> Step:
+    """kd.distillation_loss or kd.cross_entropy."""
+    if suite == "selection":
+        return build_selection_by_logsumexp(suite, divergence, inputs)
+    teacher = our_teacher(inputs)
+
+    def step() -> Answer:
+        if "logits" in inputs:
+            wanted = leaves(inputs, ("logits",))
+            student: Any = wanted["logits"]
+            if overwrite:  # the caller's logits become the gradient: no longer a leaf
+                student = Overwritable.apply(student)
+        else:
+            wanted = leaves(inputs, LINEAR_LEAVES)
+            student = kd.Hidden(wanted["hidden"], wanted["weight"])
+        if suite == "cross-entropy":
+            return with_gradients(kd.cross_entropy(student, inputs["labels"]), wanted)
+        loss = kd.distillation_loss(
+            student,
+            teacher,
+            divergence=parse_divergence(divergence),
+            overwrite_student_logits=overwrite,
+        )
+        return with_gradients(loss, wanted)
+
+    return step
+
+
+class Overwritable(torch.autograd.Function):
+    """A view of a leaf that may be overwritten: stands for a model's output."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def build_kd_in_place(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """The student's logits are given up; each step works on what the last one left there."""
+    return build_kd(suite, divergence, inputs, overwrite=True)
+
+
+def our_teacher(inputs: Inputs) -> Any:
+    if "ids" in inputs:
+        return kd.TopK(inputs["ids"], inputs["logprobs"])
+    if "teacher_logits" in inputs:
+        return inputs["teacher_logits"]
+    if "teacher_hidden" in inputs:
+        return kd.Hidden(inputs["teacher_hidden"], inputs["teacher_weight"])
+    return None
+
+
+def build_selection_by_logsumexp(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """Top-k of the logits, less their log-sum-exp: no [N, V] log-probabilities."""
+    logits, k = inputs["teacher_logits"], 64
+
+    def step() -> Answer:
+        top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+        logprobs = top.float() - torch.logsumexp(logits.float(), -1, keepdim=True)
+        return logprobs[:, 0].mean(), {"logprobs": logprobs, "ids": ids}
+
+    return step
+
+
+# --- the floor, and PyTorch by hand ---------------------------------------------------------------
+
+
+def build_matmuls(suite: str, divergence: str, inputs: Inputs, chunk: int) -> Step:
+    """The matmuls alone, each once, through one buffer; its numbers mean nothing."""
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    teacher = (inputs.get("teacher_hidden"), inputs.get("teacher_weight"))
+    rows = min(chunk, len(hidden))
+    buffer = hidden.new_empty((rows, len(weight)))
+
+    def step() -> Answer:
+        d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        for start in range(0, len(hidden), rows):
+            part = hidden[start : start + rows]
+            z = buffer[: len(part)]
+            if teacher[0] is not None and teacher[1] is not None:
+                torch.mm(teacher[0][start : start + rows], teacher[1].T, out=z)
+            torch.mm(part, weight.T, out=z)
+            torch.mm(z, weight, out=d_hidden[start : start + rows])
+            if start == 0:
+                torch.mm(z.T, part, out=d_weight)
+            else:
+                torch.addmm(d_weight, z.T, part, out=d_weight)
+        return hidden.new_zeros(()), {"hidden": d_hidden, "weight": d_weight}
+
+    return step
+
+
+def kl_div_loss(student_logits: Tensor, teacher_logits: Tensor, divergence: str) -> Tensor:
+    """Mean over tokens, as GKD's reference code writes it: log-softmax and F.kl_div on [N, V]."""
+    d = parse_divergence(divergence)
+    log_q = F.log_softmax(student_logits, dim=-1)
+    log_p = F.log_softmax(teacher_logits, dim=-1)
+    if d.name == "forward_kl":
+        terms = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    elif d.name == "reverse_kl":
+        terms = F.kl_div(log_p, log_q, reduction="none", log_target=True)
+    else:
+        beta = torch.tensor(d.beta, dtype=log_q.dtype, device=log_q.device)
+        log_m = torch.logsumexp(
+            torch.stack([log_q + torch.log1p(-beta), log_p + torch.log(beta)]), dim=0
+        )
+        kl_p = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+        kl_q = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+        terms = beta * kl_p + (1 - beta) * kl_q
+    return terms.sum() / len(student_logits)
+
+
+def build_pytorch(suite: str, divergence: str, inputs: Inputs, compiled: bool = False) -> Step:
+    """Logits of both sides, log-softmax, F.kl_div, autograd."""
+    if suite == "selection":
+        return _build_full_log_softmax(inputs)
+
+    def loss_of(wanted: dict[str, Tensor]) -> Tensor:
+        z = wanted["logits"] if "logits" in wanted else wanted["hidden"] @ wanted["weight"].T
+        if suite == "cross-entropy":
+            return F.cross_entropy(z.float(), inputs["labels"])
+        if "ids" in inputs:
+            return _sparse_forward_kl(z, inputs["ids"], inputs["logprobs"])
+        t = inputs.get("teacher_logits")
+        if t is None:
+            t = inputs["teacher_hidden"] @ inputs["teacher_weight"].T
+        return kl_div_loss(z, t, divergence)
+
+    function = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    names = ("logits",) if "logits" in inputs else LINEAR_LEAVES
+
+    def step() -> Answer:
+        wanted = leaves(inputs, names)
+        return with_gradients(function(wanted), wanted)
+
+    return step
+
+
+def build_pytorch_compiled(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """The same under torch.compile."""
+    return build_pytorch(suite, divergence, inputs, compiled=True)
+
+
+def _sparse_forward_kl(z: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Forward KL to K tokens and one tail bucket, mean over tokens."""
+    log_q = F.log_softmax(z.float(), dim=-1)
+    tail_q = torch.logsumexp(log_q.scatter(1, ids, -torch.inf), -1)
+    tail_p = torch.log1p(-logprobs.exp().sum(-1))
+    top = (logprobs.exp() * (logprobs - log_q.gather(1, ids))).sum(-1)
+    return (top + tail_p.exp() * (tail_p - tail_q)).mean()
+
+
+def _build_full_log_softmax(inputs: Inputs) -> Step:
+    logits = inputs["teacher_logits"]
+
+    def step() -> Answer:
+        top = F.log_softmax(logits.float(), dim=-1).topk(min(64, logits.shape[-1]), dim=-1)
+        return top.values[:, 0].mean(), {"logprobs": top.values, "ids": top.indices}
+
+    return step
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def _beta(divergence: str) -> float:
+    """TRL's and Liger's beta: 0 is forward KL, 1 reverse KL, between is GKD's JSD."""
+    d = parse_divergence(divergence)
+    return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(d.name, d.beta)
+
+
+def build_trl_chunked(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """TRL's ChunkedDivergenceFunction."""
+    function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    teacher, beta = (inputs["teacher_hidden"], inputs["teacher_weight"]), _beta(divergence)
+
+    def step() -> Answer:
+        wanted = leaves(inputs, LINEAR_LEAVES)
+        per_token, _ = function.apply(
+            wanted["hidden"], wanted["weight"], None, teacher[0], teacher[1], None, beta
+        )
+        return with_gradients(per_token.mean(), wanted)
+
+    return step
+
+
+def build_trl_gkd(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """GKDTrainer.generalized_jsd_loss on logits."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    module = importlib.import_module("trl.experimental.gkd.gkd_trainer")
+    function, beta = module.GKDTrainer.generalized_jsd_loss, _beta(divergence)
+
+    def step() -> Answer:
+        wanted = leaves(inputs, ("logits",))
+        z, t = wanted["logits"], inputs["teacher_logits"]
+        loss = function(z[None], t[None], beta=beta, num_items_in_batch=len(z))
+        return with_gradients(loss, wanted)
+
+    return step
+
+
+def build_liger(suite: str, divergence: str, inputs: Inputs, compiled: bool = False) -> Step:
+    """Liger's chunked LigerFusedLinearJSDLoss, its hard loss switched off."""
+    module = importlib.import_module("liger_kernel.chunked_loss")
+    function = module.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_beta(divergence), compiled=compiled
+    )
+    labels = torch.zeros(len(inputs["hidden"]), dtype=torch.long, device=inputs["hidden"].device)
+
+    def step() -> Answer:
+        wanted = leaves(inputs, LINEAR_LEAVES)
+        teacher = (inputs["teacher_hidden"], inputs["teacher_weight"])
+        loss = function(wanted["hidden"], wanted["weight"], *teacher, labels)
+        return with_gradients(loss, wanted)
+
+    return step
+
+
+def build_liger_compiled(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """The same with Liger's own torch.compile switched on, which is its default."""
+    return build_liger(suite, divergence, inputs, compiled=True)
+
+
+def build_torchtune(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """torchtune's ForwardKLWithChunkedOutputLoss; the file alone, its package needs torchao."""
+    path = Path(str(metadata.distribution("torchtune").locate_file("torchtune")))
+    spec = importlib.util.spec_from_file_location("kd_losses", path / "modules/loss/kd_losses.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    chunks = min(8, len(inputs["hidden"]))
+    function = module.ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
+    device = inputs["hidden"].device
+    labels = torch.zeros(1, len(inputs["hidden"]), dtype=torch.long, device=device)
+
+    def step() -> Answer:
+        wanted = leaves(inputs, LINEAR_LEAVES)
+        student = [(h @ wanted["weight"].T)[None] for h in wanted["hidden"].chunk(chunks)]
+        teacher = [
+            (h @ inputs["teacher_weight"].T)[None] for h in inputs["teacher_hidden"].chunk(chunks)
+        ]
+        return with_gradients(function(student, teacher, labels), wanted)
+
+    return step
+
+
+LINEAR = ("linear", "linear-sparse", "cross-entropy")
+DENSE_KL = ("forward_kl", "reverse_kl", "jsd")
+IMPLEMENTATIONS = {
+    made.name: made
+    for made in (
+        Implementation("kd", (*LINEAR, "dense", "sparse", "selection"), build_kd, copies=1.2),
+        Implementation("kd in place", ("dense", "sparse"), build_kd_in_place, copies=0.2),
+        *(
+            Implementation(
+                f"matmuls alone, chunk {chunk}",
+                LINEAR,
+                lambda s, d, i, c=chunk: build_matmuls(s, d, i, c),  # type: ignore[misc]
+                note="the floor: each matmul once, one buffer",
+            )
+            for chunk in (128, 256, 512)
+        ),
+        Implementation(
+            "pytorch", (*LINEAR, "dense", "sparse", "selection"), build_pytorch, copies=7
+        ),
+        Implementation(
+            "pytorch compiled",
+            (*LINEAR, "dense", "sparse"),
+            build_pytorch_compiled,
+            divergences=DENSE_KL,
+            copies=7,
+        ),
+        Implementation("trl gkd", ("dense",), build_trl_gkd, "trl", DENSE_KL, copies=9),
+        Implementation("trl chunked", ("linear",), build_trl_chunked, "trl", DENSE_KL, copies=2),
+        Implementation(
+            "torchtune chunked",
+            ("linear",),
+            build_torchtune,
+            "torchtune",
+            ("forward_kl",),
+            copies=6,
+            note="cross-entropy H(p, q): larger than the KL by the teacher's entropy",
+        ),
+        Implementation("liger chunked", ("linear",), build_liger, "liger-kernel", DENSE_KL, 8),
+        Implementation(
+            "liger chunked compiled",
+            ("linear",),
+            build_liger_compiled,
+            "liger-kernel",
+            DENSE_KL,
+            copies=6,
+        ),
+    )
+}

@@ -1,0 +1,117 @@
+"""Which groups a run measures: the suites at named shapes, and the scaling series."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kd.bench.runner import Group
+from kd.bench.shapes import (
+    CPU_SHAPES,
+    GPU_SHAPES,
+    NARROW_HEADS,
+    QWEN_05B_15B,
+    SMOKE_SHAPES,
+    SUITES,
+    Shape,
+)
+
+
+def plan(
+    device: str,
+    *,
+    smoke: bool = False,
+    suites: Sequence[str] | None = None,
+    shapes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    divergences: Sequence[str] | None = None,
+) -> list[Group]:
+    """The groups of one run, the most telling first.
+
+    Args:
+        device: "cpu" or "cuda": a card gets more tokens and more models.
+        smoke: every suite at a tiny shape instead.
+        suites, shapes, dtypes, divergences: keep these alone; a shape is known by its beginning,
+            a divergence that is not planned is added.
+    Raises:
+        ValueError: nothing is left, or a suite does not exist.
+    """
+    for suite in suites or ():
+        if suite not in SUITES:
+            raise ValueError(f"kd bench: --only must be one of {', '.join(SUITES)}, got {suite!r}.")
+    if smoke:
+        groups = [Group(suite, SMOKE_SHAPES["smoke"], "float32") for suite in SUITES]
+    else:
+        groups = _cpu() if device == "cpu" else _gpu()
+    if divergences:
+        groups = _with_divergences(groups, divergences)
+    kept = [
+        group
+        for group in groups
+        if (not suites or group.suite in suites)
+        and (not shapes or any(group.shape.name.startswith(name) for name in shapes))
+        and (not dtypes or group.dtype in dtypes)
+    ]
+    if not kept:
+        raise ValueError(
+            "kd bench: the options must leave something to measure, got nothing. "
+            "See kd bench --list."
+        )
+    return kept
+
+
+def _with_divergences(groups: list[Group], divergences: Sequence[str]) -> list[Group]:
+    fixed = ("cross-entropy", "selection")
+    bases = {(group.suite, group.shape, group.dtype): None for group in groups}
+    return [
+        Group(suite, shape, dtype, divergence)
+        for suite, shape, dtype in bases
+        for divergence in (divergences if suite not in fixed else ("forward_kl",))
+    ]
+
+
+def _cpu() -> list[Group]:
+    qwen, llama = QWEN_05B_15B, CPU_SHAPES["llama3-1b<-8b"]
+    groups = [
+        Group("linear", qwen, "float32"),
+        Group("linear", qwen, "bfloat16"),
+        Group("linear", NARROW_HEADS, "float32"),
+        Group("dense", qwen, "float32"),
+        Group("dense", qwen, "float32", "jsd(0.5)"),
+        Group("linear-sparse", qwen, "float32"),
+        Group("cross-entropy", qwen, "float32"),
+        Group("sparse", qwen, "float32"),
+        Group("selection", qwen, "float32"),
+        Group("linear", NARROW_HEADS, "float32", "jsd(0.5)"),
+        Group("linear", llama, "bfloat16"),
+    ]
+    return groups + scaling_series(NARROW_HEADS.scaled(tokens=128), "float32")
+
+
+def _gpu() -> list[Group]:
+    groups = []
+    for shape in GPU_SHAPES.values():
+        groups += [
+            Group("linear", shape, "bfloat16"),
+            Group("linear-sparse", shape, "bfloat16"),
+            Group("cross-entropy", shape, "bfloat16"),
+        ]
+    first = next(iter(GPU_SHAPES.values()))
+    for divergence in ("forward_kl", "reverse_kl", "jsd(0.5)"):
+        groups += [Group("dense", first, dtype, divergence) for dtype in ("bfloat16", "float32")]
+    groups += [Group("linear", first, "bfloat16", d) for d in ("reverse_kl", "jsd(0.5)")]
+    groups += [Group(suite, first, "bfloat16") for suite in ("sparse", "selection")]
+    return groups + scaling_series(first, "bfloat16")
+
+
+def scaling_series(base: Shape, dtype: str) -> list[Group]:
+    """One size at a time, from a base shape: V and N for logits on both sides, K for a cache."""
+    base = Shape("scaling", *list(vars(base).values())[1:])
+    groups = []
+    for vocab in (32_000, 64_000, 128_256, 256_000):
+        groups.append(Group("dense", base.scaled(vocab=vocab), dtype))
+        groups.append(Group("linear", base.scaled(vocab=vocab), dtype))
+    for factor in (1, 2, 4, 8):
+        tokens = base.tokens * factor // 4
+        groups.append(Group("linear", base.scaled(tokens=tokens), dtype))
+    groups += [Group("sparse", base.scaled(top_k=k), dtype) for k in (8, 32, 128, 512)]
+    return groups

@@ -1,0 +1,273 @@
+"""Runs groups of implementations on the same inputs, interleaved, and keeps what was measured.
+
+A group is one suite, shape, dtype and divergence. Each of its implementations is a process of its
+own; they share the inputs, are checked against the oracle before they are timed, and take turns
+round by round, so that a slow minute of the machine falls on all of them. A group's result is one
+file that appears whole or not at all, and a rerun continues with the groups that are missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kd.bench import machine
+from kd.bench.implementations import (
+    IMPLEMENTATIONS,
+    Implementation,
+    add_peers_to_path,
+    version_of,
+)
+from kd.bench.inputs import DTYPES, exact_answer, first_rows, make_inputs, save, save_truth
+from kd.bench.shapes import Shape, floor_bytes, floor_flops
+
+MEMORY_SHARE = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Implementations that are compared with one another."""
+
+    suite: str
+    shape: Shape
+    dtype: str
+    divergence: str = "forward_kl"
+
+    @property
+    def name(self) -> str:
+        return "/".join((self.suite, self.shape.name, self.dtype, self.divergence))
+
+    @property
+    def file_name(self) -> str:
+        safe = "".join(c if c.isalnum() or c in ".-_()" else "_" for c in self.name)
+        return f"{safe}.json"
+
+    def entrants(self, against: tuple[str, ...] | None = None) -> list[Implementation]:
+        """kd, and the implementations whose names hold one of ``against`` (all when None)."""
+        chosen = [i for i in IMPLEMENTATIONS.values() if i.takes(self.suite, self.divergence)]
+        if against is None:
+            return chosen
+        return [i for i in chosen if i.name == "kd" or any(part in i.name for part in against)]
+
+    def input_bytes(self) -> int:
+        s, itemsize = self.shape, DTYPES[self.dtype].itemsize
+        heads = (s.vocab + s.tokens) * s.student_hidden if "linear" in self.suite else 0
+        heads += heads if self.suite == "cross-entropy" else 0
+        teacher = (s.vocab + s.tokens) * s.teacher_hidden if self.suite == "linear" else 0
+        both = {"dense": 2, "sparse": 1, "selection": 1}.get(self.suite, 0)
+        return (heads + teacher + both * s.tokens * s.vocab) * itemsize
+
+    def needs(self, implementation: Implementation) -> int:
+        """Rough peak of one implementation in bytes: inputs, gradients, [N, V] temporaries."""
+        s = self.shape
+        gradients = s.vocab * s.student_hidden * 4 if "logits" not in self.suite else 0
+        wide = implementation.copies * s.tokens * s.vocab * 4
+        if implementation.name.startswith(("kd", "matmuls")) and "linear" in self.suite:
+            wide = min(wide, 512 << 20)
+        return int(self.input_bytes() + gradients + wide)
+
+
+def _own_path() -> list[str]:
+    """This process's import path for the workers, without the peers that go last."""
+    peers = os.environ.get("KD_PEERS", "").split(os.pathsep)
+    return [folder for folder in sys.path if folder and folder not in peers]
+
+
+class Process:
+    """A worker that answers one command at a time."""
+
+    def __init__(self, folder: Path, group: Group, device: str, implementation: Implementation):
+        self.implementation = implementation
+        command = [sys.executable, "-m", "kd.bench.worker", str(folder), group.suite]
+        self.process = subprocess.Popen(
+            [*command, group.divergence, device, implementation.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(_own_path())},
+        )
+
+    def ask(self, command: str) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(command + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self.process.wait()
+            reason = "out of memory, or killed" if code < 0 else f"exit status {code}"
+            return {"error": f"its process ended ({reason})"}
+        return json.loads(line)
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError, OSError):
+            if self.process.poll() is None and self.process.stdin is not None:
+                self.process.stdin.write("quit\n")
+                self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextlib.contextmanager
+def prepared_inputs(group: Group, scratch: Path | None) -> Iterator[Path]:
+    """A folder with the group's inputs and the oracle's answer."""
+    with tempfile.TemporaryDirectory(prefix="kd-bench-", dir=scratch) as name:
+        folder = Path(name)
+        inputs = make_inputs(group.suite, group.shape, DTYPES[group.dtype])
+        save(inputs, folder)
+        truth = exact_answer(group.suite, group.divergence, first_rows(inputs))
+        save_truth(truth, folder / "truth.pt")
+        del inputs
+        yield folder
+
+
+def run_group(
+    group: Group,
+    *,
+    device: str = "cpu",
+    against: tuple[str, ...] | None = None,
+    rounds: int = 5,
+    seconds: float = 60.0,
+    scratch: Path | None = None,
+    say: Any = print,
+) -> dict[str, Any]:
+    """Measure one group.
+
+    Args:
+        group: what to measure.
+        device: "cpu" or "cuda".
+        against: parts of implementations' names; kd itself always takes part.
+        rounds: how often each implementation is timed, at least; more while time is left.
+        seconds: time for the timed rounds of the group; rounds are cut to three when it runs out.
+        scratch: where the shared inputs are written; the system's temporary folder by default.
+        say: receives a line of progress.
+
+    Returns:
+        {"group": ..., "rows": [...], "ceilings": {...}, "machine": {...}}.
+    """
+    add_peers_to_path()
+    rows = {}
+    with prepared_inputs(group, scratch) as folder, contextlib.ExitStack() as stack:
+        running: dict[str, Process] = {}
+        for implementation in group.entrants(against):
+            row = _new_row(group, implementation, device)
+            rows[implementation.name] = row
+            if "skipped" in row:
+                say(f"  {implementation.name}: {row['skipped']}")
+                continue
+            process = Process(folder, group, device, implementation)
+            stack.callback(process.close)
+            if _prepare(process, row, say):
+                running[implementation.name] = process
+            if device != "cpu":  # a card's memory is not shared: one at a time
+                _time({implementation.name: process}, rows, rounds, seconds / 4)
+                process.close()
+        if device == "cpu":
+            _time(running, rows, rounds, seconds)
+    for row in rows.values():
+        if row["seconds"]:
+            say(f"  {row['implementation']}: median {statistics.median(row['seconds']):.4g} s")
+    return {
+        "group": group.name,
+        "rows": list(rows.values()),
+        "ceilings": machine.ceilings(device, (group.dtype,)),
+        "machine": machine.machine_info(device),
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _new_row(group: Group, implementation: Implementation, device: str) -> dict[str, Any]:
+    itemsize = DTYPES[group.dtype].itemsize
+    row: dict[str, Any] = {
+        "suite": group.suite,
+        "shape": dataclasses.asdict(group.shape),
+        "dtype": group.dtype,
+        "divergence": group.divergence,
+        "implementation": implementation.name,
+        "note": implementation.note,
+        "floor_flops": floor_flops(group.suite, group.shape),
+        "floor_bytes": floor_bytes(group.suite, group.shape, itemsize),
+        "seconds": [],
+    }
+    version = version_of(implementation.package)
+    row["version"] = version
+    needed, free = group.needs(implementation), machine.free_memory(device)
+    if version is None:
+        row["skipped"] = f"{implementation.package} is not installed"
+    elif needed > MEMORY_SHARE * free:
+        row["skipped"] = f"needs about {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
+    return row
+
+
+def _prepare(process: Process, row: dict[str, Any], say: Any) -> bool:
+    """Check the answer, then the first whole step with its memory; False where it fails."""
+    is_floor = row["implementation"].startswith("matmuls")
+    for command in ("memory",) if is_floor else ("check", "memory"):
+        answer = process.ask(command)
+        if "error" in answer:
+            row["skipped"] = answer["error"]
+            say(f"  {row['implementation']}: {answer['error']}")
+            return False
+        row.update(answer)
+    return True
+
+
+def _time(
+    running: dict[str, Process], rows: dict[str, dict[str, Any]], rounds: int, seconds: float
+) -> None:
+    """Take turns: every implementation once a round, the order reversed every other round."""
+    deadline = time.perf_counter() + seconds
+    names = [name for name in running if "skipped" not in rows[name]]
+    for number in range(1000):
+        for name in names if number % 2 == 0 else reversed(names):
+            answer = running[name].ask("time")
+            if "error" in answer:
+                rows[name]["skipped"] = answer["error"]
+            else:
+                rows[name]["seconds"].append(answer["seconds"])
+        names = [name for name in names if "skipped" not in rows[name]]
+        late = time.perf_counter() > deadline
+        if (late and number + 1 >= min(3, rounds)) or (number + 1 >= rounds and not _short(rows)):
+            return
+
+
+def _short(rows: dict[str, dict[str, Any]]) -> bool:
+    """Whether steps are so quick that more rounds cost nothing: under 20 ms, up to 30 rounds."""
+    timed = [row["seconds"] for row in rows.values() if row["seconds"]]
+    return bool(timed) and max(map(max, timed)) < 0.02 and len(timed[0]) < 30
+
+
+def run_groups(groups: list[Group], folder: Path, *, fresh: bool = False, **options: Any) -> None:
+    """Measure the groups whose result is not there yet; each becomes one file under ``folder``."""
+    say = options.setdefault("say", print)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, group in enumerate(groups, 1):
+        path = folder / group.file_name
+        if path.exists() and not fresh:
+            say(f"[{number}/{len(groups)}] {group.name}: measured before")
+            continue
+        say(f"[{number}/{len(groups)}] {group.name}")
+        write_whole(path, json.dumps(run_group(group, **options), indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
