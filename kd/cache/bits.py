@@ -1,0 +1,72 @@
+"""Integers in as few bits as they need, packed and unpacked in vectorised code.
+
+Two layouts, both little-endian (bit b of a stream is bit b % 8 of its byte b // 8):
+
+fixed width w: value j takes bits j*w to (j+1)*w - 1, its lowest bit first. Values come in groups
+    of 8, so that a group is exactly w bytes; the last group is filled up with zeros.
+unary: value v is v zeros and a one; the stream is filled up to a byte with zeros.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+GROUP = 8
+MAX_WIDTH = 25  # a value lies within 4 bytes, wherever it starts
+
+
+def width_of(largest: int) -> int:
+    """Bits that hold every integer from 0 to ``largest``; at least 1."""
+    return max(1, int(largest).bit_length())
+
+
+def groups(count: int) -> int:
+    return -(-count // GROUP)
+
+
+def pack_fixed(values: NDArray[np.integer], width: int) -> Bytes:
+    """Values [E] below 2**width as groups(E) * width bytes."""
+    padded = np.zeros(groups(len(values)) * GROUP, np.uint32)
+    padded[: len(values)] = values
+    bits = np.unpackbits(padded.astype("<u4").view(np.uint8), bitorder="little")
+    return np.packbits(bits.reshape(-1, 32)[:, :width].reshape(-1), bitorder="little")
+
+
+def unpack_fixed(packed: Bytes, width: int) -> NDArray[np.int32]:
+    """The inverse of ``pack_fixed``: every value, those that fill the last group included."""
+    count = len(packed) // width
+    out = np.empty((count, GROUP), np.int32)
+    if count == 0:
+        return out.reshape(-1)
+    if width == 8:
+        return packed.astype(np.int32)
+    if width == 16:
+        return packed.view("<u2").astype(np.int32)
+    # Each column is read as unaligned 32-bit words, one a group; 3 spare bytes let the last
+    # group's words run past its end.
+    room = np.empty(len(packed) + 4, np.uint8)
+    room[: len(packed)] = packed
+    room[len(packed) :] = 0
+    mask = np.uint32((1 << width) - 1)
+    word = np.empty(count, np.uint32)
+    for j in range(GROUP):
+        byte, shift = divmod(j * width, 8)
+        column: NDArray[np.uint32] = np.ndarray((count,), "<u4", room, byte, (width,))
+        np.right_shift(column, np.uint32(shift), out=word)
+        np.bitwise_and(word, mask, out=out[:, j], casting="unsafe")
+    return out.reshape(-1)
+
+
+def pack_unary(values: NDArray[np.integer]) -> Bytes:
+    """Values [E] of at least 0 in unary, filled up to a byte."""
+    ends = np.cumsum(values.astype(np.int64) + 1)
+    bits = np.zeros(-(-int(ends[-1]) // 8) * 8 if len(ends) else 0, np.uint8)
+    bits[ends - 1] = 1
+    return np.packbits(bits, bitorder="little")
+
+
+def ones(packed: Bytes) -> NDArray[np.int64]:
+    """The positions of all one bits, ascending."""
+    return np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_))

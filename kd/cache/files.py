@@ -1,0 +1,148 @@
+"""Files that are whole or absent, and locks that die with their process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling of a JSON value: sorted keys, no spaces, ASCII, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable; systems that cannot open folders do without."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, data: bytes, *, replace: bool) -> None:
+    """Write a file that appears whole or not at all, even when the machine stops.
+
+    Args:
+        path: where; the folder exists.
+        data: the whole content.
+        replace: when False, an existing file of that name is never overwritten.
+
+    Raises:
+        OSError: with the bytes needed and free when the disk is full; nothing is left behind.
+        FileExistsError: when the file exists and ``replace`` is False.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _publish(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"kd.cache: {path.parent} must have room for {len(data):,} bytes of {path.name}, "
+                f"got {_free(path.parent):,} bytes free. Nothing was changed: free some space and "
+                "run the same command again.",
+            ) from error
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name unless the name is taken: a hard link cannot overwrite."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileExistsError(
+            errno.EEXIST,
+            f"kd.cache: {path.name} must be a new name, got one that exists in {path.parent}. "
+            "Another writer took it: give every writer its own rank.",
+        ) from None
+    except OSError as error:  # a file system without hard links
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, f"kd.cache: {path} exists already.") from None
+        os.replace(temporary, path)
+        return
+    temporary.unlink()
+
+
+def _free(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+class Lock:
+    """An exclusive lock on a file, released when the process ends, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+
+    def acquire(self, *, wait: bool) -> bool:
+        """Take the lock; False when it is held elsewhere and ``wait`` is False."""
+        import fcntl
+
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            raise
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{socket.gethostname()} pid {os.getpid()}\n".encode())
+        self._handle = handle
+        return True
+
+    def holder(self) -> str:
+        """Who wrote into the lock file last."""
+        try:
+            return self.path.read_text().strip() or "unknown"
+        except OSError:
+            return "unknown"
+
+    def release(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock for a few moments, waiting for it."""
+    lock = Lock(path)
+    lock.acquire(wait=True)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,146 @@
+"""What a cache says about itself, and how two such statements are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kd.cache.files import canonical_json
+
+SELECTIONS = ("top_k", "top_p", "sampled", "hybrid")
+# What the probability outside the stored tokens means, for each selection (see kd.TopK).
+TAIL_OF = {"top_k": "bucket", "top_p": "bucket", "sampled": "drop", "hybrid": "drop"}
+
+
+@dataclass(frozen=True)
+class CacheMeta:
+    """The identity of a cache: equal for every shard in it, and compared, never retyped.
+
+    Attributes:
+        teacher: {id, revision, config_hash, weights_hash, dtype, ...} of the teacher.
+        tokenizer: what ``kd.vocab.tokenizer_fingerprint`` returns, or {} when unknown.
+        live_vocab: number of real tokens; every stored id is below it.
+        padded_vocab: rows of the teacher's lm_head; probabilities are over the live ones.
+        temperature: the teacher's logits were divided by it before the softmax.
+        top_k: the most tokens a row holds.
+        selection: "top_k", "top_p", "sampled" or "hybrid".
+        codec: how the rows are stored, a name from ``kd.cache.codecs``.
+        selection_options: {"top_p": ...}, {"draws": ..., "seed": ...} and the like.
+        codec_options: settings of the codec that differ from its defaults.
+    """
+
+    teacher: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+    live_vocab: int
+    padded_vocab: int
+    temperature: float = 1.0
+    top_k: int = 32
+    selection: str = "top_k"
+    codec: str = "float32"
+    selection_options: Mapping[str, Any] = field(default_factory=dict)
+    codec_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        from kd.cache.codecs import CODECS
+
+        where = "CacheMeta"
+        if not 1 <= self.live_vocab <= self.padded_vocab:
+            raise ValueError(
+                f"{where}: live_vocab must be from 1 to padded_vocab ({self.padded_vocab}), got "
+                f"{self.live_vocab}. Use the tokenizer's length, special tokens included."
+            )
+        if not 1 <= self.top_k <= self.live_vocab:
+            raise ValueError(
+                f"{where}: top_k must be from 1 to live_vocab ({self.live_vocab}), got "
+                f"{self.top_k}. The teacher has no more tokens than that."
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"{where}: temperature must be finite and above 0, got {self.temperature}."
+            )
+        if self.selection not in SELECTIONS:
+            raise ValueError(
+                f"{where}: selection must be one of {', '.join(SELECTIONS)}, got "
+                f"{self.selection!r}."
+            )
+        if self.codec not in CODECS:
+            raise ValueError(
+                f"{where}: codec must be one of {', '.join(CODECS)}, got {self.codec!r}."
+            )
+
+    @property
+    def tail(self) -> str:
+        """The mode in which ``kd.TopK`` has to read the rows."""
+        return TAIL_OF[self.selection]
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in found.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CacheMeta:
+        known = {item.name for item in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"CacheMeta: keys must be among {', '.join(sorted(known))}, got "
+                f"{', '.join(unknown)}. A newer kd wrote this; update kd."
+            )
+        return cls(**values)
+
+    @property
+    def cache_id(self) -> str:
+        """32 hex digits that name this identity; written into every shard."""
+        return hashlib.sha256(canonical_json(self.to_dict())).hexdigest()[:32]
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two JSON values differ: (path, left, right), nested mappings entered."""
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        found = []
+        for name in sorted(set(left) | set(right)):
+            inner = f"{path}.{name}" if path else str(name)
+            found += differences(left.get(name, "(absent)"), right.get(name, "(absent)"), inner)
+        return found
+    return [] if left == right else [(path, left, right)]
+
+
+def side_by_side(found: list[tuple[str, Any, Any]], left: str, right: str) -> str:
+    """The differences as lines ``field: left has X, right has Y``."""
+    lines = [f"  {name}: {left} has {a!r}, {right} has {b!r}" for name, a, b in found]
+    return "\n".join(lines)
+
+
+def unmet(cached: CacheMeta, expected: CacheMeta | Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What a reader expected of a cache and does not find: (field, cached, expected).
+
+    A mapping is compared in the fields it names. A CacheMeta is compared in everything that
+    changes what the rows mean: not the codec, nor the padding of the lm_head; a ``top_k`` below
+    the cached one is met by keeping the likeliest tokens.
+    """
+    have = cached.to_dict()
+    if isinstance(expected, CacheMeta):
+        want = expected.to_dict()
+        for name in ("codec", "codec_options", "padded_vocab"):
+            want.pop(name)
+    else:
+        want = dict(expected)
+    found: list[tuple[str, Any, Any]] = []
+    for name, value in want.items():
+        if name not in have:
+            found.append((name, "(no such field)", value))
+        elif name == "top_k":
+            if value > have[name]:
+                found.append((name, have[name], value))
+        elif isinstance(value, Mapping):
+            mine = {key: have[name].get(key, "(absent)") for key in value}
+            found += differences(mine, value, name)
+        else:
+            found += differences(have[name], value, name)
+    return found

@@ -1,0 +1,74 @@
+"""Checks at the door of the writer: [L, K] targets become flat rows, or the reason why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kd.cache.codecs import Rows
+from kd.cache.keys import describe
+from kd.cache.meta import CacheMeta
+
+# Probabilities of a row may exceed one by the rounding of bfloat16 log-probs, and by no more.
+MASS_TOLERANCE = 1e-2
+
+
+def rows_of(tokens: NDArray[np.int32], ids: Any, logprobs: Any, meta: CacheMeta) -> Rows:
+    """Flat rows from ids [L, K] (-1 is an empty slot) and log-probs [L, K].
+
+    Raises:
+        ValueError: naming the sequence and the row, for shapes that do not fit, ids outside the
+            live vocabulary or twice in a row, log-probs that are NaN, +inf or above 0, and rows
+            whose probabilities sum to more than one.
+    """
+    name = f"sequence {describe(tokens)}"
+    ids, logprobs = _array(ids), _array(logprobs)
+    if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != len(tokens):
+        raise ValueError(
+            f"CacheWriter.add: ids and logprobs must both be [L, K] with L = {len(tokens)}, got "
+            f"{ids.shape} and {logprobs.shape} for {name}. Give one row for every token."
+        )
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"CacheWriter.add: ids must be integers, got {ids.dtype}.")
+    if logprobs.dtype.kind != "f":
+        raise TypeError(f"CacheWriter.add: logprobs must be floating point, got {logprobs.dtype}.")
+    logprobs = logprobs.astype(np.float32, copy=False)
+    _refuse(tokens >= meta.live_vocab, f"{name}: input_ids", f"below {meta.live_vocab}", tokens)
+    bad = (ids < -1) | (ids >= meta.live_vocab)
+    _refuse(bad, f"{name}: ids", f"from 0 to {meta.live_vocab - 1}, or -1 for an empty slot", ids)
+    used = ids >= 0
+    bad = used & ~(logprobs <= 1e-3)  # NaN included
+    _refuse(bad, f"{name}: logprobs", "log-probabilities of at most 0, not NaN", logprobs)
+    used &= logprobs > -np.inf
+    counts = used.sum(1, dtype=np.int32)
+    if int(counts.max(initial=0)) > meta.top_k:
+        raise ValueError(
+            f"CacheWriter.add: a row must hold at most top_k = {meta.top_k} tokens, got "
+            f"{int(counts.max())} in row {int(counts.argmax())} of {name}."
+        )
+    ordered = np.sort(np.where(used, ids, -1), axis=1)
+    bad = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    _refuse(bad, f"{name}: ids", "different within a row", ordered[:, 1:])
+    mass = np.where(used, np.exp(np.where(used, logprobs, 0)), 0).sum(1)
+    _refuse(mass > 1 + MASS_TOLERANCE, f"{name}: probabilities", "at most 1 in sum", mass)
+    return Rows(counts, ids[used].astype(np.int32), np.minimum(logprobs[used], 0))
+
+
+def _array(values: Any) -> NDArray[Any]:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        return np.asarray(values.numpy())
+    return np.asarray(values)
+
+
+def _refuse(bad: NDArray[np.bool_], what: str, rule: str, values: NDArray[Any]) -> None:
+    if bad.any():
+        at = np.argwhere(bad)[0]
+        raise ValueError(
+            f"CacheWriter.add: {what} must be {rule}, got {values[tuple(at)]} in row {int(at[0])}. "
+            "Nothing of this sequence was stored."
+        )

@@ -1,0 +1,25 @@
+"""Where teacher targets come from: a local transformers model, or one behind a server."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> the module that has it; loaded on first use.
+_HOMES = {
+    "build_cache": "kd.teachers.build",
+    "cache_meta": "kd.teachers.build",
+    "teacher_identity": "kd.teachers.identity",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'kd.teachers' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,245 @@
+"""Fill a cache from a local model: every sequence once, in batches of like length."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd.cache import CacheMeta, CacheWriter, TeacherCache
+from kd.cache.keys import describe, key_of, token_array
+from kd.cache.writer import SHARD_TOKENS
+from kd.teachers.identity import teacher_identity
+from kd.teachers.logits import LogitSource
+from kd.teachers.progress import Meter
+from kd.teachers.selection import bad_rows, top_k_rows
+
+WINDOW = 1024  # sequences that are sorted by length together
+ON_BAD_ROWS = ("error", "drop", "mask")
+
+
+def build_cache(
+    model: Any,
+    sequences: Iterable[Any],
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    top_k: int = 32,
+    temperature: float = 1.0,
+    codec: str = "float32",
+    live_vocab: int | None = None,
+    batch_tokens: int = 4096,
+    shard_tokens: int = SHARD_TOKENS,
+    max_length: int | None = None,
+    limit: int | None = None,
+    on_bad_rows: str = "error",
+    progress: bool = True,
+) -> TeacherCache:
+    """Cache a local transformers model's likeliest tokens after every token of every sequence.
+
+    Run again with the same arguments it continues where it was stopped; sequences that are stored
+    already cost nothing. Under ``accelerate launch`` or ``torchrun`` every rank computes its share
+    of the batches into shards of its own. How sequences are batched depends on the list alone, so
+    a resumed or distributed run stores what an uninterrupted one would.
+
+    Args:
+        model: a causal LM in eval mode on its device.
+        sequences: one-dimensional integer token ids, unpadded; repeated ones are stored once.
+        path: the cache's folder.
+        tokenizer: its fingerprint is recorded, and its length is the live vocabulary.
+        top_k: tokens kept in each row.
+        temperature: divides the logits before the softmax.
+        codec: how rows are stored; see ``kd.cache.codecs``.
+        live_vocab: tokens that exist, when there is no tokenizer; the lm_head's rows when None.
+        batch_tokens: padded tokens in a forward pass.
+        shard_tokens: tokens in a shard: what a killed run loses at most.
+        max_length: longer sequences are refused; the model's own limit when None.
+        limit: use only the first so many sequences.
+        on_bad_rows: for a NaN or +inf logit: "error" (names sequence and row), "drop" the
+            sequence, or "mask" the row (it stores nothing); the latter two are counted.
+        progress: show tokens/s and the time left.
+
+    Returns:
+        The finished cache.
+    """
+    if on_bad_rows not in ON_BAD_ROWS:
+        raise ValueError(
+            f"build_cache: on_bad_rows must be one of {', '.join(ON_BAD_ROWS)}, got "
+            f"{on_bad_rows!r}."
+        )
+    meta = cache_meta(
+        model,
+        tokenizer=tokenizer,
+        live_vocab=live_vocab,
+        top_k=top_k,
+        temperature=temperature,
+        codec=codec,
+    )
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    was_training = model.training
+    model.eval()
+    meter = Meter(_total(sequences, limit), progress and rank == 0)
+    try:
+        with CacheWriter(
+            path, meta, shard_tokens=shard_tokens, rank=rank, world_size=world
+        ) as writer:
+            _wait_for_all(world)  # every rank is marked as open before the first can close
+            capture = _Capture(model, writer, meter, on_bad_rows)
+            most = max_length or getattr(model.config, "max_position_embeddings", None)
+            for number, batch in enumerate(batches(sequences, batch_tokens, limit, most)):
+                if number % world == rank:
+                    capture.batch(batch)
+    finally:
+        model.train(was_training)
+        meter.close()
+    _wait_for_all(world)
+    return TeacherCache(Path(path), verify=False)
+
+
+def cache_meta(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    live_vocab: int | None = None,
+    top_k: int = 32,
+    temperature: float = 1.0,
+    codec: str = "float32",
+) -> CacheMeta:
+    """The identity a cache of this model has; also what a reader may ``expect``."""
+    from kd.vocab import tokenizer_fingerprint
+
+    head = model.get_output_embeddings()
+    padded = int(head.weight.shape[0]) if head is not None else int(model.config.vocab_size)
+    live = live_vocab or (len(tokenizer) if tokenizer is not None else padded)
+    return CacheMeta(
+        teacher=teacher_identity(model),
+        tokenizer=tokenizer_fingerprint(tokenizer) if tokenizer is not None else {},
+        live_vocab=live,
+        padded_vocab=max(padded, live) if head is None else padded,
+        temperature=float(temperature),
+        top_k=top_k,
+        codec=codec,
+    )
+
+
+Batch = list[NDArray[np.int32]]
+
+
+def batches(
+    sequences: Iterable[Any], batch_tokens: int, limit: int | None, most: int | None
+) -> Iterator[Batch]:
+    """Different sequences in batches of like length; a function of the list alone.
+
+    Args:
+        sequences: token ids, one-dimensional.
+        batch_tokens: a batch's longest sequence times its sequences, at most; one sequence that
+            is longer makes a batch of its own.
+        limit: stop after so many sequences, repeated ones included.
+        most: the longest sequence allowed.
+    """
+    seen: set[bytes] = set()
+    window: Batch = []
+    for number, sequence in enumerate(sequences):
+        if limit is not None and number >= limit:
+            break
+        tokens = token_array(sequence, f"build_cache: sequence {number}")
+        if most is not None and len(tokens) > most:
+            raise ValueError(
+                f"build_cache: a sequence must have at most {most} tokens, got {len(tokens)} in "
+                f"sequence {number}. Truncate the training rows themselves, so that they match."
+            )
+        key = key_of(tokens)
+        if key not in seen:
+            seen.add(key)
+            window.append(tokens)
+        if len(window) == WINDOW:
+            yield from _by_length(window, batch_tokens)
+            window = []
+    yield from _by_length(window, batch_tokens)
+
+
+def _by_length(window: Batch, batch_tokens: int) -> Iterator[Batch]:
+    batch: Batch = []
+    for tokens in sorted(window, key=len):
+        if batch and len(tokens) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(tokens)
+    if batch:
+        yield batch
+
+
+class _Capture:
+    """Runs batches through the teacher and hands the rows to the writer."""
+
+    def __init__(self, model: Any, writer: CacheWriter, meter: Meter, on_bad_rows: str) -> None:
+        self.writer, self.meter, self.on_bad_rows = writer, meter, on_bad_rows
+        self.source = LogitSource(model, writer.meta.live_vocab)
+
+    def batch(self, sequences: Batch) -> None:
+        """Store a batch. It is computed whole even when a part of it is stored already: the
+        shape of a batch may change the last bits of its logits."""
+        missing = [tokens not in self.writer for tokens in sequences]
+        tokens_in = sum(len(tokens) for tokens in sequences)
+        if any(missing):
+            lengths = [len(tokens) for tokens in sequences]
+            ids, logprobs, bad = self._targets(sequences, lengths)
+            start = 0
+            for tokens, wanted in zip(sequences, missing, strict=True):
+                stop = start + len(tokens)
+                if wanted and self._accept(tokens, bad[start:stop], ids[start:stop]):
+                    self.writer.add(tokens, ids[start:stop], logprobs[start:stop])
+                start = stop
+        self.meter.advance(tokens_in, fresh=any(missing))
+
+    def _targets(self, sequences: Batch, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        meta = self.writer.meta
+        padded = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+        for row, tokens in zip(padded, sequences, strict=True):
+            row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+        parts = []
+        for logits in self.source.chunks(padded, lengths):
+            ids, logprobs = top_k_rows(logits, meta.top_k, meta.temperature)
+            parts.append((ids.cpu(), logprobs.cpu(), bad_rows(logits).cpu()))
+        ids, logprobs, bad = (torch.cat(column) for column in zip(*parts, strict=True))
+        return ids, logprobs, bad
+
+    def _accept(self, tokens: NDArray[np.int32], bad: Tensor, ids: Tensor) -> bool:
+        """Deal with rows that are no distribution; False drops the sequence."""
+        if not bool(bad.any()):
+            return True
+        row = int(bad.nonzero()[0])
+        if self.on_bad_rows == "error":
+            raise ValueError(
+                f"build_cache: the teacher's logits must be finite or -inf, got NaN or +inf in "
+                f"row {row} of sequence {describe(tokens)}. Use a wider dtype (bfloat16 or "
+                "float32), or on_bad_rows='drop' or 'mask'."
+            )
+        if self.on_bad_rows == "drop":
+            self.writer.count("dropped_sequences")
+            return False
+        self.writer.count("masked_rows", int(bad.sum()))
+        ids[bad] = -1
+        return True
+
+
+def _total(sequences: Any, limit: int | None) -> int | None:
+    if not isinstance(sequences, (list, tuple)):
+        return None
+    return sum(len(sequence) for sequence in sequences[:limit])
+
+
+def _wait_for_all(world: int) -> None:
+    if world > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+
+
+__all__ = ["build_cache", "cache_meta"]

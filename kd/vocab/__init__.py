@@ -1,0 +1,24 @@
+"""The vocabulary contract between a teacher and a student: what a token id means to each."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> the module that has it; loaded on first use.
+_HOMES = {
+    "fingerprint_differences": "kd.vocab.fingerprint",
+    "tokenizer_fingerprint": "kd.vocab.fingerprint",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'kd.vocab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
