@@ -143,6 +143,25 @@ def test_report_is_complete_and_self_contained(measured):
     assert lines[0].split(",") == list(report.COLUMNS)
 
 
+def test_pieces_of_a_group_add_up(measured):
+    """kd beside one peer, then beside another: one table, each ratio to its own run's floor."""
+    group = report.load_groups(measured[0])[1]
+    assert group["group"].startswith("linear/")
+    names = {row["implementation"] for row in group["rows"]}
+    later = json.loads(json.dumps(group))
+    for row in later["rows"]:  # a run on a machine twice as slow, with another peer
+        row["seconds"] = [2 * s for s in row["seconds"]]
+        row["floor_seconds"] = [2 * s for s in row["floor_seconds"]]
+    peer = {**later["rows"][0], "implementation": "another"}
+    both = runner.merged(group, {**later, "rows": [*later["rows"], peer]})
+    rows = {row["implementation"]: row for row in both["rows"]}
+    assert rows.keys() == names | {"another"}
+    before = next(row for row in group["rows"] if row["implementation"] == "kd")
+    assert len(rows["kd"]["seconds"]) == 2 * len(before["seconds"])
+    ratios = [report.times_floor(r["seconds"], r["floor_seconds"]) for r in (before, rows["kd"])]
+    assert ratios[0] == pytest.approx(ratios[1])
+
+
 def test_what_does_not_fit_is_skipped_with_its_size(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 10)
     row = runner._new_row(Group("dense", SMOKE, "float32"), IMPLEMENTATIONS["pytorch"], "cpu")

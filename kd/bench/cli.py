@@ -42,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
         "--seconds", type=float, default=45.0, help="time for a group's rounds (45)"
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    parser.add_argument("--add", action="store_true", help="add rows and rounds to what is there")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: shows that it runs")
     parser.add_argument("--list", action="store_true", help="show the groups and stop")
     parser.add_argument("--no-plots", action="store_true", help="tables only")
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         groups,
         folder / "groups",
         fresh=args.fresh,
+        add=args.add,
         device=device,
         against=None if args.against is None else tuple(args.against),
         rounds=args.rounds,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.bench.machine import line_of
-from kd.bench.report import all_rows, best_possible, floor_rounds, group_table, times_floor
-from kd.bench.runner import write_whole
+from kd.bench.report import all_rows, best_possible, group_table, times_floor
+from kd.bench.runner import floor_rounds, write_whole
 
 Rows = list[dict[str, Any]]
 OURS, OTHER = "#1f6feb", "#9aa4ae"
@@ -52,10 +52,12 @@ def _figure(**options: Any) -> Any:
 
 def bars(group: dict[str, Any]) -> Any:
     """Time of every implementation, over the bare matmuls where the suite has them."""
-    floor = floor_rounds(group)
+    floor = floor_rounds(group["rows"])
     rows = [r for r in group["rows"] if r["seconds"] and not r["implementation"].startswith("mat")]
     rows.sort(key=median_of, reverse=True)
-    values = [times_floor(r["seconds"], floor) if floor else median_of(r) for r in rows]
+    values = [
+        times_floor(r["seconds"], r["floor_seconds"]) if floor else median_of(r) for r in rows
+    ]
     figure = _figure(figsize=(7, 0.9 + 0.35 * len(rows)))
     axes = figure.add_subplot()
     colours = [OURS if r["implementation"].startswith("kd") else OTHER for r in rows]

@@ -39,16 +39,6 @@ def load_groups(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((folder / "groups").glob("*.json"))]
 
 
-def floor_rounds(group: dict[str, Any]) -> list[float]:
-    """Seconds, round by round, of the fastest arrangement of the bare matmuls; or nothing."""
-    floors = [
-        row["seconds"]
-        for row in group["rows"]
-        if row["implementation"].startswith("matmuls") and row["seconds"]
-    ]
-    return min(floors, key=statistics.median, default=[])
-
-
 def times_floor(seconds: list[float], floor: list[float]) -> float | None:
     """Median over the rounds of time over the floor's time in the same round."""
     ratios = [a / b for a, b in zip(seconds, floor, strict=False)]
@@ -77,7 +67,7 @@ def table_row(row: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         "rounds": len(seconds),
         "tflops": row["floor_flops"] / median / 1e12 if row["floor_flops"] else None,
         "gb_per_s": row["floor_bytes"] / median / 1e9,
-        "x_matmuls": times_floor(seconds, floor_rounds(group)),
+        "x_matmuls": times_floor(seconds, row["floor_seconds"]),
         "of_ceiling": best_possible(row, ceilings) / median,
         "extra_mib": row["extra_memory"] / 2**20 if "extra_memory" in row else None,
         "value_error": row.get("value_error"),

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,9 @@ def run_group(
                 process.close()
         if device == "cpu":
             _time(running, rows, rounds, seconds)
+    floor = floor_rounds(rows.values())
     for row in rows.values():
+        row["floor_seconds"] = floor[: len(row["seconds"])]
         if row["seconds"]:
             say(f"  {row['implementation']}: median {statistics.median(row['seconds']):.4g} s")
     return {
@@ -190,6 +192,33 @@ def run_group(
         "machine": machine.machine_info(device),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def floor_rounds(rows: Iterable[dict[str, Any]]) -> list[float]:
+    """Seconds, round by round, of the fastest arrangement of the bare matmuls; or nothing."""
+    floors = [
+        row["seconds"]
+        for row in rows
+        if row["implementation"].startswith("matmuls") and row["seconds"]
+    ]
+    return min(floors, key=statistics.median, default=[])
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Two runs of one group with other rivals as one: rows of both, rounds of those in both added.
+
+    Each row keeps the floor's rounds of its own run beside its own, so ratios stay paired.
+    """
+    rows = {row["implementation"]: row for row in old["rows"]}
+    for row in new["rows"]:
+        before = rows.get(row["implementation"])
+        if before is not None and before["seconds"] and row["seconds"]:
+            both = ("seconds", "floor_seconds")
+            row = {**before, **{key: before[key] + row[key] for key in both}}
+        elif before is not None and before["seconds"]:
+            continue
+        rows[row["implementation"]] = row
+    return {**new, "rows": list(rows.values())}
 
 
 def _new_row(group: Group, implementation: Implementation, device: str) -> dict[str, Any]:
@@ -253,17 +282,30 @@ def _short(rows: dict[str, dict[str, Any]]) -> bool:
     return bool(timed) and max(map(max, timed)) < 0.02 and len(timed[0]) < 30
 
 
-def run_groups(groups: list[Group], folder: Path, *, fresh: bool = False, **options: Any) -> None:
-    """Measure the groups whose result is not there yet; each becomes one file under ``folder``."""
+def run_groups(
+    groups: list[Group], folder: Path, *, fresh: bool = False, add: bool = False, **options: Any
+) -> None:
+    """Measure the groups whose result is not there yet; each becomes one file under ``folder``.
+
+    Args:
+        groups: what to measure.
+        folder: one JSON file a group; a group that has one is not measured again.
+        fresh: measure again and replace.
+        add: measure again and add rows and rounds to what is there, for one group in pieces.
+        **options: as for ``run_group``.
+    """
     say = options.setdefault("say", print)
     folder.mkdir(parents=True, exist_ok=True)
     for number, group in enumerate(groups, 1):
         path = folder / group.file_name
-        if path.exists() and not fresh:
+        if path.exists() and not fresh and not add:
             say(f"[{number}/{len(groups)}] {group.name}: measured before")
             continue
         say(f"[{number}/{len(groups)}] {group.name}")
-        write_whole(path, json.dumps(run_group(group, **options), indent=1))
+        result = run_group(group, **options)
+        if add and path.exists():
+            result = merged(json.loads(path.read_text()), result)
+        write_whole(path, json.dumps(result, indent=1))
 
 
 def write_whole(path: Path, text: str) -> None:
