@@ -79,7 +79,7 @@ def with_gradients(loss: Tensor, wanted: dict[str, Tensor]) -> Answer:
 def build_kd(suite: str, divergence: str, inputs: Inputs, overwrite: bool = False) -> Step:
     """kd.distillation_loss or kd.cross_entropy."""
     if suite == "selection":
-        return build_selection_by_logsumexp(suite, divergence, inputs)
+        return build_selection(suite, divergence, inputs)
     teacher = our_teacher(inputs)
 
     def step() -> Answer:
@@ -131,13 +131,20 @@ def our_teacher(inputs: Inputs) -> Any:
     return None
 
 
-def build_selection_by_logsumexp(suite: str, divergence: str, inputs: Inputs) -> Step:
-    """Top-k of the logits, less their log-sum-exp: no [N, V] log-probabilities."""
-    logits, k = inputs["teacher_logits"], 64
+SELECTED = 64
+SELECTION_BYTES = 32 << 20
+
+
+def build_selection(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """What capture does: chunks of rows, top-k of the logits, less their log-sum-exp."""
+    from kd.teachers.selection import top_k_rows
+
+    logits = inputs["teacher_logits"]
+    rows = max(1, SELECTION_BYTES // (4 * logits.shape[-1]))
 
     def step() -> Answer:
-        top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
-        logprobs = top.float() - torch.logsumexp(logits.float(), -1, keepdim=True)
+        parts = [top_k_rows(chunk, SELECTED, 1.0) for chunk in logits.split(rows)]
+        ids, logprobs = (torch.cat(side) for side in zip(*parts, strict=True))
         return logprobs[:, 0].mean(), {"logprobs": logprobs, "ids": ids}
 
     return step
@@ -235,7 +242,7 @@ def _build_full_log_softmax(inputs: Inputs) -> Step:
     logits = inputs["teacher_logits"]
 
     def step() -> Answer:
-        top = F.log_softmax(logits.float(), dim=-1).topk(min(64, logits.shape[-1]), dim=-1)
+        top = F.log_softmax(logits.float(), dim=-1).topk(min(SELECTED, logits.shape[-1]), dim=-1)
         return top.values[:, 0].mean(), {"logprobs": top.values, "ids": top.indices}
 
     return step
