@@ -12,6 +12,7 @@ import torch
 
 from kd_kernels.dense import dense_losses
 from kd_kernels.rows import Logits, RowLoss
+from kd_kernels.sparse import sparse_losses
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,16 +87,44 @@ def dense_case(divergence: str, kind: str, vocab: int, live: int | None = None, 
     )
 
 
+def sparse_case(divergence: str, kind: str, vocab: int, stored: int, **options) -> Case:
+    """A sparse teacher, two passes, gradient written."""
+    dtype = DTYPES[kind]
+    size = dtype.itemsize
+
+    def launch() -> None:
+        student, gradient = (empty(ROWS, vocab, dtype=dtype) for _ in range(2))
+        ids = empty(ROWS, stored, dtype=torch.int64)
+        log_p, log_tail = (empty(ROWS, k, dtype=torch.float32) for k in (stored, 1))
+        weights = empty(ROWS, dtype=torch.float32)
+        loss = RowLoss(divergence, vocab, **DIVERGENCES.get(divergence, {}), **options)
+        sparse_losses(
+            Logits(student), ids, log_p, log_tail, weights, loss, heads=weights, gradient=gradient
+        )
+
+    return Case(
+        f"sparse {divergence} {kind} {vocab} k={stored}",
+        launch,
+        bytes=3 * size,
+        floor=2 * size,
+        read_bytes=size,
+    )
+
+
 def cases(subset: bool) -> list[Case]:
     """Every variant, or the representative ones that the test suite checks."""
     if subset:
         return [
             *(dense_case(d, "bf16", 128_256) for d in DIVERGENCES),
+            *(sparse_case(d, "bf16", 128_256, 64) for d in ("forward_kl", "jsd")),
+            sparse_case("forward_kl_raw", "bf16", 151_936, 1024),
             dense_case("none", "bf16", 151_936, live=151_665, ce=1.0),
             dense_case("forward_kl", "fp32", 151_936, live=151_665, ce=1.0, temperature=2.0),
         ]
     grid = [(d, k, v) for v in VOCABULARIES for k in DTYPES for d in DIVERGENCES]
     found = [dense_case(*point) for point in grid]
+    found += [sparse_case(d, k, v, 64) for d, k, v in grid]
+    found += [sparse_case("forward_kl", "bf16", 151_936, k) for k in (1, 8, 32, 256, 1024)]
     found += [dense_case("none", k, 151_936, live=151_665, ce=1.0) for k in DTYPES]
     hard = dict(live=151_665, ce=1.0, temperature=2.0)
     return found + [dense_case(d, k, 151_936, **hard) for d in DIVERGENCES for k in DTYPES]

@@ -40,6 +40,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from kd_kernels.rows import Target, compiling_for  # noqa: E402
 
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+LOAD, STORE = 0, 1
 SASS_PER_BYTE, MUFU_PER_BYTE = 9.87, 1.23
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
@@ -139,53 +140,66 @@ def _read_nvidia(report: Report, cubin: bytes, case: Case) -> None:
         listing = _run(_tool("nvdisasm"), "-c", file.name)
     report.registers = int(re.findall(r"REG:(\d+)", usage)[-1])
     report.spills = int(re.findall(r"STACK:(\d+)", usage)[-1])
-    code, labels = [], {}
-    for line in listing.splitlines():
-        label = re.match(r"\s*(\.L_x?_?\w+):", line)
-        if label:
-            labels[label[1]] = len(code)
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        if instruction:
-            code.append(instruction[1])
-    loops = []
-    for end, text in enumerate(code):
-        jump = re.search(r"\bBRA\b.*`\((\.L\w+)\)", text)
-        if jump and labels[jump[1]] < end:
-            loops.append(code[labels[jump[1]] : end + 1])
-    loops = [loop for loop in loops if any(_bits(i, "LDG") >= 32 for i in loop)]
-    regions = loops or [code]
-    widths = []
-    for region in regions:
-        loads = [b for b in (_bits(i, "LDG") for i in region) if b]
-        bulk = [b for b in loads if b >= 32] or loads
-        widths += bulk if loops else [b for b in bulk if b >= 64] or bulk
-        elements = sum(bulk) / 8 / case.read_bytes
-        report.sass += len([i for i in region if "NOP" not in i]) / elements
-        report.mufu += sum("MUFU" in i for i in region) / elements
-    widths += [b for region in regions for i in region if (b := _bits(i, "STG")) > 16]
-    report.width = min(widths, default=0)
-
-
-def _bits(instruction: str, kind: str) -> int:
-    """Width of a global access in bits; 0 for other instructions."""
-    found = re.search(rf"\b{kind}\.([\w.]+)", instruction)
-    if not found:
-        return 0
-    parts = found[1].split(".")
-    for width in ("128", "64"):
-        if width in parts:
-            return int(width)
-    return 16 if "U16" in parts else 8 if "U8" in parts else 32
+    label, instruction = r"\s*(\.L_x?_?\w+):", r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);"
+    jump = r"\bBRA\b.*`\((\.L\w+)\)"
+    _count(report, listing, case, (label, instruction, jump), _bits)
 
 
 def _read_amd(report: Report, assembly: str, case: Case) -> None:
     report.registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[-1])
     report.spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)[-1])
-    wide = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
-    found = re.findall(r"(?:global|buffer)_load_(\w+)", assembly)
-    widths = [wide.get(name.split("_")[0], 0) for name in found]
-    bulk = [w for w in widths if w >= 64]
-    report.width = min(bulk) if len(bulk) * 2 >= len(widths) else min(widths, default=0)
+    label, instruction, jump = (
+        r"(\.LBB\w+):",
+        r"\t([a-z]\w+(?:\s.*)?)",
+        r"s_c?branch\w*\s+(\.LBB\w+)",
+    )
+    _count(report, assembly, case, (label, instruction, jump), _amd_bits)
+
+
+def _count(report: Report, text: str, case: Case, patterns: tuple[str, ...], bits: Any) -> None:
+    """Instructions an element over the loops that read logits, and the narrowest bulk access."""
+    label, instruction, jump = patterns
+    code, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if found := re.match(label, line):
+            labels[found[1]] = len(code)
+        if found := re.match(instruction, line):
+            code.append(found[1])
+    for end, line in enumerate(code):
+        found = re.search(jump, line)
+        if found and labels[found[1]] <= end:
+            loops.append(code[labels[found[1]] : end + 1])
+    loops = [loop for loop in loops if any(bits(line, LOAD) >= 32 for line in loop)]
+    widths = []
+    for region in loops or [code]:
+        loads = [b for b in (bits(line, LOAD) for line in region) if b]
+        bulk = [b for b in loads if b >= (32 if loops else 64)] or loads
+        widths += bulk + [
+            b for b in (bits(line, STORE) for line in region) if b > (32 if loops else 64)
+        ]
+        elements = sum(bulk) / 8 / case.read_bytes
+        report.sass += len([line for line in region if "NOP" not in line]) / elements
+        report.mufu += sum("MUFU" in line for line in region) / elements
+    report.width = min(widths, default=0)
+
+
+def _bits(instruction: str, kind: int) -> int:
+    """Width in bits of an NVIDIA global load or store; 0 for other instructions."""
+    found = re.search(rf"\b{('LDG', 'STG')[kind]}\.([\w.]+)", instruction)
+    if not found:
+        return 0
+    parts = found[1].split(".")
+    named = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+    return next((named[part] for part in parts if part in named), 32)
+
+
+def _amd_bits(instruction: str, kind: int) -> int:
+    """Width in bits of an AMD global load or store; 0 for other instructions."""
+    found = re.match(rf"(?:global|buffer)_{('load', 'store')[kind]}_(\w+)", instruction)
+    if not found:
+        return 0
+    named = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ubyte": 8, "byte": 8}
+    return named.get(found[1].split("_")[0], 16)
 
 
 def _run(*command: str) -> str:

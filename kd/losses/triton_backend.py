@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd.losses.autograd import _in_order, _keeps_graph, _needs, _rebuild, _without_tensors
-from kd.losses.divergences import Divergence
+from kd.losses.divergences import Divergence, head_mask
 from kd.losses.inputs import Hidden, TopK
-from kd.losses.rows import Objective, canonical_sparse, densify
+from kd.losses.rows import Objective, SparseRows, canonical_sparse, densify
 from kd.losses.torch_backend import Gradients, Problem, Projection, _allocate, _scatter_rows, _take
 
 
@@ -240,11 +240,46 @@ def _tile_losses(
         teacher = Logits(_project_teacher(soft, hidden, objective.vocab_size), *_transform(soft))
     elif isinstance(soft, TopK):
         sparse = canonical_sparse(soft, rows, objective, torch.float32)
+        if soft.tail != "uniform":
+            return _sparse_tile(z, sparse, objective, row_loss, weight, labels, gradient)
         dense = densify(sparse, objective.vocab_size)
         teacher = Logits(dense, objective.temperature)  # already at the temperature
     elif soft is not None:
         teacher = Logits(_rowwise(soft[rows]))
     return dense_losses(z, teacher, weight.float(), row_loss, labels=labels, gradient=gradient)
+
+
+def _sparse_tile(
+    student: Any,
+    sparse: SparseRows,
+    objective: Objective,
+    row_loss: Any,
+    weight: Tensor,
+    labels: Tensor | None,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Losses of a tile against K stored tokens and a tail."""
+    from kd_kernels.sparse import sparse_losses
+
+    heads, log_tail = None, sparse.log_tail
+    if sparse.tail == "drop":
+        row_loss = dataclasses.replace(row_loss, divergence="forward_kl_raw")
+        log_tail = torch.full_like(log_tail, -torch.inf)
+    if objective.divergence.name == "adaptive_kl":
+        log_p = torch.cat([sparse.log_p, log_tail], -1)
+        mask = head_mask(log_p.exp(), objective.divergence.head_mass)
+        heads = log_p.masked_fill(mask == 0, torch.inf).amin(-1)
+    return sparse_losses(
+        student,
+        sparse.ids,
+        sparse.log_p,
+        log_tail,
+        weight.float(),
+        row_loss,
+        heads=heads,
+        labels=labels,
+        gradient=gradient,
+    )
 
 
 def _transform(source: Hidden | Projection) -> tuple[float, float | None]:

@@ -148,6 +148,9 @@ def terms(
     if DIVERGENCE == "forward_kl":
         phi = times(p, log_p - log_q) * LN2 + (q - p)
         h = -p
+    elif DIVERGENCE == "forward_kl_raw":  # p need not sum to one
+        phi = times(p, log_p - log_q) * LN2
+        h = -p
     elif DIVERGENCE == "reverse_kl":
         h = times(q, log_q - log_p) * LN2
         phi = h + (p - q)
@@ -263,3 +266,12 @@ def logit_gradient(DIVERGENCE: tl.constexpr, p, q, h, h_sum):
     if DIVERGENCE == "forward_kl":
         return q - p
     return h - q * h_sum
+
+
+@triton.jit
+def zero_row(gradient, limit, BLOCK: tl.constexpr):
+    """The gradient of a row that does not count."""
+    for start in range(0, limit, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        zeros = tl.zeros((BLOCK,), gradient.dtype.element_ty)
+        tl.store(gradient + columns, zeros, mask=columns < limit)

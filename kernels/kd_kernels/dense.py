@@ -12,7 +12,15 @@ from torch import Tensor
 
 from kd_kernels.dense_two_pass import dense_rows_two_pass
 from kd_kernels.head import head_threshold
-from kd_kernels.rows import LOG2E, Logits, RowLoss, Target, row_limit, target_of
+from kd_kernels.rows import (
+    LOG2E,
+    Logits,
+    RowLoss,
+    row_limit,
+    target_of,
+    two_pass_shape,
+    zero_padding,
+)
 
 
 def dense_losses(
@@ -46,8 +54,8 @@ def dense_losses(
     written = student.tensor if gradient is None else gradient
     s_limit, t_limit = row_limit(student.tensor, loss.vocab), row_limit(teacher.tensor, loss.vocab)
     target = target_of(student.tensor.device)
-    block, group, warps = _two_pass_shape(student.tensor, teacher.tensor, target)
-    width = loss.vocab if gradient is None else _zero_padding(gradient, loss.vocab, block)
+    block, group, warps = two_pass_shape(student.tensor, teacher.tensor, target)
+    width = loss.vocab if gradient is None else zero_padding(gradient, loss.vocab, block)
     dense_rows_two_pass[(rows,)](
         student.tensor,
         teacher.tensor,
@@ -94,7 +102,7 @@ def head_logits(teacher: Logits, weights: Tensor, loss: RowLoss) -> Tensor:
     heads = torch.empty_like(weights)
     limit = row_limit(teacher.tensor, loss.vocab)
     target = target_of(teacher.tensor.device)
-    block, group, warps = _two_pass_shape(teacher.tensor, teacher.tensor, target)
+    block, group, warps = two_pass_shape(teacher.tensor, teacher.tensor, target)
     head_threshold[(len(heads),)](
         teacher.tensor,
         heads,
@@ -113,17 +121,3 @@ def head_logits(teacher: Logits, weights: Tensor, loss: RowLoss) -> Tensor:
         num_stages=1,
     )
     return heads
-
-
-def _zero_padding(gradient: Tensor, vocab: int, block: int) -> int:
-    """Zero the columns past the last block; returns where the kernel's own writing ends."""
-    covered = min(-(-vocab // block) * block, gradient.shape[1])
-    gradient[:, covered:] = 0
-    return covered
-
-
-def _two_pass_shape(student: Tensor, teacher: Tensor, target: Target) -> tuple[int, int, int]:
-    """(block, columns a lane holds, warps)."""
-    group = 16 // max(student.dtype.itemsize, teacher.dtype.itemsize)
-    block = 64 if target.kind == "interpreter" else 4096
-    return block, group, max(1, min(8, block // (32 * group)))

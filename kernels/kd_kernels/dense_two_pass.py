@@ -34,6 +34,7 @@ from kd_kernels.algebra import (
     to_log2,
     update_gap,
     update_statistics,
+    zero_row,
 )
 
 
@@ -90,10 +91,7 @@ def dense_rows_two_pass(
     if weight == 0.0:
         tl.store(losses + row, 0.0)
         if GRADIENT:
-            for start in range(0, gradient_limit, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                zeros = tl.zeros((BLOCK,), gradient.dtype.element_ty)
-                tl.store(gradient + columns, zeros, mask=columns < gradient_limit)
+            zero_row(gradient, gradient_limit, BLOCK)
         return
 
     # First pass: statistics.
