@@ -48,6 +48,7 @@ def folder_name(device: str) -> str:
 def machine_info(device: str) -> dict[str, Any]:
     """Device, versions and commit: the first line of every table."""
     found: dict[str, Any] = {
+        "kind": device,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "memory_bytes": total_memory(device),

@@ -88,19 +88,18 @@ def _cpu() -> list[Group]:
 
 
 def _gpu() -> list[Group]:
-    groups = []
-    for shape in GPU_SHAPES.values():
-        groups += [
-            Group("linear", shape, "bfloat16"),
-            Group("linear-sparse", shape, "bfloat16"),
-            Group("cross-entropy", shape, "bfloat16"),
-        ]
-    first = next(iter(GPU_SHAPES.values()))
-    for divergence in ("forward_kl", "reverse_kl", "jsd(0.5)"):
-        groups += [Group("dense", first, dtype, divergence) for dtype in ("bfloat16", "float32")]
+    shapes = list(GPU_SHAPES.values())
+    first = shapes[0]
+    groups = [Group("linear", shape, "bfloat16") for shape in shapes]
+    for suite in ("linear-sparse", "cross-entropy"):
+        groups += [Group(suite, shape, "bfloat16") for shape in shapes[:3]]
     groups += [Group("linear", first, "bfloat16", d) for d in ("reverse_kl", "jsd(0.5)")]
-    groups += [Group(suite, first, "bfloat16") for suite in ("sparse", "selection")]
-    return groups + scaling_series(first, "bfloat16")
+    logits = first.scaled(tokens=2048)
+    for divergence in ("forward_kl", "reverse_kl", "jsd(0.5)"):
+        groups.append(Group("dense", logits, "bfloat16", divergence))
+    groups += [Group("dense", logits, "float32"), Group("sparse", logits, "bfloat16")]
+    groups.append(Group("selection", logits, "bfloat16"))
+    return groups + scaling_series(NARROW_HEADS.scaled(tokens=2048), "bfloat16")
 
 
 def scaling_series(base: Shape, dtype: str) -> list[Group]:

@@ -171,12 +171,15 @@ def run_group(
             if "skipped" in row:
                 say(f"  {implementation.name}: {row['skipped']}")
                 continue
-            process = Process(folder, group, device, implementation)
+            process = Process(folder, group, device, implementation)  # all import at once
             stack.callback(process.close)
-            if _prepare(process, row, say):
-                running[implementation.name] = process
-            if device != "cpu":  # a card's memory is not shared: one at a time
-                _time({implementation.name: process}, rows, rounds, seconds / 4)
+            running[implementation.name] = process
+        for name, process in list(running.items()):
+            if not _prepare(process, rows[name], say):
+                process.close()
+                del running[name]
+            elif device != "cpu":  # a card's memory is not shared: one at a time
+                _time({name: process}, rows, rounds, seconds / 4)
                 process.close()
         if device == "cpu":
             _time(running, rows, rounds, seconds)
