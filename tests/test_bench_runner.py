@@ -1,5 +1,6 @@
 """kd bench: measured rows, answers checked first, resumed, skipped with a reason, compared."""
 
+import dataclasses
 import json
 import time
 
@@ -166,6 +167,19 @@ def test_what_does_not_fit_is_skipped_with_its_size(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda device: 1 << 10)
     row = runner._new_row(Group("dense", SMOKE, "float32"), IMPLEMENTATIONS["pytorch"], "cpu")
     assert row["skipped"].startswith("needs about") and "GiB free" in row["skipped"]
+
+
+def test_memory_needed_is_at_least_what_is_touched():
+    """The guard must not let through what cannot fit: inputs, gradients, temporaries."""
+    big = dataclasses.replace(SMOKE, tokens=100, vocab=1000, student_hidden=10, teacher_hidden=20)
+    inputs = {"linear": 1100 * 30, "linear-sparse": 1100 * 10, "cross-entropy": 1100 * 10}
+    inputs |= {"dense": 2 * 100_000, "sparse": 100_000, "selection": 100_000}
+    for suite, elements in inputs.items():
+        group = Group(suite, big, "float32")
+        assert group.input_bytes() == 4 * elements
+        gradients = 4 * 10_000 if "linear" in suite or suite == "cross-entropy" else 0
+        wide = 7 * 4 * 100_000  # what plain PyTorch keeps of [N, V]
+        assert group.needs(IMPLEMENTATIONS["pytorch"]) == 4 * elements + gradients + wide
 
 
 def test_a_step_that_fails_is_a_row_and_not_the_end(tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ from kd.bench.inputs import DTYPES, exact_answer, first_rows, make_inputs, save,
 from kd.bench.shapes import Shape, floor_bytes, floor_flops
 
 MEMORY_SHARE = 0.7
+FUSED = ("linear", "linear-sparse", "cross-entropy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,19 +62,21 @@ class Group:
 
     def input_bytes(self) -> int:
         s, itemsize = self.shape, DTYPES[self.dtype].itemsize
-        heads = (s.vocab + s.tokens) * s.student_hidden if "linear" in self.suite else 0
-        heads += heads if self.suite == "cross-entropy" else 0
-        teacher = (s.vocab + s.tokens) * s.teacher_hidden if self.suite == "linear" else 0
-        both = {"dense": 2, "sparse": 1, "selection": 1}.get(self.suite, 0)
-        return (heads + teacher + both * s.tokens * s.vocab) * itemsize
+        elements = {"dense": 2, "sparse": 1, "selection": 1}.get(self.suite, 0) * s.tokens * s.vocab
+        if self.suite in FUSED:
+            elements += (s.vocab + s.tokens) * s.student_hidden
+        if self.suite == "linear":
+            elements += (s.vocab + s.tokens) * s.teacher_hidden
+        return elements * itemsize
 
     def needs(self, implementation: Implementation) -> int:
         """Rough peak of one implementation in bytes: inputs, gradients, [N, V] temporaries."""
-        s = self.shape
-        gradients = s.vocab * s.student_hidden * 4 if "logits" not in self.suite else 0
-        wide = implementation.copies * s.tokens * s.vocab * 4
-        if implementation.name.startswith(("kd", "matmuls")) and "linear" in self.suite:
-            wide = min(wide, 512 << 20)
+        s, wide = self.shape, implementation.copies * self.shape.tokens * self.shape.vocab * 4
+        gradients = 0
+        if self.suite in FUSED:
+            gradients = s.vocab * s.student_hidden * 4
+            if implementation.name.startswith(("kd", "matmuls")):
+                wide = min(wide, 512 << 20)
         return int(self.input_bytes() + gradients + wide)
 
 
