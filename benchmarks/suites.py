@@ -8,8 +8,9 @@ import functools
 import pytest
 
 from kd.bench import machine
-from kd.bench.implementations import Implementation, add_peers_to_path, version_of
+from kd.bench.implementations import Implementation
 from kd.bench.inputs import DTYPES, errors, exact_answer, first_rows, make_inputs
+from kd.bench.peers import add_peers_to_path, version_of
 from kd.bench.plan import plan
 from kd.bench.runner import MEMORY_SHARE, Group
 

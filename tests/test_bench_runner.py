@@ -9,7 +9,7 @@ import torch
 
 import kd
 from kd.bench import compare, machine, plan, report, runner
-from kd.bench.implementations import IMPLEMENTATIONS, Implementation, version_of
+from kd.bench.implementations import IMPLEMENTATIONS, Implementation
 from kd.bench.inputs import (
     errors,
     exact_answer,
@@ -21,6 +21,7 @@ from kd.bench.inputs import (
     save,
     save_truth,
 )
+from kd.bench.peers import version_of
 from kd.bench.runner import Group
 from kd.bench.shapes import SMOKE_SHAPES, SUITES, floor_flops
 

@@ -1,20 +1,13 @@
 """Who takes part: ours, the bare matmuls, PyTorch as written by hand, and the peers.
 
 Each implementation takes a suite's inputs and returns a function that makes one step: a mean loss
-over tokens and its gradients. Peers are imported when they run and are left out where they are
-not installed; ``KD_PEERS=folder`` adds a folder of packages (pip install --no-deps --target).
+over tokens and its gradients.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import os
-import sys
 from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kd
+from kd.bench import peers
 from kd.bench.inputs import parse_divergence
-
-Inputs = dict[str, Tensor]
-Answer = tuple[Tensor, dict[str, Tensor]]
-Step = Callable[[], Answer]
-LINEAR_LEAVES = ("hidden", "weight")
+from kd.bench.steps import LINEAR_LEAVES, Answer, Inputs, Step, leaves, with_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +35,6 @@ class Implementation:
     def takes(self, suite: str, divergence: str) -> bool:
         name = divergence.partition("(")[0]
         return suite in self.suites and (not self.divergences or name in self.divergences)
-
-
-def add_peers_to_path() -> None:
-    """Make the packages of ``KD_PEERS`` importable, after everything that is installed."""
-    for folder in os.environ.get("KD_PEERS", "").split(os.pathsep):
-        if folder and folder not in sys.path:
-            sys.path.append(folder)
-
-
-def version_of(package: str | None) -> str | None:
-    """Installed version of a package, None where it is not installed; "" for torch and kd."""
-    if package is None:
-        return ""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def leaves(inputs: Inputs, names: tuple[str, ...]) -> dict[str, Tensor]:
-    return {name: inputs[name].detach().requires_grad_() for name in names}
-
-
-def with_gradients(loss: Tensor, wanted: dict[str, Tensor]) -> Answer:
-    found = torch.autograd.grad(loss, list(wanted.values()))
-    return loss.detach(), dict(zip(wanted, found, strict=True))
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -248,89 +212,7 @@ def _build_full_log_softmax(inputs: Inputs) -> Step:
     return step
 
 
-# --- peers ----------------------------------------------------------------------------------------
-
-
-def _beta(divergence: str) -> float:
-    """TRL's and Liger's beta: 0 is forward KL, 1 reverse KL, between is GKD's JSD."""
-    d = parse_divergence(divergence)
-    return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(d.name, d.beta)
-
-
-def build_trl_chunked(suite: str, divergence: str, inputs: Inputs) -> Step:
-    """TRL's ChunkedDivergenceFunction."""
-    function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
-    teacher, beta = (inputs["teacher_hidden"], inputs["teacher_weight"]), _beta(divergence)
-
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        per_token, _ = function.apply(
-            wanted["hidden"], wanted["weight"], None, teacher[0], teacher[1], None, beta
-        )
-        return with_gradients(per_token.mean(), wanted)
-
-    return step
-
-
-def build_trl_gkd(suite: str, divergence: str, inputs: Inputs) -> Step:
-    """GKDTrainer.generalized_jsd_loss on logits."""
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    module = importlib.import_module("trl.experimental.gkd.gkd_trainer")
-    function, beta = module.GKDTrainer.generalized_jsd_loss, _beta(divergence)
-
-    def step() -> Answer:
-        wanted = leaves(inputs, ("logits",))
-        z, t = wanted["logits"], inputs["teacher_logits"]
-        loss = function(z[None], t[None], beta=beta, num_items_in_batch=len(z))
-        return with_gradients(loss, wanted)
-
-    return step
-
-
-def build_liger(suite: str, divergence: str, inputs: Inputs, compiled: bool = False) -> Step:
-    """Liger's chunked LigerFusedLinearJSDLoss, its hard loss switched off."""
-    module = importlib.import_module("liger_kernel.chunked_loss")
-    function = module.LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_beta(divergence), compiled=compiled
-    )
-    labels = torch.zeros(len(inputs["hidden"]), dtype=torch.long, device=inputs["hidden"].device)
-
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        teacher = (inputs["teacher_hidden"], inputs["teacher_weight"])
-        loss = function(wanted["hidden"], wanted["weight"], *teacher, labels)
-        return with_gradients(loss, wanted)
-
-    return step
-
-
-def build_liger_compiled(suite: str, divergence: str, inputs: Inputs) -> Step:
-    """The same with Liger's own torch.compile switched on, which is its default."""
-    return build_liger(suite, divergence, inputs, compiled=True)
-
-
-def build_torchtune(suite: str, divergence: str, inputs: Inputs) -> Step:
-    """torchtune's ForwardKLWithChunkedOutputLoss; the file alone, its package needs torchao."""
-    path = Path(str(metadata.distribution("torchtune").locate_file("torchtune")))
-    spec = importlib.util.spec_from_file_location("kd_losses", path / "modules/loss/kd_losses.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    chunks = min(8, len(inputs["hidden"]))
-    function = module.ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
-    device = inputs["hidden"].device
-    labels = torch.zeros(1, len(inputs["hidden"]), dtype=torch.long, device=device)
-
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        student = [(h @ wanted["weight"].T)[None] for h in wanted["hidden"].chunk(chunks)]
-        teacher = [
-            (h @ inputs["teacher_weight"].T)[None] for h in inputs["teacher_hidden"].chunk(chunks)
-        ]
-        return with_gradients(function(student, teacher, labels), wanted)
-
-    return step
-
+# --- all of them ----------------------------------------------------------------------------------
 
 LINEAR = ("linear", "linear-sparse", "cross-entropy")
 DENSE_KL = ("forward_kl", "reverse_kl", "jsd")
@@ -358,22 +240,26 @@ IMPLEMENTATIONS = {
             divergences=DENSE_KL,
             copies=7,
         ),
-        Implementation("trl gkd", ("dense",), build_trl_gkd, "trl", DENSE_KL, copies=9),
-        Implementation("trl chunked", ("linear",), build_trl_chunked, "trl", DENSE_KL, copies=2),
+        Implementation("trl gkd", ("dense",), peers.build_trl_gkd, "trl", DENSE_KL, copies=9),
+        Implementation(
+            "trl chunked", ("linear",), peers.build_trl_chunked, "trl", DENSE_KL, copies=2
+        ),
         Implementation(
             "torchtune chunked",
             ("linear",),
-            build_torchtune,
+            peers.build_torchtune,
             "torchtune",
             ("forward_kl",),
             copies=6,
             note="cross-entropy H(p, q): larger than the KL by the teacher's entropy",
         ),
-        Implementation("liger chunked", ("linear",), build_liger, "liger-kernel", DENSE_KL, 8),
+        Implementation(
+            "liger chunked", ("linear",), peers.build_liger, "liger-kernel", DENSE_KL, 8
+        ),
         Implementation(
             "liger chunked compiled",
             ("linear",),
-            build_liger_compiled,
+            peers.build_liger_compiled,
             "liger-kernel",
             DENSE_KL,
             copies=6,

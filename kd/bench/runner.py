@@ -22,13 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from kd.bench import machine
-from kd.bench.implementations import (
-    IMPLEMENTATIONS,
-    Implementation,
-    add_peers_to_path,
-    version_of,
-)
+from kd.bench.implementations import IMPLEMENTATIONS, Implementation
 from kd.bench.inputs import DTYPES, exact_answer, first_rows, make_inputs, save, save_truth
+from kd.bench.peers import add_peers_to_path, version_of
 from kd.bench.shapes import Shape, floor_bytes, floor_flops
 
 MEMORY_SHARE = 0.7

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
-from kd.bench.implementations import IMPLEMENTATIONS, Step, add_peers_to_path
+from kd.bench.implementations import IMPLEMENTATIONS
 from kd.bench.inputs import errors, first_rows, load, load_truth
 from kd.bench.machine import PeakMemory, synchronize
+from kd.bench.peers import add_peers_to_path
+from kd.bench.steps import Step
 
 
 class Worker:
