@@ -1,13 +1,8 @@
 """Defects put into the losses on purpose: each must be caught by the test that is named for it.
 
-A mutation replaces one expression in the source of one function and swaps the function's code, so
-every module that imported it sees the defect. A mutation whose text is not found has gone stale
-and fails as well: the list then no longer says what it claims.
+A mutation whose text is not found has gone stale and fails as well: the list then no longer says
+what it claims. How they are put in: loss_mutations.py.
 """
-
-import dataclasses
-import inspect
-import textwrap
 
 import pytest
 import test_losses_contract as contract
@@ -15,59 +10,53 @@ import test_losses_oracle as oracle
 import test_losses_properties as properties
 import test_losses_regressions as regressions
 import torch
+from loss_mutations import (
+    CollatorDefect,
+    Mutation,
+    mask_every_pad,
+    run,
+    targets_by_position,
+    targets_on_the_right,
+    targets_one_late,
+    unshift_labels,
+)
 
 from kd.losses import autograd, checks, divergences, inputs, objective, rows, torch_backend
-from kd.training import collator, trainer
-
-
-@dataclasses.dataclass(frozen=True)
-class Mutation:
-    """``old`` becomes ``new`` in module.function, and ``caught_by`` must then fail."""
-
-    module: object
-    function: str
-    old: str
-    new: str
-    caught_by: object
-    arguments: tuple = ()
-
-
-def plain_function(mutation):
-    """The Python function behind a static method, a method or a decorated function."""
-    found = mutation.module
-    for name in mutation.function.split("."):
-        found = getattr(found, name)
-    return inspect.unwrap(getattr(found, "__func__", found))
-
-
-def apply(monkeypatch, mutation):
-    function = plain_function(mutation)
-    source = textwrap.dedent(inspect.getsource(function))
-    source = source[source.index("def ") :]  # without decorators
-    assert source.count(mutation.old) == 1, f"stale: {mutation.old!r} in {mutation.function}"
-    mutated = "from __future__ import annotations\n" + source.replace(mutation.old, mutation.new)
-    made = {}
-    exec(compile(mutated, f"<mutated {mutation.function}>", "exec"), function.__globals__, made)
-    monkeypatch.setattr(function, "__code__", made[function.__name__].__code__)
+from kd.training import trainer
 
 
 def edit(name, module, function, old, new, caught_by, *arguments):
     return pytest.param(Mutation(module, function, old, new, caught_by, arguments), id=name)
 
 
-def run(mutation):
-    """The test itself; of a hypothesis test the one example that is named."""
-    test = mutation.caught_by
-    if hasattr(test, "hypothesis"):
-        test = test.hypothesis.inner_test
-    test(*mutation.arguments)
-
-
 def oracle_case(name, teacher="logits", student="logits"):
     return (oracle.test_float64_agrees_with_the_oracle, name, teacher, student)
 
 
+ALIGNED = regressions.test_teacher_rows_are_aligned_with_the_labels
 MUTATIONS = [
+    *(
+        pytest.param(CollatorDefect(spoil, caught_by), id=name)
+        for name, spoil, caught_by in (
+            (
+                "labels unshifted",
+                unshift_labels,
+                regressions.test_completion_mask_is_shifted_with_its_labels,
+            ),
+            ("cache rows one position late", targets_one_late, ALIGNED),
+            ("cache rows aligned on the right", targets_on_the_right, ALIGNED),
+            (
+                "cache rows in another order than the batch",
+                targets_by_position,
+                regressions.test_targets_follow_their_sequence_under_shuffling,
+            ),
+            (
+                "every pad id masked",
+                mask_every_pad,
+                regressions.test_stop_token_is_learnt_when_pad_is_eos,
+            ),
+        )
+    ),
     edit(
         "T**2 missing in the dense gradient",
         *(rows, "_rows_dense_", "objective.kd_weight / objective.temperature"),
@@ -193,35 +182,6 @@ MUTATIONS = [
         "teacher's logit scale ignored",
         *(torch_backend, "_teacher_logits", "if teacher.logit_scale is not None", "if False"),
         regressions.test_softcap_and_logit_scale_are_part_of_the_logits,
-    ),
-    edit(
-        "labels unshifted",
-        *(collator, "DistillationCollator.__call__", "labels[i, : len(ids) - 1] = target[1:]"),
-        "labels[i, : len(ids)] = target",
-        regressions.test_completion_mask_is_shifted_with_its_labels,
-    ),
-    edit(
-        "cache rows one position late",
-        *(collator, "DistillationCollator.__call__", "= targets.ids", "= targets.ids.roll(1, 1)"),
-        regressions.test_teacher_rows_are_aligned_with_the_labels,
-    ),
-    edit(
-        "cache rows aligned on the right",
-        *(collator, "DistillationCollator.__call__", "= targets.ids"),
-        "= torch.stack([r.roll(length - len(s), 0) for r, s in zip(targets.ids, sequences)])",
-        regressions.test_teacher_rows_are_aligned_with_the_labels,
-    ),
-    edit(
-        "cache rows in another order than the batch",
-        *(collator, "DistillationCollator.__call__", "self.cache.batch(sequences"),
-        "self.cache.batch(sorted(sequences, key=len)",
-        regressions.test_targets_follow_their_sequence_under_shuffling,
-    ),
-    edit(
-        "every pad id masked",
-        *(collator, "DistillationCollator.__call__", 'batch = {"input_ids"'),
-        'labels[labels == self.pad_token_id] = IGNORE\n    batch = {"input_ids"',
-        regressions.test_stop_token_is_learnt_when_pad_is_eos,
     ),
     edit(
         "labels shifted inside the loss",
@@ -395,7 +355,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_defect_is_caught(mutation, monkeypatch):
-    apply(monkeypatch, mutation)
+    mutation.apply(monkeypatch)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         run(mutation)
 
