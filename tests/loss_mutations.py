@@ -23,13 +23,16 @@ class Mutation:
     new: str
     caught_by: object
     arguments: tuple = ()
+    otherwise: tuple = ()  # further (old, new), for code that may be written in two ways
 
     def apply(self, monkeypatch):
         function = plain_function(self)
         source = textwrap.dedent(inspect.getsource(function))
         source = source[source.index("def ") :]  # without decorators
-        assert source.count(self.old) == 1, f"stale: {self.old!r} in {self.function}"
-        mutated = "from __future__ import annotations\n" + source.replace(self.old, self.new)
+        pairs = [(self.old, self.new), *self.otherwise]
+        found = [pair for pair in pairs if source.count(pair[0]) == 1]
+        assert found, f"stale: {self.old!r} in {self.function}"
+        mutated = "from __future__ import annotations\n" + source.replace(*found[0])
         code = compile(mutated, f"<mutated {self.function}>", "exec")
         made = {}
         exec(code, function.__globals__, made)

@@ -25,8 +25,9 @@ from kd.losses import autograd, checks, divergences, inputs, objective, rows, to
 from kd.training import trainer
 
 
-def edit(name, module, function, old, new, caught_by, *arguments):
-    return pytest.param(Mutation(module, function, old, new, caught_by, arguments), id=name)
+def edit(name, module, function, old, new, caught_by, *arguments, otherwise=()):
+    made = Mutation(module, function, old, new, caught_by, arguments, otherwise)
+    return pytest.param(made, id=name)
 
 
 def oracle_case(name, teacher="logits", student="logits"):
@@ -230,6 +231,15 @@ MUTATIONS = [
         "rest = torch.log(1 - (top - whole).exp().sum(-1, keepdim=True));"
         "outcomes = torch.cat([top, whole + rest], -1)",
         *(regressions.test_tail_stays_finite_where_the_student_saturates, torch.float32),
+        otherwise=(
+            (
+                "outcomes = torch.cat([top - peak, (tail_peak - peak) + tail_log_sum], -1)",
+                "outcomes = torch.cat([top - peak, (tail_peak - peak) + tail_log_sum], -1);"
+                "whole = outcomes.logsumexp(-1, keepdim=True);"
+                "rest = torch.log(1 - (top - peak - whole).exp().sum(-1, keepdim=True));"
+                "outcomes = torch.cat([top - peak, whole + rest], -1)",
+            ),
+        ),
     ),
     edit(
         "teacher's tail as log(1 - sum)",
@@ -287,6 +297,7 @@ MUTATIONS = [
         *(rows, "softmax_and_lse_", "lse = peak - logits.amax(-1, keepdim=True).log()"),
         "lse = (peak - logits.amax(-1, keepdim=True).log()).bfloat16().float()",
         regressions.test_bf16_logits_are_normalised_in_float32,
+        otherwise=(("peak + log_sum", "(peak + log_sum).bfloat16().float()"),),
     ),
     edit(
         "rounding of the normalisers not cancelled, forward KL",
