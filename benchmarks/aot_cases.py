@@ -40,6 +40,7 @@ class Case:
     name: str
     launch: Callable[[], object]
     bytes: float  # read and written an element of the row, all passes
+    one_read_bytes: float  # the same where the launcher takes the cluster schedule
     floor: float
     read_bytes: float  # read an element in one pass
     which: int = -1  # of the launches that the launcher makes
@@ -55,7 +56,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def dense_case(divergence: str, kind: str, vocab: int, live: int | None = None, **options) -> Case:
-    """Dense rows in two or three passes, gradient written."""
+    """Dense rows, gradient written, on the schedule that the launcher takes."""
     dtype = DTYPES[kind]
     size = dtype.itemsize
     sides = 1 if divergence == "none" else 2
@@ -82,6 +83,7 @@ def dense_case(divergence: str, kind: str, vocab: int, live: int | None = None, 
         name,
         launch,
         bytes=passes * sides * size + size,
+        one_read_bytes=(sides + 1 + (divergence == "adaptive_kl")) * size,
         floor=sides * size + size,
         read_bytes=sides * size,
     )
@@ -106,6 +108,7 @@ def sparse_case(divergence: str, kind: str, vocab: int, stored: int, **options) 
         f"sparse {divergence} {kind} {vocab} k={stored}",
         launch,
         bytes=3 * size,
+        one_read_bytes=2 * size,
         floor=2 * size,
         read_bytes=size,
     )
@@ -117,6 +120,9 @@ def cases(subset: bool) -> list[Case]:
         return [
             *(dense_case(d, "bf16", 128_256) for d in DIVERGENCES),
             *(sparse_case(d, "bf16", 128_256, 64) for d in ("forward_kl", "jsd")),
+            dense_case("forward_kl", "bf16", 262_144),
+            *(dense_case(d, "bf16", 32_000) for d in ("forward_kl", "jsd")),
+            dense_case("skew_reverse_kl", "bf16", 151_936, live=151_665),
             sparse_case("forward_kl_raw", "bf16", 151_936, 1024),
             dense_case("none", "bf16", 151_936, live=151_665, ce=1.0),
             dense_case("forward_kl", "fp32", 151_936, live=151_665, ce=1.0, temperature=2.0),

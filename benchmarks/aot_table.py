@@ -60,6 +60,7 @@ class Report:
     sass: float = 0.0
     mufu: float = 0.0
     clusters: int = 1
+    bytes: float = 0.0  # an element, read and written
 
 
 def gpu_target(arch: str) -> tuple[GPUTarget, Target]:
@@ -116,6 +117,7 @@ def measure(case: Case, arch: str) -> Report:
     compiled = triton.compile(source(kernel, values), target=gpu, options=options)
     warps = options.get("num_warps", 4)
     report = Report(shared=compiled.metadata.shared, clusters=options.get("num_ctas", 1))
+    report.bytes = case.one_read_bytes if report.clusters > 1 else case.bytes
     if gpu.backend == "hip":
         _read_amd(report, compiled.asm["amdgcn"], case)
     else:
@@ -233,7 +235,7 @@ def reports(wanted: list[tuple[Case, str]], cache: pathlib.Path) -> dict[str, Re
 
 def share_of_floor(case: Case, report: Report) -> float:
     """Share of the memory floor that the counts allow."""
-    cost = max(case.bytes, report.sass / SASS_PER_BYTE, report.mufu / MUFU_PER_BYTE)
+    cost = max(report.bytes, report.sass / SASS_PER_BYTE, report.mufu / MUFU_PER_BYTE)
     return case.floor / cost
 
 
@@ -244,8 +246,10 @@ def faults(case: Case, arch: str, report: Report, budget: dict[str, float] | Non
         wrong.append(f"{report.spills} spills")
     if case.aligned and report.width < 128:
         wrong.append(f"{report.width}-bit bulk access")
-    if arch == "sm_90" and report.sass > 9.8 * case.bytes:
-        wrong.append(f"{report.sass:.1f} SASS/element at {case.bytes:g} bytes is not memory-bound")
+    if arch == "sm_90" and report.sass > 9.8 * report.bytes:
+        wrong.append(
+            f"{report.sass:.1f} SASS/element at {report.bytes:g} bytes is not memory-bound"
+        )
     for key, slack in (("registers", 0), ("sass", 0.5), ("mufu", 0.05)):
         if budget and getattr(report, key) > budget[key] + slack:
             wrong.append(f"{key} {getattr(report, key):.1f} exceeds its budget {budget[key]:.1f}")
@@ -271,18 +275,29 @@ def main() -> None:
     wanted = [(c, a) for c in chosen for a in ARCHES if c.runs_on(a)]
     found = reports(wanted, options.cache)
     budgets = json.loads(options.check.read_text())["variants"] if options.check else {}
-    columns = "kernel", "arch", "regs", "spill", "smem", "CTA/SM", "bits", "SASS/el", "MUFU/el"
+    columns = (
+        "kernel",
+        "arch",
+        "CTAs",
+        "regs",
+        "spill",
+        "smem",
+        "CTA/SM",
+        "bits",
+        "SASS/el",
+        "MUFU/el",
+    )
     print(f"triton {triton.__version__}")
-    print(("{:58s} {:7s}" + " {:>7s}" * 9).format(*columns, "B/el", "floor"))
+    print(("{:58s} {:7s}" + " {:>7s}" * 10).format(*columns, "B/el", "floor"))
     bad = 0
     for case, arch in wanted:
         r = found[f"{case.name} {arch}"]
         share = f"{share_of_floor(case, r):.0%}" if arch == "sm_90" else ""
-        numbers = (r.registers, r.spills, r.shared, r.blocks, r.width)
+        numbers = (r.clusters, r.registers, r.spills, r.shared, r.blocks, r.width)
         print(
             f"{case.name:58s} {arch:7s}" + "".join(f" {n:7d}" for n in numbers)
             + (f" {r.sass:7.1f} {r.mufu:7.2f}" if r.sass else f" {'-':>7s} {'-':>7s}")
-            + f" {case.bytes:7.2f} {share:>7s}"
+            + f" {r.bytes:7.2f} {share:>7s}"
         )  # fmt: skip
         for fault in faults(case, arch, r, budgets.get(f"{case.name} {arch}")):
             bad += 1

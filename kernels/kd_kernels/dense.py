@@ -10,17 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from kd_kernels.dense_one_read import dense_rows_one_read
 from kd_kernels.dense_two_pass import dense_rows_two_pass
 from kd_kernels.head import head_threshold
-from kd_kernels.rows import (
-    LOG2E,
-    Logits,
-    RowLoss,
-    row_limit,
-    target_of,
-    two_pass_shape,
-    zero_padding,
-)
+from kd_kernels.rows import LOG2E, Logits, RowLoss, row_limit, target_of
+from kd_kernels.schedules import one_read_shape, two_pass_shape, zero_padding
 
 
 def dense_losses(
@@ -54,9 +48,16 @@ def dense_losses(
     written = student.tensor if gradient is None else gradient
     s_limit, t_limit = row_limit(student.tensor, loss.vocab), row_limit(teacher.tensor, loss.vocab)
     target = target_of(student.tensor.device)
-    block, group, warps = two_pass_shape(student.tensor, teacher.tensor, target)
+    shape = one_read_shape(student.tensor, teacher.tensor, gradient, loss.vocab, target)
+    if shape is None:
+        block, group, warps = two_pass_shape(student.tensor, teacher.tensor, target)
+        kernel, options = dense_rows_two_pass, dict(BLOCK=block, GROUP=group, num_warps=warps)
+    else:
+        kernel, block = dense_rows_one_read, shape.first + shape.second
+        options = dict(FIRST=shape.first, SECOND=shape.second, num_warps=shape.warps)
+        options["num_ctas"] = shape.blocks
     width = loss.vocab if gradient is None else zero_padding(gradient, loss.vocab, block)
-    dense_rows_two_pass[(rows,)](
+    kernel[(rows,)](
         student.tensor,
         teacher.tensor,
         written,
@@ -89,10 +90,8 @@ def dense_losses(
         FLOOR=loss.floor is not None,
         GRADIENT=gradient is not None,
         CUDA=target.kind == "cuda",
-        BLOCK=block,
-        GROUP=group,
-        num_warps=warps,
         num_stages=1,
+        **options,
     )
     return losses
 

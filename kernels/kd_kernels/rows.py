@@ -109,17 +109,3 @@ def row_limit(tensor: Tensor, vocab: int) -> int:
     rounded = -(-vocab // 16) * 16
     aligned = tensor.stride(0) % 16 == 0 and tensor.shape[1] >= rounded
     return rounded if aligned else vocab
-
-
-def zero_padding(gradient: Tensor, vocab: int, block: int) -> int:
-    """Zero the columns past the last block; returns where the kernel's own writing ends."""
-    covered = min(-(-vocab // block) * block, gradient.shape[1])
-    gradient[:, covered:] = 0
-    return covered
-
-
-def two_pass_shape(student: Tensor, teacher: Tensor, target: Target) -> tuple[int, int, int]:
-    """(block, columns a lane holds, warps)."""
-    group = 16 // max(student.dtype.itemsize, teacher.dtype.itemsize)
-    block = 64 if target.kind == "interpreter" else 4096
-    return block, group, max(1, min(8, block // (32 * group)))

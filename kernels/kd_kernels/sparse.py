@@ -14,9 +14,8 @@ from kd_kernels.rows import (
     RowLoss,
     row_limit,
     target_of,
-    two_pass_shape,
-    zero_padding,
 )
+from kd_kernels.schedules import two_pass_shape, zero_padding
 from kd_kernels.sparse_two_pass import sparse_rows_two_pass
 
 

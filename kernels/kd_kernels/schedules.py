@@ -1,0 +1,94 @@
+"""Which schedule a launch takes, by vocabulary, architecture and Triton version."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+
+import triton
+from torch import Tensor
+
+from kd_kernels.rows import Target
+
+log = logging.getLogger("kd_kernels")
+CLUSTER_VERSION = (3, 8)
+"""Triton 3.7 and earlier fail to compile reductions across a cluster (its PlanCTA pass)."""
+
+
+CLUSTER_ARCHES = (90, 100, 103)
+COLUMNS = 8192
+"""Columns of one thread block: 8 warps of 32 threads with 32 columns each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OneRead:
+    """A row in the registers of a cluster: thread blocks, warps in each, segments of columns."""
+
+    blocks: int
+    warps: int
+    first: int
+    second: int = 0
+
+
+_forced: list[OneRead | None] = []  # tests: a schedule in place of the choice
+
+
+def one_read_shape(
+    student: Tensor,
+    teacher: Tensor,
+    gradient: Tensor | None,
+    vocab: int,
+    target: Target,
+) -> OneRead | None:
+    """The cluster for a row of ``vocab`` columns, or None where two passes must do."""
+    if _forced:
+        return _forced[-1]
+    if target.kind != "cuda" or target.arch not in CLUSTER_ARCHES:
+        return None
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < CLUSTER_VERSION:
+        _say_once(f"triton {triton.__version__} has no cluster reductions (3.8 has): two passes")
+        return None
+    if not all(_whole_vectors(t) for t in (student, teacher, gradient) if t is not None):
+        _say_once("rows are not aligned to 16 bytes: two passes")
+        return None
+    return cluster_shape(vocab)
+
+
+def cluster_shape(vocab: int) -> OneRead | None:
+    """The smallest cluster whose threads hold 32 (40 with a second segment) columns each.
+
+    32 columns of student and teacher in float32 are 64 registers of a thread; past 163,840 columns
+    (Gemma's 262,144) a cluster of 16 blocks, the largest there is, would spill.
+    """
+    if vocab <= 131_072:
+        first = max(COLUMNS, triton.next_power_of_2(vocab))
+        return OneRead(first // COLUMNS, 8, first)
+    return OneRead(16, 8, 131_072, 32_768) if vocab <= 163_840 else None
+
+
+def _whole_vectors(tensor: Tensor) -> bool:
+    """Whether every row starts on 16 bytes and holds whole 16-byte vectors."""
+    size = tensor.dtype.itemsize
+    start = tensor.storage_offset() * size if tensor.is_meta else tensor.data_ptr()
+    return start % 16 == 0 and tensor.stride(0) % 16 == 0 and tensor.shape[1] * size % 16 == 0
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.debug(message)
+
+
+def zero_padding(gradient: Tensor, vocab: int, block: int) -> int:
+    """Zero the columns past the last block; returns where the kernel's own writing ends."""
+    covered = min(-(-vocab // block) * block, gradient.shape[1])
+    gradient[:, covered:] = 0
+    return covered
+
+
+def two_pass_shape(student: Tensor, teacher: Tensor, target: Target) -> tuple[int, int, int]:
+    """(block, columns a lane holds, warps)."""
+    group = 16 // max(student.dtype.itemsize, teacher.dtype.itemsize)
+    block = 64 if target.kind == "interpreter" else 4096
+    return block, group, max(1, min(8, block // (32 * group)))
