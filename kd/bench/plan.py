@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from kd.bench.runner import Group
 from kd.bench.shapes import (
-    CPU_SHAPES,
     GPU_SHAPES,
     NARROW_HEADS,
     QWEN_05B_15B,
@@ -15,11 +14,14 @@ from kd.bench.shapes import (
     Shape,
 )
 
+CPU_TOKENS = 128
+
 
 def plan(
     device: str,
     *,
     smoke: bool = False,
+    tokens: int | None = None,
     suites: Sequence[str] | None = None,
     shapes: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
@@ -30,6 +32,7 @@ def plan(
     Args:
         device: "cpu" or "cuda": a card gets more tokens and more models.
         smoke: every suite at a tiny shape instead.
+        tokens: of every shape; on a CPU 128, so that a whole run takes minutes.
         suites, shapes, dtypes, divergences: keep these alone; a shape is known by its beginning,
             a divergence that is not planned is added.
     Raises:
@@ -41,7 +44,7 @@ def plan(
     if smoke:
         groups = [Group(suite, SMOKE_SHAPES["smoke"], "float32") for suite in SUITES]
     else:
-        groups = _cpu() if device == "cpu" else _gpu()
+        groups = _cpu(tokens or CPU_TOKENS) if device == "cpu" else _gpu(tokens)
     if divergences:
         groups = _with_divergences(groups, divergences)
     kept = [
@@ -69,26 +72,28 @@ def _with_divergences(groups: list[Group], divergences: Sequence[str]) -> list[G
     ]
 
 
-def _cpu() -> list[Group]:
-    qwen, llama = QWEN_05B_15B, CPU_SHAPES["llama3-1b<-8b"]
+def _cpu(tokens: int) -> list[Group]:
+    def at(shape: Shape) -> Shape:
+        return shape if tokens == shape.tokens else shape.scaled(tokens=tokens)
+
+    qwen, narrow = at(QWEN_05B_15B), at(NARROW_HEADS)
     groups = [
         Group("linear", qwen, "float32"),
         Group("linear", qwen, "bfloat16"),
-        Group("linear", NARROW_HEADS, "float32"),
+        Group("linear", narrow, "float32"),
+        Group("linear", narrow, "float32", "jsd(0.5)"),
         Group("dense", qwen, "float32"),
         Group("dense", qwen, "float32", "jsd(0.5)"),
         Group("linear-sparse", qwen, "float32"),
         Group("cross-entropy", qwen, "float32"),
         Group("sparse", qwen, "float32"),
         Group("selection", qwen, "float32"),
-        Group("linear", NARROW_HEADS, "float32", "jsd(0.5)"),
-        Group("linear", llama, "bfloat16"),
     ]
-    return groups + scaling_series(NARROW_HEADS.scaled(tokens=128), "float32")
+    return groups + scaling_series(NARROW_HEADS.scaled(tokens=tokens), "float32")
 
 
-def _gpu() -> list[Group]:
-    shapes = list(GPU_SHAPES.values())
+def _gpu(tokens: int | None) -> list[Group]:
+    shapes = [s if tokens is None else s.scaled(tokens=tokens) for s in GPU_SHAPES.values()]
     first = shapes[0]
     groups = [Group("linear", shape, "bfloat16") for shape in shapes]
     for suite in ("linear-sparse", "cross-entropy"):
@@ -105,12 +110,8 @@ def _gpu() -> list[Group]:
 def scaling_series(base: Shape, dtype: str) -> list[Group]:
     """One size at a time, from a base shape: V and N for logits on both sides, K for a cache."""
     base = Shape("scaling", *list(vars(base).values())[1:])
-    groups = []
-    for vocab in (32_000, 64_000, 128_256, 256_000):
-        groups.append(Group("dense", base.scaled(vocab=vocab), dtype))
-        groups.append(Group("linear", base.scaled(vocab=vocab), dtype))
-    for factor in (1, 2, 4, 8):
-        tokens = base.tokens * factor // 4
-        groups.append(Group("linear", base.scaled(tokens=tokens), dtype))
-    groups += [Group("sparse", base.scaled(top_k=k), dtype) for k in (8, 32, 128, 512)]
-    return groups
+    sizes = (32_000, 64_000, 128_256, 256_000)
+    groups = [Group("dense", base.scaled(vocab=vocab), dtype) for vocab in sizes]
+    fractions = (base.tokens // 4, base.tokens // 2, base.tokens)
+    groups += [Group("linear", base.scaled(tokens=tokens), dtype) for tokens in fractions]
+    return groups + [Group("sparse", base.scaled(top_k=k), dtype) for k in (8, 64, 512)]

@@ -29,8 +29,8 @@ def median_of(row: dict[str, Any]) -> float:
 
 def series_of(group: dict[str, Any]) -> str:
     """Which scaling series a group belongs to: V, N, K, or "" for none."""
-    changed = group["rows"][0]["shape"]["name"].partition(":")[2]
-    return changed.partition("=")[0] if changed.count("=") == 1 else ""
+    base, _, changed = group["rows"][0]["shape"]["name"].partition(":")
+    return changed.partition("=")[0] if base == "scaling" else ""
 
 
 def exponent(sizes: list[float], seconds: list[float]) -> float:

@@ -52,6 +52,9 @@ class Group:
     def entrants(self, against: tuple[str, ...] | None = None) -> list[Implementation]:
         """kd, and the implementations whose names hold one of ``against`` (all when None)."""
         chosen = [i for i in IMPLEMENTATIONS.values() if i.takes(self.suite, self.divergence)]
+        if against is None and self.shape.name.startswith("scaling"):
+            against = ("pytorch", "chunk 256")  # what a fitted exponent needs, in minutes
+            chosen = [i for i in chosen if "compiled" not in i.name]
         if against is None:
             return chosen
         return [i for i in chosen if i.name == "kd" or any(part in i.name for part in against)]

@@ -25,14 +25,6 @@ class Shape:
 
 QWEN_05B_15B = Shape("qwen2.5-0.5b<-1.5b", 512, 151_936, 896, 1536)
 NARROW_HEADS = Shape("narrow-heads", 512, 151_936, 128, 256)
-CPU_SHAPES = {
-    shape.name: shape
-    for shape in (
-        QWEN_05B_15B,
-        NARROW_HEADS,
-        Shape("llama3-1b<-8b", 256, 128_256, 2048, 4096),
-    )
-}
 GPU_SHAPES = {
     shape.name: shape
     for shape in (
