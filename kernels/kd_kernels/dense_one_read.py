@@ -117,9 +117,12 @@ def dense_rows_one_read(
     GRADIENT: tl.constexpr,
     CUDA: tl.constexpr,
     FIRST: tl.constexpr,  # columns of the first segment
-    SECOND: tl.constexpr,  # columns of the second, 0 for none
+    SECOND: tl.constexpr,  # columns of the second, 0 for none; vocab > FIRST where there is one
 ):
     SOFT: tl.constexpr = DIVERGENCE != "none"
+    # With a second segment every column of the first is a token's: no masks.
+    S_FULL: tl.constexpr = STUDENT_EXACT or SECOND > 0
+    T_FULL: tl.constexpr = TEACHER_EXACT or SECOND > 0
     ADAPTIVE: tl.constexpr = DIVERGENCE == "adaptive_kl"
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row)
@@ -141,13 +144,13 @@ def dense_rows_one_read(
         label_z, label_slope = to_log2(raw, student_inner, student_outer, STUDENT_CAP, CUDA)
     s, slope = load_logits(
         student, 0, student_limit, vocab, student_inner, student_outer,
-        STUDENT_CAP, STUDENT_EXACT, False, CUDA, FIRST,
+        STUDENT_CAP, S_FULL, False, CUDA, FIRST,
     )  # fmt: skip
     t = s
     if SOFT:
         t, t_slope = load_logits(
             teacher, 0, teacher_limit, vocab, teacher_inner, teacher_outer,
-            TEACHER_CAP, TEACHER_EXACT, False, CUDA, FIRST,
+            TEACHER_CAP, T_FULL, False, CUDA, FIRST,
         )  # fmt: skip
     if SECOND > 0:
         s_2, slope_2 = load_logits(
@@ -231,7 +234,7 @@ def dense_rows_one_read(
     if GRADIENT:
         gradient_segment(
             gradient, 0, vocab, gradient_limit, g, s, slope, label, temperature, hard_lse,
-            ce_scale, HARD, STUDENT_EXACT, CUDA, FIRST,
+            ce_scale, HARD, S_FULL, CUDA, FIRST,
         )  # fmt: skip
         if SECOND > 0:
             gradient_segment(
