@@ -27,8 +27,8 @@ def check(cache, model, sequences, k, temperature=1.0, live=61):
 def test_rows_are_the_teachers_distribution_for_the_next_token(tmp_path, temperature):
     model, sequences = cases.teacher(), cases.texts(20)
     cache = build_cache(
-        model, sequences, tmp_path / "cache", top_k=5, temperature=temperature, batch_tokens=100,
-        shard_tokens=50, progress=False,
+        model, sequences, tmp_path / "cache", top_k=5, codec="float32", temperature=temperature,
+        batch_tokens=100, shard_tokens=50, progress=False,
     )  # fmt: skip
     assert cache.meta.temperature == temperature and len(cache.manifest.shards) > 2
     check(cache, model, sequences, 5, temperature)
@@ -37,7 +37,13 @@ def test_rows_are_the_teachers_distribution_for_the_next_token(tmp_path, tempera
 def test_dead_columns_are_left_out_of_the_softmax(tmp_path):
     model, sequences = cases.teacher(), cases.texts(6, vocabulary=50)
     cache = build_cache(
-        model, sequences, tmp_path / "cache", top_k=50, live_vocab=50, progress=False
+        model,
+        sequences,
+        tmp_path / "cache",
+        top_k=50,
+        codec="float32",
+        live_vocab=50,
+        progress=False,
     )
     assert (cache.meta.live_vocab, cache.meta.padded_vocab) == (50, 61)
     check(cache, model, sequences, 50, live=50)
@@ -56,7 +62,9 @@ def test_softcap_and_logit_scale_are_the_models_own(tmp_path, model_class):
     )  # fmt: skip
     torch.manual_seed(0)
     model, sequences = getattr(transformers, model_class)(config).eval(), cases.texts(5)
-    cache = build_cache(model, sequences, tmp_path / "cache", top_k=6, progress=False)
+    cache = build_cache(
+        model, sequences, tmp_path / "cache", top_k=6, codec="float32", progress=False
+    )
     check(cache, model, sequences, 6)
 
 
@@ -70,7 +78,9 @@ def test_a_head_that_does_something_else_is_noticed(tmp_path):
         return out
 
     model.forward = forward
-    cache = build_cache(model, sequences, tmp_path / "cache", top_k=6, progress=False)
+    cache = build_cache(
+        model, sequences, tmp_path / "cache", top_k=6, codec="float32", progress=False
+    )
     check(cache, model, sequences, 6)
 
 

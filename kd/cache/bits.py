@@ -70,3 +70,33 @@ def pack_unary(values: NDArray[np.integer]) -> Bytes:
 def ones(packed: Bytes) -> NDArray[np.int64]:
     """The positions of all one bits, ascending."""
     return np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_))
+
+
+def gather_bits(
+    packed: Bytes, start: NDArray[np.integer], width: NDArray[np.integer]
+) -> NDArray[np.int32]:
+    """Integers of ``width`` bits (at most 25) that start at any bit of a stream, lowest bit first.
+
+    Args:
+        packed: the stream.
+        start, width: [E], in bits; widths of 0 give 0.
+    """
+    room = np.zeros(len(packed) + 4, np.uint8)
+    room[: len(packed)] = packed
+    # Every byte begins a 32-bit word of this overlapping view; numpy is faster on the copy.
+    view: NDArray[np.uint32] = np.ndarray((len(packed) + 1,), "<u4", room, 0, (1,))
+    found = np.ascontiguousarray(view, np.uint32).take(start >> 3, mode="clip")
+    found >>= (start & 7).astype(np.uint32)
+    found &= np.left_shift(np.uint32(1), width.astype(np.uint32)) - np.uint32(1)
+    return found.view(np.int32)
+
+
+def scatter_bits(
+    values: NDArray[np.integer], start: NDArray[np.integer], width: NDArray[np.integer], size: int
+) -> Bytes:
+    """The inverse of ``gather_bits``: ``size`` bytes with the values' bits in their places."""
+    bits = np.zeros(size * 8, np.uint8)
+    for bit in range(int(width.max(initial=0))):
+        used = np.flatnonzero(width > bit)
+        bits[start[used] + bit] = (values[used] >> bit) & 1
+    return np.packbits(bits, bitorder="little")

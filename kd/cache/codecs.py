@@ -7,13 +7,13 @@ read, copied and dropped one by one, and many parts can be decoded in one go.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.cache.bits import GROUP, Bytes, groups, pack_fixed, unpack_fixed, width_of
+from kd.cache.bits import GROUP, Bytes, pack_fixed, unpack_fixed, width_of
 
 
 @dataclass
@@ -46,7 +46,26 @@ class Layout:
         return cls(rows, starts(counts)[rows])
 
 
-Streams = dict[str, tuple[Bytes, NDArray[np.int64]]]  # bytes, and where each sequence's begin
+Stream = tuple[Bytes, NDArray[np.int64]]  # bytes, and where each sequence's part starts
+Streams = dict[str, Stream]
+
+
+@dataclass
+class Side:
+    """What a codec knows of a shard beside its streams.
+
+    options: of the cache, ``live_vocab`` among them; params: small JSON values chosen for this
+    shard; tables: arrays chosen for this shard; memory: whatever decoding wants to keep.
+    """
+
+    options: Mapping[str, Any]
+    params: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, NDArray[np.uint32]] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def live_vocab(self) -> int:
+        return int(self.options["live_vocab"])
 
 
 class Codec(Protocol):
@@ -54,15 +73,14 @@ class Codec(Protocol):
 
     name: str
     streams: tuple[str, ...]
+    tables: tuple[str, ...]
 
-    def encode(self, rows: Rows, layout: Layout, options: Mapping[str, Any]) -> Streams: ...
+    def encode(self, rows: Rows, layout: Layout, side: Side) -> Streams:
+        """The streams of these rows; params and tables go into ``side``."""
+        ...
 
     def decode(
-        self,
-        parts: Mapping[str, Bytes],
-        counts: NDArray[np.int32],
-        layout: Layout,
-        options: Mapping[str, Any],
+        self, parts: Streams, counts: NDArray[np.int32], layout: Layout, side: Side
     ) -> Rows: ...
 
 
@@ -73,9 +91,7 @@ def starts(sizes: NDArray[np.integer]) -> NDArray[np.int64]:
     return out
 
 
-def fixed_stream(
-    values: NDArray[np.integer], width: int, bounds: NDArray[np.int64]
-) -> tuple[Bytes, NDArray[np.int64]]:
+def fixed_stream(values: NDArray[np.integer], width: int, bounds: NDArray[np.int64]) -> Stream:
     """Values [E] packed at a fixed width, each sequence filled up to a whole group of 8."""
     sizes = np.diff(bounds)
     whole = -(-sizes // GROUP) * GROUP
@@ -111,26 +127,15 @@ class Float32:
     name = "float32"
     streams: tuple[str, ...] = ("ids", "values")
 
-    def encode(self, rows: Rows, layout: Layout, options: Mapping[str, Any]) -> Streams:
-        width = width_of(options["live_vocab"] - 1)
+    tables: tuple[str, ...] = ()
+
+    def encode(self, rows: Rows, layout: Layout, side: Side) -> Streams:
         values = np.ascontiguousarray(rows.logprobs, "<f4").view(np.uint8)
         return {
-            "ids": fixed_stream(rows.ids, width, layout.entries),
+            "ids": fixed_stream(rows.ids, width_of(side.live_vocab - 1), layout.entries),
             "values": (values, layout.entries * 4),
         }
 
-    def decode(
-        self,
-        parts: Mapping[str, Bytes],
-        counts: NDArray[np.int32],
-        layout: Layout,
-        options: Mapping[str, Any],
-    ) -> Rows:
-        width = width_of(options["live_vocab"] - 1)
-        ids = fixed_values(parts["ids"], width, layout.entries)
-        return Rows(counts, ids, np.array(parts["values"].view("<f4"), np.float32))
-
-
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Float32(),)}
-
-__all__ = ["CODECS", "Codec", "Layout", "Rows", "Streams", "groups", "starts"]
+    def decode(self, parts: Streams, counts: NDArray[np.int32], layout: Layout, side: Side) -> Rows:
+        ids = fixed_values(parts["ids"][0], width_of(side.live_vocab - 1), layout.entries)
+        return Rows(counts, ids, np.array(parts["values"][0].view("<f4"), np.float32))

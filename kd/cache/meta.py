@@ -27,7 +27,7 @@ class CacheMeta:
         temperature: the teacher's logits were divided by it before the softmax.
         top_k: the most tokens a row holds.
         selection: "top_k", "top_p", "sampled" or "hybrid".
-        codec: how the rows are stored, a name from ``kd.cache.codecs``.
+        codec: how the rows are stored: "float32" (lossless), "log8", "compact" or "counts".
         selection_options: {"top_p": ...}, {"draws": ..., "seed": ...} and the like.
         codec_options: settings of the codec that differ from its defaults.
     """
@@ -44,7 +44,7 @@ class CacheMeta:
     codec_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from kd.cache.codecs import CODECS
+        from kd.cache.registry import CODECS
 
         where = "CacheMeta"
         if not 1 <= self.live_vocab <= self.padded_vocab:

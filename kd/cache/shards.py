@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.cache.bits import Bytes, width_of
+from kd.cache.bits import width_of
 from kd.cache.codecs import (
-    CODECS,
     Codec,
     Layout,
     Rows,
+    Side,
+    Stream,
     fixed_stream,
     fixed_values,
     starts,
 )
 from kd.cache.keys import KEY_BYTES, key_of
+from kd.cache.registry import CODECS
 
 FORMAT = "kd-cache/1"
 MAX_HEADER = 64 * 1024
@@ -67,7 +69,9 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
         tensors["counts"] = counts.astype("<u2" if counts.max(initial=0) > 255 else "u1")
     width = width_of(options["live_vocab"] - 1)
     streams = {"tokens": fixed_stream(block.tokens, width, layout.rows)}
-    streams |= coder.encode(block.rows, layout, options)
+    side = Side(options)
+    streams |= coder.encode(block.rows, layout, side)
+    tensors |= {name: side.tables[name].astype("<u4") for name in coder.tables}
     for name, (data, offsets) in streams.items():
         tensors[name] = data
         tensors[f"{name}.offsets"] = offsets.astype("<u4" if offsets[-1] < 2**32 else "<i8")
@@ -79,6 +83,7 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
         "rows": str(len(block.tokens)),
         "entries": str(len(block.rows.ids)),
         "row_entries": str(int(counts[0]) if same else -1),
+        "params": json.dumps(side.params, sort_keys=True),
     }
     return _serialise(tensors, metadata)
 
@@ -113,7 +118,7 @@ class Shard:
     """
 
     def __init__(self, path: Path, codec: str, options: Mapping[str, Any], cache_id: str) -> None:
-        self.path, self.options = path, options
+        self.path, self.options, self.side = path, options, Side(options)
         self.codec: Codec = CODECS[codec]
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -148,7 +153,7 @@ class Shard:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._wrong("a safetensors header with metadata", "other bytes") from None
         body, end, tensors = self.data[8 + length :], 0, {}
-        allowed = {"keys", "lengths", "counts"}
+        allowed = {"keys", "lengths", "counts", *self.codec.tables}
         for name in ("tokens", *self.codec.streams):
             allowed |= {name, f"{name}.offsets"}
         if not set(header) <= allowed or not allowed - set(header) <= {"counts"}:
@@ -186,6 +191,7 @@ class Shard:
             self.rows = int(self.metadata["rows"])
             self.entries = int(self.metadata["entries"])
             self._row_entries = int(self.metadata["row_entries"])
+            self.side.params = dict(json.loads(self.metadata["params"]))
         except (KeyError, TypeError, ValueError):
             raise self._wrong("its counts in its metadata", repr(self.metadata)[:200]) from None
 
@@ -197,6 +203,10 @@ class Shard:
                 f"{self.rows} rows in {self.sequences} sequences",
                 f"{int(self._rows[-1])} in {len(self.lengths)}",
             )
+        for name in self.codec.tables:
+            table = self.side.tables[name] = self.tensors[name]
+            if table.ndim != 1 or (len(table) and int(table.max()) >= self.side.live_vocab):
+                raise self._wrong(f"{name} of ids below {self.side.live_vocab}", "others")
         counts = self.tensors.get("counts")
         if (counts is None) != (self._row_entries >= 0):
             raise self._wrong("counts exactly when rows differ", f"{self._row_entries}")
@@ -221,23 +231,25 @@ class Shard:
         counts, bounds = self.tensors["counts"], self._rows
         return _joined(counts[bounds[s] : bounds[s + 1]] for s in sequences).astype(np.int32)
 
-    def part(self, name: str, sequences: Sequence[int]) -> Bytes:
-        """A stream's bytes for these sequences, end to end."""
+    def part(self, name: str, sequences: Sequence[int]) -> Stream:
+        """A stream's bytes for these sequences, end to end, and where each one's start."""
         data, offsets = self.tensors[name], self.tensors[f"{name}.offsets"]
-        return _joined(data[int(offsets[s]) : int(offsets[s + 1])] for s in sequences)
+        at = [(int(offsets[s]), int(offsets[s + 1])) for s in sequences]
+        sizes = np.array([stop - start for start, stop in at], np.int64)
+        return _joined(data[start:stop] for start, stop in at), starts(sizes)
 
     def read(self, sequences: Sequence[int]) -> Rows:
         """Decode these sequences' rows, in this order."""
         counts = self.counts_of(sequences)
         layout = Layout.of(self.lengths[list(sequences)], counts)
         parts = {name: self.part(name, sequences) for name in self.codec.streams}
-        return self.codec.decode(parts, counts, layout, self.options)
+        return self.codec.decode(parts, counts, layout, self.side)
 
     def tokens_of(self, sequences: Sequence[int]) -> NDArray[np.int32]:
         """The token ids of these sequences, end to end."""
         width = width_of(self.options["live_vocab"] - 1)
         bounds = starts(self.lengths[list(sequences)])
-        return fixed_values(self.part("tokens", sequences), width, bounds)
+        return fixed_values(self.part("tokens", sequences)[0], width, bounds)
 
     def block(self, sequences: Sequence[int]) -> Block:
         """These sequences with all they hold."""

@@ -7,6 +7,7 @@ from typing import Any
 
 # Public name -> the module that has it; loaded on first use.
 _HOMES = {
+    "Selection": "kd.teachers.selection",
     "build_cache": "kd.teachers.build",
     "cache_meta": "kd.teachers.build",
     "teacher_identity": "kd.teachers.identity",

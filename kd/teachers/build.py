@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kd.cache.writer import SHARD_TOKENS
 from kd.teachers.identity import teacher_identity
 from kd.teachers.logits import LogitSource
 from kd.teachers.progress import Meter
-from kd.teachers.selection import bad_rows, top_k_rows
+from kd.teachers.selection import Selection, bad_rows
 
 WINDOW = 1024  # sequences that are sorted by length together
 ON_BAD_ROWS = ("error", "drop", "mask")
@@ -32,7 +32,9 @@ def build_cache(
     tokenizer: Any = None,
     top_k: int = 32,
     temperature: float = 1.0,
-    codec: str = "float32",
+    selection: Selection | str | None = None,
+    codec: str | None = None,
+    codec_options: Mapping[str, Any] | None = None,
     live_vocab: int | None = None,
     batch_tokens: int = 4096,
     shard_tokens: int = SHARD_TOKENS,
@@ -55,7 +57,11 @@ def build_cache(
         tokenizer: its fingerprint is recorded, and its length is the live vocabulary.
         top_k: tokens kept in each row.
         temperature: divides the logits before the softmax.
-        codec: how rows are stored; see ``kd.cache.codecs``.
+        selection: which tokens are kept: "top_k" (the default), "top_p", "sampled", "hybrid", or
+            a ``kd.teachers.Selection`` with its settings (its top_k counts then).
+        codec: how rows are stored: "compact" (the default), "log8", "float32" (lossless), or
+            "counts" (the default for "sampled").
+        codec_options: {"levels": 110} is the default of "compact"; more is finer.
         live_vocab: tokens that exist, when there is no tokenizer; the lm_head's rows when None.
         batch_tokens: padded tokens in a forward pass.
         shard_tokens: tokens in a shard: what a killed run loses at most.
@@ -79,7 +85,9 @@ def build_cache(
         live_vocab=live_vocab,
         top_k=top_k,
         temperature=temperature,
+        selection=selection,
         codec=codec,
+        codec_options=codec_options,
     )
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     was_training = model.training
@@ -90,7 +98,7 @@ def build_cache(
             path, meta, shard_tokens=shard_tokens, rank=rank, world_size=world
         ) as writer:
             _wait_for_all(world)  # every rank is marked as open before the first can close
-            capture = _Capture(model, writer, meter, on_bad_rows)
+            capture = _Capture(model, writer, meter, on_bad_rows, selection_of(selection, top_k))
             most = max_length or getattr(model.config, "max_position_embeddings", None)
             for number, batch in enumerate(batches(sequences, batch_tokens, limit, most)):
                 if number % world == rank:
@@ -109,7 +117,9 @@ def cache_meta(
     live_vocab: int | None = None,
     top_k: int = 32,
     temperature: float = 1.0,
-    codec: str = "float32",
+    selection: Selection | str | None = None,
+    codec: str | None = None,
+    codec_options: Mapping[str, Any] | None = None,
 ) -> CacheMeta:
     """The identity a cache of this model has; also what a reader may ``expect``."""
     from kd.vocab import tokenizer_fingerprint
@@ -117,15 +127,26 @@ def cache_meta(
     head = model.get_output_embeddings()
     padded = int(head.weight.shape[0]) if head is not None else int(model.config.vocab_size)
     live = live_vocab or (len(tokenizer) if tokenizer is not None else padded)
+    chosen = selection_of(selection, top_k)
     return CacheMeta(
         teacher=teacher_identity(model),
         tokenizer=tokenizer_fingerprint(tokenizer) if tokenizer is not None else {},
         live_vocab=live,
         padded_vocab=max(padded, live) if head is None else padded,
         temperature=float(temperature),
-        top_k=top_k,
-        codec=codec,
+        top_k=chosen.slots(live),
+        selection=chosen.name,
+        codec=codec or ("counts" if chosen.name == "sampled" else "compact"),
+        selection_options=chosen.options(),
+        codec_options=codec_options or {},
     )
+
+
+def selection_of(selection: Selection | str | None, top_k: int) -> Selection:
+    """A Selection from what ``build_cache`` takes."""
+    if isinstance(selection, Selection):
+        return selection
+    return Selection(name=selection or "top_k", top_k=top_k)
 
 
 Batch = list[NDArray[np.int32]]
@@ -178,8 +199,16 @@ def _by_length(window: Batch, batch_tokens: int) -> Iterator[Batch]:
 class _Capture:
     """Runs batches through the teacher and hands the rows to the writer."""
 
-    def __init__(self, model: Any, writer: CacheWriter, meter: Meter, on_bad_rows: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        writer: CacheWriter,
+        meter: Meter,
+        on_bad_rows: str,
+        selection: Selection,
+    ) -> None:
         self.writer, self.meter, self.on_bad_rows = writer, meter, on_bad_rows
+        self.selection = selection
         self.source = LogitSource(model, writer.meta.live_vocab)
 
     def batch(self, sequences: Batch) -> None:
@@ -203,10 +232,19 @@ class _Capture:
         padded = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
         for row, tokens in zip(padded, sequences, strict=True):
             row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-        parts = []
+        parts, row = [], 0
+        uniforms = None
+        if self.selection.random:
+            drawn = [self.selection.uniforms(len(item), key_of(item)) for item in sequences]
+            uniforms = torch.cat(drawn)  # [N, draws]
         for logits in self.source.chunks(padded, lengths):
-            ids, logprobs = top_k_rows(logits, meta.top_k, meta.temperature)
-            parts.append((ids.cpu(), logprobs.cpu(), bad_rows(logits).cpu()))
+            bad = bad_rows(logits)
+            if bool(bad.any()):  # stored as nothing, or refused below
+                logits = logits.masked_fill(bad[:, None], 0.0)
+            mine = None if uniforms is None else uniforms[row : row + len(logits)]
+            ids, logprobs = self.selection.rows(logits, meta.temperature, mine)
+            row += len(logits)
+            parts.append((ids.cpu(), logprobs.cpu(), bad.cpu()))
         ids, logprobs, bad = (torch.cat(column) for column in zip(*parts, strict=True))
         return ids, logprobs, bad
 

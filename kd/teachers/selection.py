@@ -1,9 +1,138 @@
-"""From a chunk of logits to the few tokens of each row that are kept."""
+"""From a chunk of logits to the few tokens of each row that are kept, and what they stand for.
+
+top_k    the k likeliest tokens; the rest is the tail ("bucket").
+top_p    the fewest tokens that hold probability p, at most k; the rest is the tail ("bucket").
+sampled  tokens drawn from the distribution itself, each with (times drawn) / draws: unbiased, as
+         a forward KL is linear in the teacher ("drop").
+hybrid   the m likeliest exactly, and draws among the others that share their mass: unbiased
+         with less variance ("drop").
+
+Source: Anshumann et al. 2025, "Sparse Logit Sampling", ACL 2025, for ``sampled``.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from kd.cache.meta import SELECTIONS
+
+METHODS = ("independent", "systematic")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens of a row are kept.
+
+    Attributes:
+        name: "top_k", "top_p", "sampled" or "hybrid".
+        top_k: the most tokens a row can hold; for hybrid, those kept exactly are among them.
+        top_p: probability to hold (top_p).
+        draws: tokens drawn from each row (sampled and hybrid).
+        exact: the likeliest tokens kept as they are (hybrid).
+        method: "independent" draws, or "systematic" ones (evenly spaced from one random start:
+            the same expectation, every count within one of its expectation).
+        seed: of the draws; they depend on it and on the sequence's tokens alone.
+    """
+
+    name: str = "top_k"
+    top_k: int = 32
+    top_p: float = 0.98
+    draws: int = 50
+    exact: int = 8
+    method: str = "independent"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            (self.name in SELECTIONS, "name", f"one of {', '.join(SELECTIONS)}", self.name),
+            (self.top_k >= 1, "top_k", "at least 1", self.top_k),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p),
+            (self.draws >= 1, "draws", "at least 1", self.draws),
+            (self.exact >= 1, "exact", "at least 1", self.exact),
+            (self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method),
+        )
+        for holds, name, rule, got in rules:
+            if not holds:
+                raise ValueError(f"Selection: {name} must be {rule}, got {got!r}.")
+
+    def slots(self, live_vocab: int) -> int:
+        """The most tokens a row can hold."""
+        most = {"sampled": self.draws, "hybrid": self.exact + self.draws}.get(self.name)
+        return self.top_k if most is None else min(most, live_vocab)
+
+    def options(self) -> dict[str, Any]:
+        """What a cache records beside the name."""
+        drawn: dict[str, Any] = {"draws": self.draws, "method": self.method, "seed": self.seed}
+        found: dict[str, dict[str, Any]] = {
+            "top_k": {},
+            "top_p": {"top_p": self.top_p},
+            "sampled": drawn,
+            "hybrid": {**drawn, "exact": self.exact},
+        }
+        return found[self.name]
+
+    @property
+    def random(self) -> bool:
+        return self.name in ("sampled", "hybrid")
+
+    def rows(
+        self, logits: Tensor, temperature: float, uniforms: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The kept tokens of each row.
+
+        Args:
+            logits: [C, V] over the live vocabulary, any floating dtype; -inf is probability zero.
+            temperature: divides the logits.
+            uniforms: [C, draws] float64 in [0, 1), for the selections that draw.
+
+        Returns:
+            ids [C, K] int64, -1 in empty slots; log-probs [C, K] float32, -inf there.
+        """
+        if self.name == "top_k":
+            return top_k_rows(logits, self.top_k, temperature)
+        if self.name == "top_p":
+            ids, logprobs = top_k_rows(logits, self.top_k, temperature)
+            p = logprobs.double().exp()
+            outside = p.cumsum(-1) - p >= self.top_p  # before this token the rest was enough
+            return ids.masked_fill(outside, -1), logprobs.masked_fill(outside, -torch.inf)
+        assert uniforms is not None
+        log_p = torch.log_softmax(logits.double() / temperature, -1)
+        if self.name == "sampled":
+            return self._drawn(log_p.exp(), uniforms)
+        ids, logprobs = top_k_rows(logits, self.exact, temperature)
+        rest = log_p.exp().scatter(1, ids.clamp(min=0), 0.0)
+        left = rest.sum(1, keepdim=True)
+        others, drawn = self._drawn(rest, uniforms)
+        drawn = drawn + left.log().float()
+        others = others.masked_fill(left <= 1e-12, -1)
+        drawn = drawn.masked_fill(others < 0, -torch.inf)
+        return torch.cat([ids, others], 1), torch.cat([logprobs, drawn], 1)
+
+    def uniforms(self, rows: int, key: bytes) -> Tensor:
+        """Numbers in [0, 1) for a sequence's rows [rows, draws], the same in every run."""
+        seed = int.from_bytes(key[:8], "little") ^ (self.seed * 0x9E3779B97F4A7C15)
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        if self.method == "independent":
+            return torch.rand(rows, self.draws, generator=generator, dtype=torch.float64)
+        start = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+        return (torch.arange(self.draws) + start) / self.draws
+
+    def _drawn(self, weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Distinct drawn ids [C, draws], -1 where fewer, and log(times / draws)."""
+        ends = weights.cumsum(1)
+        aim = uniforms.to(ends.device) * ends[:, -1:]
+        ids = torch.searchsorted(ends, aim, right=True).clamp_(max=weights.shape[1] - 1)
+        ids = ids.sort(1).values
+        new = torch.ones_like(ids, dtype=torch.bool)
+        new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        group = new.cumsum(1) - 1
+        times = torch.zeros_like(ids).scatter_add_(1, group, torch.ones_like(ids))
+        distinct = torch.full_like(ids, -1).scatter_(1, group, ids)
+        return distinct, (times / self.draws).log().float()
 
 
 def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -21,7 +150,9 @@ def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, 
     logits = logits.float()
     values, ids = logits.topk(min(top_k, logits.shape[1]), dim=1)
     peak = values[:, :1]
-    scaled = logits.sub(peak).mul_(1 / temperature)
+    scaled = logits.sub(peak)
+    if temperature != 1:
+        scaled.mul_(1 / temperature)
     log_mass = scaled.exp_().sum(1, keepdim=True).log_()
     logprobs = (values - peak) / temperature - log_mass
     return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs
@@ -29,5 +160,4 @@ def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, 
 
 def bad_rows(logits: Tensor) -> Tensor:
     """Rows [C] that are no distribution: a NaN, a +inf, or nothing above -inf."""
-    peak = logits.amax(1)
-    return ~torch.isfinite(peak)
+    return ~torch.isfinite(logits.amax(1))
