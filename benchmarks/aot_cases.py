@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from kd_kernels.dense import dense_losses
+from kd_kernels.dense import dense_losses, head_logits
 from kd_kernels.rows import Logits, RowLoss
+from kd_kernels.selection import sample, select_top
 from kd_kernels.sparse import sparse_losses
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -45,6 +46,7 @@ class Case:
     read_bytes: float  # read an element in one pass
     which: int = -1  # of the launches that the launcher makes
     aligned: bool = True
+    bounded: bool = True  # whether it must be memory-bound by the counts
     arches: tuple[str, ...] | None = None
 
     def runs_on(self, arch: str) -> bool:
@@ -114,12 +116,59 @@ def sparse_case(divergence: str, kind: str, vocab: int, stored: int, **options) 
     )
 
 
+def selection_case(what: str, kind: str, vocab: int, k: int, live: int | None = None) -> Case:
+    """A teacher's top k, or draws from it; bytes without the bisection's passes over the cache."""
+    dtype = DTYPES[kind]
+    size = dtype.itemsize
+
+    def launch() -> None:
+        logits = empty(ROWS, vocab, dtype=dtype)
+        if what == "top":
+            select_top(logits, k, vocab=live)
+        else:
+            sample(logits, k, 1, vocab=live)
+
+    return Case(
+        f"select {what} {kind} {live or vocab} k={k}",
+        launch,
+        bytes=(4 if what == "top" else 2) * size,  # passes: statistics, steps, count, compaction
+        one_read_bytes=size,
+        floor=size,
+        read_bytes=size,
+        aligned=what != "top",  # it stores 8-byte ids, one by one
+        bounded=False,
+    )
+
+
+def head_case(kind: str, vocab: int) -> Case:
+    """The threshold of adaptive_kl's head."""
+    dtype = DTYPES[kind]
+    size = dtype.itemsize
+
+    def launch() -> None:
+        loss = RowLoss("adaptive_kl", vocab)
+        head_logits(Logits(empty(ROWS, vocab, dtype=dtype)), empty(ROWS, dtype=torch.float32), loss)
+
+    return Case(
+        f"head threshold {kind} {vocab}",
+        launch,
+        bytes=2 * size,
+        one_read_bytes=size,
+        floor=size,
+        read_bytes=size,
+        bounded=False,
+    )
+
+
 def cases(subset: bool) -> list[Case]:
     """Every variant, or the representative ones that the test suite checks."""
     if subset:
         return [
             *(dense_case(d, "bf16", 128_256) for d in DIVERGENCES),
             *(sparse_case(d, "bf16", 128_256, 64) for d in ("forward_kl", "jsd")),
+            head_case("bf16", 128_256),
+            selection_case("top", "bf16", 151_936, 64, live=151_665),
+            selection_case("sample", "bf16", 151_936, 64, live=151_665),
             dense_case("forward_kl", "bf16", 262_144),
             *(dense_case(d, "bf16", 32_000) for d in ("forward_kl", "jsd")),
             dense_case("skew_reverse_kl", "bf16", 151_936, live=151_665),
@@ -131,6 +180,13 @@ def cases(subset: bool) -> list[Case]:
     found = [dense_case(*point) for point in grid]
     found += [sparse_case(d, k, v, 64) for d, k, v in grid]
     found += [sparse_case("forward_kl", "bf16", 151_936, k) for k in (1, 8, 32, 256, 1024)]
+    found += [head_case(k, v) for v in VOCABULARIES for k in DTYPES]
+    found += [
+        selection_case(what, k, v, 64)
+        for what in ("top", "sample")
+        for v in VOCABULARIES
+        for k in DTYPES
+    ]
     found += [dense_case("none", k, 151_936, live=151_665, ce=1.0) for k in DTYPES]
     hard = dict(live=151_665, ce=1.0, temperature=2.0)
     return found + [dense_case(d, k, 151_936, **hard) for d in DIVERGENCES for k in DTYPES]
