@@ -21,7 +21,7 @@ from kd.cache.index import KeyIndex
 from kd.cache.keys import describe, key_of, token_array
 from kd.cache.manifest import Manifest, ShardEntry, read_manifest, safe_path
 from kd.cache.meta import CacheMeta, side_by_side, unmet
-from kd.cache.shards import Shard
+from kd.cache.shards import Block, Shard
 from kd.cache.writer import shard_options
 
 MAX_OPEN = 256
@@ -55,6 +55,7 @@ class TeacherCache:
         allow: fields of ``expect`` that may differ after all, such as ("teacher",).
         verify: compare a shard's SHA-256 with the manifest when it is first read.
         partial: open a cache whose capture has not ended.
+        duplicates: a sequence stored twice is an "error", or its "first" copy is used.
         top_k: keep at most this many tokens a row, the likeliest.
     """
 
@@ -66,6 +67,7 @@ class TeacherCache:
         allow: Sequence[str] = (),
         verify: bool = True,
         partial: bool = False,
+        duplicates: str = "error",
         top_k: int | None = None,
     ) -> None:
         self.path, self.verify = Path(path), verify
@@ -88,7 +90,8 @@ class TeacherCache:
             self._check_size(entry)
         shards = (self._shard(i) for i in range(len(self.manifest.shards)))
         self._index = KeyIndex([(np.array(shard.keys), shard.lengths) for shard in shards])
-        self._index.refuse_duplicates([entry.name for entry in self.manifest.shards])
+        if duplicates != "first":
+            self._index.refuse_duplicates([entry.name for entry in self.manifest.shards])
 
     def __len__(self) -> int:
         return len(self._index)
@@ -168,9 +171,16 @@ class TeacherCache:
     def sequences(self) -> Iterator[NDArray[np.int32]]:
         """The token ids of every sequence, in the order of the shards."""
         for number in range(len(self.manifest.shards)):
-            shard = self._checked(number)
+            shard = self.checked_shard(number)
             for sequence in range(shard.sequences):
                 yield shard.tokens_of([sequence])
+
+    def blocks(self, at_a_time: int = 256, shards: Sequence[int] | None = None) -> Iterator[Block]:
+        """Everything in the cache, or in some shards, in blocks of sequences."""
+        for number in range(len(self.manifest.shards)) if shards is None else shards:
+            shard = self.checked_shard(number)
+            for first in range(0, shard.sequences, at_a_time):
+                yield shard.block(range(first, min(first + at_a_time, shard.sequences)))
 
     def missing(self, sequences: Sequence[Any]) -> list[int]:
         """Positions of the sequences that are not in the cache."""
@@ -194,10 +204,10 @@ class TeacherCache:
         for i, (shard, _) in enumerate(places):
             by_shard.setdefault(shard, []).append(i)
         if len(by_shard) == 1:
-            return self._checked(places[0][0]).read([sequence for _, sequence in places])
+            return self.checked_shard(places[0][0]).read([sequence for _, sequence in places])
         parts: list[Rows | None] = [None] * len(places)
         for number, members in by_shard.items():
-            rows = self._checked(number).read([places[i][1] for i in members])
+            rows = self.checked_shard(number).read([places[i][1] for i in members])
             row_at = starts(np.array([len(sequences[i]) for i in members]))
             entry_at = starts(rows.counts)[row_at]
             for j, i in enumerate(members):
@@ -264,7 +274,7 @@ class TeacherCache:
                 self._shards.move_to_end(number)
         return shard
 
-    def _checked(self, number: int) -> Shard:
+    def checked_shard(self, number: int) -> Shard:
         """A shard whose checksum was compared, once in this process."""
         shard = self._shard(number)
         if self.verify and number not in self._verified:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import queue
@@ -64,7 +65,7 @@ class CacheWriter:
         self._known: set[bytes] = set()
         self._pending: list[tuple[np.ndarray, Rows]] = []
         self._pending_tokens = 0
-        self._queue: queue.Queue[Block | None] = queue.Queue(maxsize=2)
+        self._queue: queue.Queue[Block | tuple[bytes, ShardEntry] | None] = queue.Queue(maxsize=2)
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._lock: Lock | None = None
@@ -146,6 +147,20 @@ class CacheWriter:
         self._pending_tokens += len(tokens)
         if self._pending_tokens >= self.shard_tokens:
             self._hand_over()
+
+    def copy_shard(self, shard: Shard, entry: ShardEntry) -> bool:
+        """Take over a shard of another cache of this identity, byte by byte.
+
+        Returns:
+            False, and nothing is done, when a sequence of it is stored here already.
+        """
+        keys = keys_in(shard)
+        if len(set(keys)) < len(keys) or self._known & set(keys):
+            return False
+        self._raise_failure()
+        self._known.update(keys)
+        self._queue.put((shard.data.tobytes(), entry))
+        return True
 
     def count(self, name: str, number: int = 1) -> None:
         """Count something for the manifest, such as sequences that were dropped."""
@@ -237,12 +252,15 @@ class CacheWriter:
             except BaseException as error:  # raised again by the caller's next call
                 self._failure = error
 
-    def _publish(self, block: Block) -> None:
-        meta = self.meta
-        data = encode_shard(block, meta.codec, shard_options(meta), meta.cache_id)
-        name = f"shard-{self.rank:04d}-{self._next:06d}.safetensors"
+    def _publish(self, item: Block | tuple[bytes, ShardEntry]) -> None:
+        meta, name = self.meta, f"shard-{self.rank:04d}-{self._next:06d}.safetensors"
+        if isinstance(item, Block):
+            data = encode_shard(item, meta.codec, shard_options(meta), meta.cache_id)
+            entry = entry_of(name, data, item)
+        else:
+            data, entry = item[0], dataclasses.replace(item[1], name=name)
         write_whole(self.path / name, data, replace=False)
-        update_manifest(self.path, _listing(entry_of(name, data, block)))
+        update_manifest(self.path, _listing(entry))
         self._next += 1
 
     def _discard(self) -> None:

@@ -22,7 +22,7 @@ EPILOG = "Errors are one line with the fix; --debug (anywhere) shows the traceba
 
 # Areas that bring their own subcommand; loaded only when it is asked for.
 AREAS = {
-    "cache": ("kd.cache.cli", "look into, verify and convert caches of teacher log-probabilities"),
+    "cache": ("kd.teachers.cli", "build, verify and convert caches of teacher log-probabilities"),
     "traces": ("kd.traces.cli", "load, verify, filter, mix and render reasoning traces"),
     "evaluate": ("kd.cli.evaluate", "score a model on a file of problems"),
     "doctor": ("kd.cli.doctor", "what this machine has, and what kd will use"),
