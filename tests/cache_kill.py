@@ -57,15 +57,17 @@ def main(folder, kills, seed):
     start = time.perf_counter()
     assert os.waitpid(forked(capture, folder / "whole"), 0)[1] == 0
     took = time.perf_counter() - start
-    hit = resumed = 0
-    for _ in range(kills):
-        if rng.random() < 0.2:  # now and then from an empty folder
-            shutil.rmtree(folder / "killed", ignore_errors=True)
-        resumed += len(list((folder / "killed").glob("shard-*"))) > 0
+    hit = resumed = tries = 0
+    while hit < kills and tries < 4 * kills:
+        tries += 1
+        before = len(list((folder / "killed").glob("shard-*")))
         pid = forked(capture, folder / "killed")
         time.sleep(rng.uniform(0, took))
         os.kill(pid, signal.SIGKILL)
-        hit += os.waitpid(pid, 0)[1] != 0
+        if os.waitpid(pid, 0)[1] == 0:  # it had ended: start from an empty folder
+            shutil.rmtree(folder / "killed")
+        else:
+            hit, resumed = hit + 1, resumed + (before > 0)
     status = os.waitpid(forked(capture, folder / "killed"), 0)[1]
     whole, survivor = contents(folder / "whole"), contents(folder / "killed")
     leftovers = [item.name for item in (folder / "killed").glob(".tmp*")]

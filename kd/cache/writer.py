@@ -162,6 +162,15 @@ class CacheWriter:
         self._queue.put((shard.data.tobytes(), entry))
         return True
 
+    def keep_pending(self) -> None:
+        """Publish the shard in hand although an exception is about to leave ``with``.
+
+        For captures whose rows were paid for. The cache stays marked as unfinished.
+        """
+        if self._pending and self._failure is None:
+            self._hand_over()
+            self._queue.join()
+
     def count(self, name: str, number: int = 1) -> None:
         """Count something for the manifest, such as sequences that were dropped."""
         self.counters[name] = self.counters.get(name, 0) + number
@@ -244,13 +253,14 @@ class CacheWriter:
         self._queue.put(Block(tokens, lengths, rows))
 
     def _work(self) -> None:
-        while (block := self._queue.get()) is not None:
-            if self._failure is not None:
-                continue
+        while (item := self._queue.get()) is not None:
             try:
-                self._publish(block)
+                if self._failure is None:
+                    self._publish(item)
             except BaseException as error:  # raised again by the caller's next call
                 self._failure = error
+            finally:
+                self._queue.task_done()
 
     def _publish(self, item: Block | tuple[bytes, ShardEntry]) -> None:
         meta, name = self.meta, f"shard-{self.rank:04d}-{self._next:06d}.safetensors"
@@ -268,6 +278,7 @@ class CacheWriter:
         try:
             while True:
                 self._queue.get_nowait()
+                self._queue.task_done()
         except queue.Empty:
             return
 

@@ -8,8 +8,11 @@ from typing import Any
 # Public name -> the module that has it; loaded on first use.
 _HOMES = {
     "Selection": "kd.teachers.selection",
+    "ServerTeacher": "kd.teachers.server",
     "build_cache": "kd.teachers.build",
+    "build_cache_from_server": "kd.teachers.server",
     "cache_meta": "kd.teachers.build",
+    "diagnose": "kd.teachers.doctor",
     "teacher_identity": "kd.teachers.identity",
 }
 
