@@ -49,8 +49,12 @@ def _unavailable(like: Tensor) -> str | None:
     return None
 
 
-@functools.cache
 def _triton_imports() -> bool:
+    return torch.compiler.is_compiling() or _import_triton()
+
+
+@functools.cache
+def _import_triton() -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -78,7 +82,11 @@ class ReducedLoss(torch.autograd.Function):
         losses, grads = run(problem, weight, _needs(problem, needed) if any(needed) else None)
         if any(needed):
             ordered = _in_order(grads, problem.student)
-            ctx.gradients = [g if n else None for g, n in zip(ordered, needed, strict=True)]
+            kept = [g if n else None for g, n in zip(ordered, needed, strict=True)]
+            if torch.compiler.is_compiling():
+                ctx.save_for_backward(*kept)
+            else:  # so that backward may scale them in place and let them go
+                ctx.gradients = kept
             ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return torch.dot(losses, weight.float())
 
@@ -87,6 +95,10 @@ class ReducedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         from kd_kernels.scale import scale_
 
+        if torch.compiler.is_compiling():
+            scaled = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
+            pairs = zip(scaled, ctx.dtypes, strict=True)
+            return (None, None, *(None if g is None else g.to(d) for g, d in pairs))
         if ctx.gradients is None:
             raise RuntimeError(
                 "distillation_loss: backward was called twice over a graph that was not kept. "
@@ -222,7 +234,7 @@ def _tile_losses(
 
     transform: (logit scale, soft cap) of the student.
     """
-    from kd_kernels.dense import dense_losses
+    from kd_kernels.operators import dense_rows
     from kd_kernels.rows import Logits
 
     objective, labels = problem.objective, problem.labels
@@ -246,7 +258,18 @@ def _tile_losses(
         teacher = Logits(dense, objective.temperature)  # already at the temperature
     elif soft is not None:
         teacher = Logits(_rowwise(soft[rows]))
-    return dense_losses(z, teacher, weight.float(), row_loss, labels=labels, gradient=gradient)
+    return dense_rows(
+        student,
+        None if teacher is None else teacher.tensor,
+        weight.float(),
+        labels,
+        gradient,
+        **dataclasses.asdict(row_loss),
+        student_scale=z.scale,
+        student_cap=z.cap,
+        teacher_scale=1.0 if teacher is None else teacher.scale,
+        teacher_cap=None if teacher is None else teacher.cap,
+    )
 
 
 def _sparse_tile(
@@ -259,7 +282,7 @@ def _sparse_tile(
     gradient: Tensor | None,
 ) -> Tensor:
     """Losses of a tile against K stored tokens and a tail."""
-    from kd_kernels.sparse import sparse_losses
+    from kd_kernels.operators import sparse_rows
 
     heads, log_tail = None, sparse.log_tail
     if sparse.tail == "drop":
@@ -269,16 +292,20 @@ def _sparse_tile(
         log_p = torch.cat([sparse.log_p, log_tail], -1)
         mask = head_mask(log_p.exp(), objective.divergence.head_mass)
         heads = log_p.masked_fill(mask == 0, torch.inf).amin(-1)
-    return sparse_losses(
-        student,
+    options = dataclasses.asdict(row_loss)
+    options.pop("head_mass")  # what it decides is in heads
+    return sparse_rows(
+        student.tensor,
         sparse.ids,
         sparse.log_p,
         log_tail,
         weight.float(),
-        row_loss,
-        heads=heads,
-        labels=labels,
-        gradient=gradient,
+        heads,
+        labels,
+        gradient,
+        **options,
+        student_scale=student.scale,
+        student_cap=student.cap,
     )
 
 

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+INTERPRETING = bool(triton.knobs.runtime.interpret)  # as kernels are decorated, so it stays
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -97,7 +98,7 @@ def _detect(index: int) -> Target:
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
+    return INTERPRETING
 
 
 def row_limit(tensor: Tensor, vocab: int) -> int:

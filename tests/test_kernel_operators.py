@@ -1,0 +1,47 @@
+"""The kernels as PyTorch operators: one graph under torch.compile, fakes that tell the truth."""
+
+import pytest
+import torch
+from kernel_cases import TOKENS, VOCAB, logits
+
+import kd
+from kd_kernels.operators import dense_rows, sparse_rows
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning"),  # numpy's -inf
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # dynamo's advice
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["forward_kl", "adaptive_kl"])
+def test_one_graph(name, reduction):
+    """The whole loss, forward and backward, without a graph break; the same numbers."""
+    teacher, weights = logits(seed=1), torch.tensor([1.0, 0.0, 0.5, 2.0])
+    options = dict(divergence=name, weights=weights, temperature=2.0, reduction=reduction)
+
+    def step(z):
+        return kd.distillation_loss(z * 1.0, teacher, backend="triton", **options).sum()
+
+    found = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        z = logits().requires_grad_()
+        loss = call(z)
+        (3 * loss).backward()
+        found.append((loss.detach(), z.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
+def test_operators():
+    """Schemas hold and fakes give the shapes of what runs."""
+    gradient, weights = torch.empty(TOKENS, VOCAB), torch.ones(TOKENS)
+    numbers = (0.0, 0.5, 0.5, 1.0, 1.0, 0.0, None, 1.0, None, 1.0, None)
+    dense = (logits(), logits(seed=1), weights, None, gradient, "jsd", VOCAB, *numbers)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(dense_rows, dense, test_utils=checks)
+    logprobs, ids = torch.log_softmax(logits(seed=1), -1).topk(6)
+    tail = torch.full((TOKENS, 1), -3.0)
+    numbers = (0.0, 0.5, 1.0, 1.0, 0.0, None, 1.0, None)
+    sparse = (logits(), ids, logprobs, tail, weights, None, None, gradient)
+    torch.library.opcheck(sparse_rows, (*sparse, "jsd", VOCAB, *numbers), test_utils=checks)
