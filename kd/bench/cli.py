@@ -39,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
-    parser.add_argument("--out", type=Path, help="folder of the results (bench-results/DEVICE)")
+    parser.add_argument("--out", type=Path, help="folder of the results (RESULTS/DEVICE)")
+    parser.add_argument("--results", type=Path, default=Path("bench-results"), help="its parent")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds at least (5)")
     parser.add_argument(
         "--seconds", type=float, default=45.0, help="time for a group's rounds (45)"
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(group.name for group in groups))
         return 0
     print(machine.line_of(machine.machine_info(device)))
-    folder = args.out or Path("bench-results") / machine.folder_name(device)
+    folder = args.out or args.results / machine.folder_name(device)
     run_groups(
         groups,
         folder / "groups",

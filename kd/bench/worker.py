@@ -36,7 +36,7 @@ class Worker:
         self.truth = load_truth(folder / "truth.pt")
         self.inputs = load(folder, device)
         for tensor in self.inputs.values():  # bring the mapped pages in, so that they are no news
-            tensor.float().sum() if tensor.numel() < 1 << 20 else tensor.view(-1)[::512].sum()
+            tensor.view(-1)[::512].sum()
         self.step: Step | None = None
 
     def build(self, inputs: dict[str, torch.Tensor]) -> Step:
