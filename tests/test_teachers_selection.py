@@ -7,6 +7,7 @@ import torch
 import kd
 from kd.cache import sequence_key
 from kd.teachers import Selection, build_cache
+from kd.teachers.selection import top_entries
 
 
 def logits(rows=40, live=300, seed=0, spread=2.0):
@@ -133,3 +134,15 @@ def test_fewer_live_logits_than_k(tmp_path):
 def test_bad_settings(settings, words):
     with pytest.raises(ValueError, match=words):
         Selection(**settings)
+
+
+# 64 tokens of 20,000: whole blocks; 20,001: one column after them; 500: too few blocks to bother.
+@pytest.mark.parametrize(("live", "k"), [(20_000, 64), (20_001, 64), (20_063, 7), (500, 64)])
+def test_top_entries_are_torchs(live, k):
+    values = logits(9, live)
+    values[0, 50:] = -torch.inf
+    values[1, :] = 3.0  # ties everywhere
+    found, ids = top_entries(values, k)
+    assert torch.equal(found, values.topk(k).values)
+    assert torch.equal(values.gather(1, ids), found)
+    assert all(len(set(row.tolist())) == k for row in ids)

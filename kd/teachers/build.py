@@ -238,11 +238,14 @@ class _Capture:
             drawn = [self.selection.uniforms(len(item), key_of(item)) for item in sequences]
             uniforms = torch.cat(drawn)  # [N, draws]
         for logits in self.source.chunks(padded, lengths):
-            bad = bad_rows(logits)
-            if bool(bad.any()):  # stored as nothing, or refused below
-                logits = logits.masked_fill(bad[:, None], 0.0)
             mine = None if uniforms is None else uniforms[row : row + len(logits)]
             ids, logprobs = self.selection.rows(logits, meta.temperature, mine)
+            # A row with a NaN or +inf has no finite log-prob at all.
+            random = self.selection.random
+            bad = bad_rows(logits) if random else ~torch.isfinite(logprobs[:, 0])
+            if bool(bad.any()):  # stored as nothing, or refused below
+                ids, logprobs = ids.clone(), logprobs.clone()
+                ids[bad], logprobs[bad] = -1, -torch.inf
             row += len(logits)
             parts.append((ids.cpu(), logprobs.cpu(), bad.cpu()))
         ids, logprobs, bad = (torch.cat(column) for column in zip(*parts, strict=True))

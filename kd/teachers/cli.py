@@ -96,16 +96,23 @@ def run_doctor(args: argparse.Namespace) -> int:
 def load_teacher(args: argparse.Namespace) -> tuple[Any, Any]:
     """The teacher and its tokenizer (None when it has none)."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(args.teacher, revision=args.revision, dtype=dtype)
+    return model.to(device).eval(), load_tokenizer(args.teacher, args.revision)
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """A model's tokenizer; None where its files hold none (transformers makes an empty one)."""
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.teacher, revision=args.revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError):
-        tokenizer = None
-    return model.to(device).eval(), tokenizer
+        return None
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def read_sequences(path: str, tokenizer: Any) -> Iterator[Any]:

@@ -50,7 +50,7 @@ class LogitSource:
         input_ids = input_ids.to(self.device)
         real = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
         if self._agrees is None:
-            self._agrees = self._compare(input_ids[:1, : min(lengths[0], 16)])
+            self._agrees = self._compare(input_ids[:1, : min(lengths[0], 8)])
         if not self._agrees:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
             rows = logits[real.to(logits.device)]

@@ -21,6 +21,7 @@ from torch import Tensor
 from kd.cache.meta import SELECTIONS
 
 METHODS = ("independent", "systematic")
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -147,15 +148,28 @@ def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, 
         ids [C, k] int64, -1 where fewer than k tokens have a probability; log-probs [C, k]
         float32, in descending order.
     """
-    logits = logits.float()
-    values, ids = logits.topk(min(top_k, logits.shape[1]), dim=1)
-    peak = values[:, :1]
-    scaled = logits.sub(peak)
-    if temperature != 1:
-        scaled.mul_(1 / temperature)
-    log_mass = scaled.exp_().sum(1, keepdim=True).log_()
-    logprobs = (values - peak) / temperature - log_mass
+    scaled = logits if temperature == 1 else logits.float() / temperature
+    logp = torch.log_softmax(scaled, 1, dtype=torch.float32)
+    logprobs, ids = top_entries(logp, min(top_k, logp.shape[1]))
     return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs
+
+
+def top_entries(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``values.topk(k)`` of a contiguous [C, V], three times as fast on a CPU where V is large.
+
+    The k largest lie within the k blocks of 64 columns that have the largest maxima.
+    """
+    rows, width = values.shape
+    blocks = width // BLOCK
+    if values.device.type != "cpu" or blocks < 4 * k:
+        return values.topk(k, dim=1)
+    folded = values.as_strided((rows, blocks, BLOCK), (width, BLOCK, 1))
+    best = folded.amax(2).topk(k, dim=1, sorted=False).indices  # [C, k] blocks
+    rest = torch.arange(blocks * BLOCK, width).expand(rows, -1)  # columns after the last block
+    columns = (best[:, :, None] * BLOCK + torch.arange(BLOCK)).view(rows, -1)
+    columns = torch.cat([columns, rest], 1)
+    found = values.gather(1, columns).topk(k, dim=1)
+    return found.values, columns.gather(1, found.indices)
 
 
 def bad_rows(logits: Tensor) -> Tensor:

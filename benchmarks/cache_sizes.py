@@ -1,0 +1,201 @@
+"""Bytes per token and added KL of every codec and selection, beside DistillKit's compressor.
+
+    python benchmarks/cache_sizes.py --model FOLDER      real logits of that model, on Python's docs
+    python benchmarks/cache_sizes.py                     without a model: simulated logits alone
+
+Prints Markdown. Bytes are those of the shard files over their tokens, input tokens, keys and
+headers included. KL is that of the K + 1 outcomes (stored tokens and tail), lossless against
+decoded, in nats. DistillKit's rows are computed here from its published format: 8-byte tokens,
+ids at ceil(log2 V) bits, values as its settings say; its KL is that of the same K + 1 outcomes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pydoc_data.topics
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kd.cache.codecs import Layout, Rows, Side  # noqa: E402
+from kd.cache.registry import CODECS  # noqa: E402
+from kd.cache.shards import Block, encode_shard  # noqa: E402
+from kd.teachers.selection import Selection  # noqa: E402
+
+QWEN = 151_936
+STORED = 512  # likeliest tokens of each row kept for the comparison
+# README of DistillKit: the configuration recommended there, and the one of its quick start.
+DISTILLKIT = {
+    "recommended": (128, 16, 2, (0, 1, 2, 3, 4, "sqrt"), False),
+    "quick start": (128, 32, 4, (0, 1, 2), True),
+    "recommended, k=64": (64, 16, 2, (0, 1, 2, 3, 4, "sqrt"), False),
+}
+
+
+def real_rows(folder: str, count: int) -> tuple[np.ndarray, np.ndarray, int, torch.Tensor]:
+    """ids, log-probs [N, STORED] of a model on Python's documentation; V; some whole rows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "\n".join(pydoc_data.topics.topics.values())
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    blocks = tokens[: len(tokens) // 256 * 256].view(-1, 256)
+    chosen = blocks[torch.linspace(0, len(blocks) - 1, count).long()]
+    ids, logprobs, whole = [], [], []
+    with torch.inference_mode():
+        for block in chosen:
+            logp = model(input_ids=block[None]).logits[0].float().log_softmax(-1)
+            top = logp.topk(STORED)
+            ids.append(top.indices.numpy())
+            logprobs.append(top.values.numpy())
+            whole.append(logp[::16])
+    return np.concatenate(ids), np.concatenate(logprobs), logp.shape[-1], torch.cat(whole)
+
+
+def simulated_rows(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a heavy-tailed distribution over QWEN tokens at random ids."""
+    rng = np.random.default_rng(0)
+    ids, logprobs = [], []
+    for _ in range(count):
+        exponent = rng.uniform(1.1, 2.2)  # p of rank r is about r ** -exponent
+        logits = -exponent * np.log(np.arange(1, QWEN + 1)) + 0.3 * rng.standard_normal(QWEN)
+        log_p = np.sort(logits - np.logaddexp.reduce(logits))[::-1]
+        logprobs.append(log_p[:STORED])
+        ids.append(rng.choice(QWEN, STORED, replace=False))
+    return np.stack(ids), np.stack(logprobs).astype(np.float32)
+
+
+def sharpened(logprobs: np.ndarray, temperature: float) -> np.ndarray:
+    """Rows at a lower temperature, normalised over the stored tokens: a surer teacher."""
+    scaled = logprobs.astype(np.float64) / temperature
+    return (scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)).astype(np.float32)
+
+
+def added_kl(ids, logprobs, found: Rows) -> np.ndarray:
+    """KL per row of lossless rows [N, K] against decoded ones."""
+    n, k = logprobs.shape
+    mine, theirs = np.argsort(ids, 1), np.argsort(found.ids.reshape(n, k), 1)
+    a = np.take_along_axis(logprobs, mine, 1).astype(np.float64)
+    b = np.take_along_axis(found.logprobs.reshape(n, k), theirs, 1).astype(np.float64)
+    return kl_of(a, b)
+
+
+def kl_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    left = np.maximum(1 - np.exp(a).sum(1), 1e-7)
+    right = np.maximum(1 - np.exp(b).sum(1), 1e-7)
+    return (np.exp(a) * (a - b)).sum(1) + left * np.log(left / right)
+
+
+def ours(ids, logprobs, live: int, codec: str, k: int) -> tuple[float, float, float]:
+    """bytes/token, mean and largest KL of a codec."""
+    n = len(ids) // 256 * 256
+    ids, logprobs = ids[:n, :k], logprobs[:n, :k]
+    rows = Rows(np.full(n, k, np.int32), ids.reshape(-1).astype(np.int32), logprobs.reshape(-1))
+    lengths = np.full(n // 256, 256)
+    tokens = np.resize(ids[:, 0], n).astype(np.int32)
+    size = len(encode_shard(Block(tokens, lengths, rows), codec, {"live_vocab": live}, "0" * 32))
+    layout, side = Layout.of(lengths, rows.counts), Side({"live_vocab": live})
+    streams = CODECS[codec].encode(rows, layout, side)
+    kl = added_kl(ids, logprobs, CODECS[codec].decode(streams, rows.counts, layout, side))
+    return size / n, float(kl.mean()), float(kl.max())
+
+
+def theirs(logprobs: np.ndarray, live: int, setting: str) -> tuple[float, float, float]:
+    """bytes/token and KL of one of DistillKit's settings (no rows above one in sum are mended)."""
+    k, exact, width, terms, delta = DISTILLKIT[setting]
+    values = torch.from_numpy(logprobs[:, :k].copy()).double()
+    work = values.clone()
+    if delta:
+        work[:, 1:] = values[:, 1:] - values[:, :-1]
+    kept = work[:, :exact].to(torch.bfloat16 if width == 2 else torch.float32).double()
+    at = torch.arange(k - exact, dtype=torch.float64)
+    basis = torch.stack([at.sqrt() if t == "sqrt" else at**t for t in terms], -1)
+    fit = torch.linalg.lstsq(basis, work[:, exact:].T).solution.float().double()
+    decoded = torch.cat([kept, (basis @ fit).T], 1)
+    if delta:
+        decoded = decoded.cumsum(1)
+    size = 8 + -(-k * math.ceil(math.log2(live)) // 8) + exact * width + 4 * len(terms)
+    # As its loss has it: values are renormalised where they pass one in sum.
+    over = decoded.logsumexp(1, keepdim=True).clamp(min=-1e-7) + 1e-7
+    kl = kl_of(values.numpy(), (decoded - over.clamp(min=0)).numpy())
+    return float(size), float(kl.mean()), float(kl.max())
+
+
+def sampled(whole: torch.Tensor, live: int, draws: int) -> tuple[float, float]:
+    """bytes/token and distinct ids of the sampled selection on whole rows [N, V]."""
+    n = len(whole) // 16 * 16
+    choose = Selection("sampled", draws=draws)
+    parts = []
+    for start in range(0, n, 64):
+        chunk = whole[start : start + 64]
+        parts.append(
+            choose.rows(chunk, 1.0, choose.uniforms(len(chunk), bytes([start % 256] * 16)))
+        )
+    ids = torch.cat([part[0][:n] for part in parts])[:n].numpy()
+    logprobs = torch.cat([part[1] for part in parts])[:n].numpy()
+    used = ids >= 0
+    rows = Rows(used.sum(1).astype(np.int32), ids[used].astype(np.int32), logprobs[used])
+    block = Block(ids[:, 0].astype(np.int32), np.full(n // 16, 16), rows)
+    data = encode_shard(block, "counts", {"live_vocab": live, "draws": draws}, "0" * 32)
+    return len(data) / n, float(used.sum(1).mean())
+
+
+def floor_bits(k: int, live: int) -> float:
+    """log2 of the number of sets of k ids out of V, in bytes: no coder of uniform ids does less."""
+    choose = math.lgamma(live + 1) - math.lgamma(k + 1) - math.lgamma(live - k + 1)
+    return choose / math.log(2) / 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a causal LM, such as SmolLM2-135M-Instruct")
+    parser.add_argument("--blocks", type=int, default=32, help="blocks of 256 tokens")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    cases = []
+    if args.model:
+        ids, logprobs, live, whole = real_rows(args.model, args.blocks)
+        spread = ids.astype(np.int64) * QWEN // live + rng.integers(0, QWEN // live, ids.shape)
+        uniform = np.stack([rng.choice(QWEN, STORED, replace=False) for _ in ids])
+        cases += [
+            (f"real logits, V = {live:,}", ids, logprobs, live),
+            ("real logits, ids spread over Qwen's V", spread, logprobs, QWEN),
+            ("real logits, uniform ids (worst case)", uniform, logprobs, QWEN),
+            ("sharpened (T = 0.6), uniform ids", uniform, sharpened(logprobs, 0.6), QWEN),
+        ]
+    cases.append(("simulated power law, uniform ids", *simulated_rows(2048), QWEN))
+    print(f"numpy {np.__version__}, torch {torch.__version__}\n")
+    print("| rows | stored | bytes/token | added KL, mean | added KL, max |")
+    print("|---|---|---|---|---|")
+    for name, ids, logprobs, live in cases:
+        mass, best = np.exp(logprobs[:, :64]).sum(1).mean(), np.exp(logprobs[:, 0]).mean()
+        print(f"| **{name}** (top-64 holds {mass:.3f}, top-1 {best:.2f}) | | | | |")
+        for codec in ("compact", "log8", "float32"):
+            size, mean, most = ours(ids, logprobs, live, codec, 64)
+            print(f"| | kd {codec}, k=64 | {size:.1f} | {mean:.1e} | {most:.1e} |")
+        size, mean, most = ours(ids, logprobs, live, "compact", 128)
+        print(f"| | kd compact, k=128 | {size:.1f} | {mean:.1e} | {most:.1e} |")
+        for setting in DISTILLKIT:
+            size, mean, most = theirs(logprobs, live, setting)
+            print(f"| | DistillKit {setting} | {size:.1f} | {mean:.1e} | {most:.1e} |")
+    if args.model:
+        live = whole.shape[1]
+        print("\n| sampled (`counts`) | draws | distinct ids | bytes/token |\n|---|---|---|---|")
+        wide = torch.full((len(whole), QWEN), -torch.inf)
+        wide[:, torch.randperm(QWEN, generator=torch.Generator().manual_seed(0))[:live]] = whole
+        for name, rows, vocabulary in (("real", whole, live), ("random Qwen ids", wide, QWEN)):
+            for draws in (25, 50, 100):
+                size, distinct = sampled(rows, vocabulary, draws)
+                print(f"| {name} | {draws} | {distinct:.1f} | {size:.1f} |")
+    print(f"\nFloor for 64 uniform ids of {QWEN:,}: {floor_bits(64, QWEN):.1f} bytes, ids alone.")
+
+
+if __name__ == "__main__":
+    main()
