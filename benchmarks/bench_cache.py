@@ -134,10 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of a causal LM, such as SmolLM2-135M-Instruct")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--skip-reading", action="store_true", help="capture alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread")
-    reading(args.repeats)
+    if not args.skip_reading:
+        reading(args.repeats)
     if args.model:
         capture(args.model, max(1, args.repeats // 2))
 
