@@ -8,11 +8,16 @@ Example:
     (1, {'unknown: no reference': 1})
 """
 
+from kd.traces.decontaminate import Evaluations, decontaminate
+from kd.traces.dedupe import exact_duplicates, near_duplicates
 from kd.traces.files import write_traces
+from kd.traces.filters import Filter, Lint, OneLanguage, Tokens, filter_stream
 from kd.traces.generation import Sampling, generate_local
 from kd.traces.loading import load, to_dataset
+from kd.traces.mixing import JsonlTraces, Source, mix
 from kd.traces.packing import Pack, best_fit, collate_packs, efficiency, isolates_documents, pack
 from kd.traces.rendering import CHATML, Rendered, Renderer, RenderError, render, render_stream
+from kd.traces.selecting import best_of_n, by_difficulty, diverse, pass_rate
 from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
 from kd.traces.verification import judge_all, verify, verify_stream
 from kd.traces.verifiers import Choice, Exact, Numeric, Verdict, Verifier
@@ -24,27 +29,43 @@ __all__ = [
     "R1",
     "SKY_T1",
     "Choice",
+    "Evaluations",
     "Exact",
+    "Filter",
+    "JsonlTraces",
+    "Lint",
     "Numeric",
+    "OneLanguage",
     "Pack",
     "RenderError",
     "Rendered",
     "Renderer",
     "Sampling",
+    "Source",
     "Tags",
     "Tally",
+    "Tokens",
     "Trace",
     "Verdict",
     "Verifier",
     "Yield",
     "best_fit",
+    "best_of_n",
+    "by_difficulty",
     "collate_packs",
+    "decontaminate",
+    "diverse",
     "efficiency",
+    "exact_duplicates",
+    "filter_stream",
     "generate_local",
     "isolates_documents",
     "judge_all",
     "load",
+    "mix",
+    "near_duplicates",
     "pack",
+    "pass_rate",
     "render",
     "render_stream",
     "split_completion",

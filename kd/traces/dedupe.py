@@ -1,0 +1,113 @@
+"""Exact and near duplicates: hashes, then MinHash-LSH whose candidates are compared exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from kd.traces.trace import Trace
+from kd.traces.yields import Yield
+
+_SPACES = re.compile(r"\s+")
+_WORDS = re.compile(r"\w+")
+
+
+def key_text(trace: Trace, by: str) -> str:
+    """The text that decides: "prompt", or "trace" (prompt, thought and answer)."""
+    if by == "prompt":
+        return f"{trace.system}\n{trace.prompt}" if trace.system else trace.prompt
+    if by == "trace":
+        return f"{trace.prompt}\n{trace.think}\n{trace.answer}"
+    raise ValueError(f'dedupe: by must be "prompt" or "trace", got {by!r}.')
+
+
+def exact_duplicates(
+    traces: Iterable[Trace], *, report: Yield, by: str = "trace", stage: str = "dedupe exact"
+) -> Iterator[Trace]:
+    """Keep the first of those that differ in case and spaces only; 16 bytes each in memory."""
+    tally = report.stage(stage)
+    seen: set[bytes] = set()
+    for trace in traces:
+        with tally.timed():
+            text = _SPACES.sub(" ", key_text(trace, by)).strip().casefold()
+            key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+            fresh = key not in seen
+            seen.add(key)
+        if fresh:
+            tally.keep()
+            yield trace
+        else:
+            tally.drop("exact duplicate", trace)
+
+
+def near_duplicates(
+    traces: Iterable[Trace],
+    *,
+    report: Yield,
+    by: str = "trace",
+    threshold: float = 0.85,
+    permutations: int = 128,
+    shingle: int = 5,
+    stage: str = "dedupe near",
+) -> Iterator[Trace]:
+    """Keep the first of those whose word shingles overlap by ``threshold`` (Jaccard).
+
+    MinHash signatures (rensa) find candidates in time linear in the records; a candidate's
+    similarity is estimated from the two whole signatures, and the match is kept as evidence.
+
+    Args:
+        traces: what to look through, one at a time.
+        report: takes the counts.
+        by: "trace" or "prompt"; with several samples a prompt, "prompt" keeps one of them.
+        threshold: similarity from which two are the same.
+        permutations: length of a signature; the estimate's standard error is at most
+            0.5 / sqrt(permutations).
+        shingle: words in a shingle.
+        stage: the stage's name in the report.
+    """
+    from rensa import RMinHash, RMinHashLSH  # type: ignore[import-untyped]
+
+    if not 0 < threshold < 1:
+        raise ValueError(f"near_duplicates: threshold must lie in (0, 1), got {threshold}.")
+    tally = report.stage(stage)
+    bands = _bands(threshold, permutations)
+    index = RMinHashLSH(threshold=threshold, num_perm=permutations, num_bands=bands)
+    kept: dict[int, Any] = {}
+    for number, trace in enumerate(traces):
+        with tally.timed():
+            signature = RMinHash(num_perm=permutations, seed=42)
+            signature.update(shingles(key_text(trace, by), shingle))
+            best, twin = 0.0, -1
+            for candidate in index.query(signature):
+                similarity = signature.jaccard(kept[candidate])
+                if similarity > best:
+                    best, twin = similarity, candidate
+            fresh = best < threshold
+            if fresh:
+                index.insert(number, signature)
+                kept[number] = signature
+        if fresh:
+            tally.keep()
+            yield trace
+        else:
+            tally.drop("near duplicate", trace, f"of record {twin}, similarity {best:.2f}")
+
+
+def shingles(text: str, size: int) -> list[str]:
+    """Runs of ``size`` words, lower case; short texts are one shingle."""
+    words = _WORDS.findall(text.lower())
+    if len(words) <= size:
+        return [" ".join(words)]
+    return [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)]
+
+
+def _bands(threshold: float, permutations: int) -> int:
+    """The fewest bands that find 99 of 100 pairs at the threshold."""
+    for bands in range(1, permutations + 1):
+        if permutations % bands == 0:
+            rows = permutations // bands
+            if 1 - (1 - threshold**rows) ** bands >= 0.99:
+                return bands
+    return permutations
