@@ -8,9 +8,19 @@
 The bytes are described in FORMAT.md; ``kd.teachers.build_cache`` fills a cache from a model.
 """
 
+from kd.cache.hidden import HiddenCache, HiddenTargets, HiddenWriter
 from kd.cache.keys import sequence_key
 from kd.cache.meta import CacheMeta
 from kd.cache.reader import SparseTargets, TeacherCache
 from kd.cache.writer import CacheWriter
 
-__all__ = ["CacheMeta", "CacheWriter", "SparseTargets", "TeacherCache", "sequence_key"]
+__all__ = [
+    "CacheMeta",
+    "CacheWriter",
+    "HiddenCache",
+    "HiddenTargets",
+    "HiddenWriter",
+    "SparseTargets",
+    "TeacherCache",
+    "sequence_key",
+]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.cache.compact import row_sums
-from kd.cache.reader import TeacherCache
+from kd.cache.reader import CacheReader
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 LOW_MASS = 0.5
@@ -24,7 +24,7 @@ class CacheInfo:
     mass [n] float64: probability covered by each of the sampled rows; entries: tokens per row.
     """
 
-    cache: TeacherCache
+    cache: CacheReader
     bytes: int
     mass: NDArray[np.float64]
     entries: float
@@ -111,13 +111,13 @@ class CacheInfo:
 
 def cache_info(path: str | os.PathLike[str], sample: int = 200) -> CacheInfo:
     """Figures of a cache; the covered mass is that of ``sample`` evenly spread sequences."""
-    cache = TeacherCache(Path(path), partial=True, duplicates="first")
+    cache = CacheReader(Path(path), partial=True, duplicates="first")
     mass, step = [], max(1, len(cache) // max(sample, 1))
     position = 0
     for number, entry in enumerate(cache.manifest.shards):
         chosen = [i for i in range(entry.sequences) if (position + i) % step == 0]
         position += entry.sequences
-        if chosen:
+        if chosen and cache.meta.selection != "hidden":
             rows = cache.checked_shard(number).read(chosen)
             mass.append(row_sums(np.exp(rows.logprobs.astype(np.float64)), rows.counts))
     entries = sum(entry.entries for entry in cache.manifest.shards)

@@ -10,9 +10,15 @@ from typing import Any
 
 from kd.cache.files import canonical_json
 
-SELECTIONS = ("top_k", "top_p", "sampled", "hybrid")
+SELECTIONS = ("top_k", "top_p", "sampled", "hybrid", "hidden")
 # What the probability outside the stored tokens means, for each selection (see kd.TopK).
-TAIL_OF = {"top_k": "bucket", "top_p": "bucket", "sampled": "drop", "hybrid": "drop"}
+TAIL_OF = {
+    "top_k": "bucket",
+    "top_p": "bucket",
+    "sampled": "drop",
+    "hybrid": "drop",
+    "hidden": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class CacheMeta:
         if self.codec not in CODECS:
             raise ValueError(
                 f"{where}: codec must be one of {', '.join(CODECS)}, got {self.codec!r}."
+            )
+        if self.codec.startswith("hidden") != (self.selection == "hidden"):
+            raise ValueError(
+                f"{where}: codec must be a hidden_ one exactly for selection 'hidden', got "
+                f"{self.codec!r} for {self.selection!r}."
             )
 
     @property

@@ -44,8 +44,10 @@ class SparseTargets:
     temperature: float
 
 
-class TeacherCache:
-    """A cache on disk, read-only; cheap to open and to send to DataLoader workers.
+class CacheReader:
+    """What caches of every tier share: opening, checks, finding and decoding sequences.
+
+    Cheap to open and to send to DataLoader workers.
 
     Args:
         path: the cache's folder.
@@ -56,7 +58,6 @@ class TeacherCache:
         verify: compare a shard's SHA-256 with the manifest when it is first read.
         partial: open a cache whose capture has not ended.
         duplicates: a sequence stored twice is an "error", or its "first" copy is used.
-        top_k: keep at most this many tokens a row, the likeliest.
     """
 
     def __init__(
@@ -68,7 +69,6 @@ class TeacherCache:
         verify: bool = True,
         partial: bool = False,
         duplicates: str = "error",
-        top_k: int | None = None,
     ) -> None:
         self.path, self.verify = Path(path), verify
         self.manifest: Manifest = read_manifest(self.path)
@@ -81,8 +81,6 @@ class TeacherCache:
                 f"{self.manifest.open_writers} that are at work or were stopped. Run the capture "
                 "again (it continues), or open with partial=True."
             )
-        self.slots = max((entry.slots for entry in self.manifest.shards), default=0)
-        self._top_k = self._check_top_k(top_k)
         self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
         self._guard = threading.RLock()
@@ -112,61 +110,6 @@ class TeacherCache:
     def tokens(self) -> int:
         """Tokens in the cache."""
         return sum(entry.rows for entry in self.manifest.shards)
-
-    @property
-    def k(self) -> int:
-        """Slots of a row in every batch of this cache."""
-        return self.slots if self._top_k is None else min(self.slots, self._top_k)
-
-    def lookup(self, input_ids: Any) -> SparseTargets:
-        """The targets of one sequence, [L, K]: row i is for the token after token i.
-
-        Raises:
-            KeyError: when the sequence is not in the cache.
-        """
-        tokens = token_array(input_ids, "TeacherCache.lookup")
-        rows = self._rows([tokens])
-        ids = torch.full((len(tokens), self.k), -1, dtype=torch.int64)
-        logprobs = torch.full((len(tokens), self.k), -torch.inf)
-        self._fill(rows, np.arange(len(tokens)), ids, logprobs)
-        return SparseTargets(ids, logprobs, self.meta.tail, self.meta.temperature)
-
-    def batch(self, sequences: Sequence[Any], length: int) -> SparseTargets:
-        """Targets of several sequences, padded on the right: [B, length, K].
-
-        Args:
-            sequences: B one-dimensional integer sequences, unpadded.
-            length: of a row of the batch; at least that of the longest sequence.
-
-        Returns:
-            Padding has ids of -1 and log-probs of -inf.
-        """
-        return self.packed([[sequence] for sequence in sequences], length)
-
-    def packed(self, packs: Sequence[Sequence[Any]], length: int) -> SparseTargets:
-        """Targets of packed rows: each row of the batch holds several sequences end to end.
-
-        Args:
-            packs: B lists of one-dimensional integer sequences, in their order in the row.
-            length: of a row of the batch.
-        """
-        where = "TeacherCache.packed"
-        found = [[token_array(item, where) for item in pack] for pack in packs]
-        used = [sum(len(tokens) for tokens in pack) for pack in found]
-        if max(used, default=0) > length:
-            raise ValueError(
-                f"{where}: length must be at least that of the longest row ({max(used)}), got "
-                f"{length}. Truncating would cut targets: truncate before the capture instead."
-            )
-        shape = (len(found), length, self.k)
-        ids = torch.full(shape, -1, dtype=torch.int64)
-        logprobs = torch.full(shape, -torch.inf)
-        rows = self._rows([tokens for pack in found for tokens in pack])
-        at = np.concatenate(
-            [np.arange(n) + row * length for row, n in enumerate(used)] or [np.zeros(0, np.int64)]
-        )
-        self._fill(rows, at, ids.view(-1, self.k), logprobs.view(-1, self.k))
-        return SparseTargets(ids, logprobs, self.meta.tail, self.meta.temperature)
 
     def sequences(self) -> Iterator[NDArray[np.int32]]:
         """The token ids of every sequence, in the order of the shards."""
@@ -239,24 +182,6 @@ class TeacherCache:
                 f"cache verify {self.path}."
             )
         return shard, sequence
-
-    def _fill(self, rows: Rows, at: NDArray[np.int64], ids: Tensor, logprobs: Tensor) -> None:
-        """Put rows into [N, K] tensors at the given rows, the likeliest k where there are more."""
-        if self._top_k is not None and int(rows.counts.max(initial=0)) > self._top_k:
-            rows = keep_top(rows, self._top_k)
-        k = self.k
-        contiguous = len(at) > 0 and int(at[-1]) - int(at[0]) == len(at) - 1
-        out_ids, out_logprobs = ids.numpy(), logprobs.numpy()
-        if k and bool((rows.counts == k).all()):
-            target: Any = slice(int(at[0]), int(at[0]) + len(at)) if contiguous else at
-            out_ids[target] = rows.ids.reshape(-1, k)
-            out_logprobs[target] = rows.logprobs.reshape(-1, k)
-            return
-        first = starts(rows.counts)[:-1]
-        slot = np.arange(len(rows.ids)) - np.repeat(first, rows.counts)
-        flat = np.repeat(at * k, rows.counts) + slot
-        out_ids.reshape(-1)[flat] = rows.ids
-        out_logprobs.reshape(-1)[flat] = rows.logprobs
 
     def _shard(self, number: int) -> Shard:
         with self._guard:
@@ -333,6 +258,127 @@ class TeacherCache:
                 f"{side_by_side(found, 'the cache', 'expected')}\n"
                 "Capture a cache with these settings, or expect what the cache has."
             )
+
+    def _packed_places(
+        self, packs: Sequence[Sequence[Any]], length: int
+    ) -> tuple[list[list[NDArray[np.int32]]], list[int], NDArray[np.int64]]:
+        """The packs' tokens, the rows each uses, and where their rows lie in [B * length]."""
+        where = f"{type(self).__name__}.batch"
+        found = [[token_array(item, where) for item in pack] for pack in packs]
+        used = [sum(len(tokens) for tokens in pack) for pack in found]
+        if max(used, default=0) > length:
+            raise ValueError(
+                f"{where}: length must be at least that of the longest row ({max(used)}), got "
+                f"{length}. Truncating would cut targets: truncate before the capture instead."
+            )
+        places = [np.arange(n) + row * length for row, n in enumerate(used)]
+        return found, used, np.concatenate([*places, np.zeros(0, np.int64)])
+
+
+class TeacherCache(CacheReader):
+    """A cache of sparse targets on disk, read-only.
+
+    Args:
+        path: the cache's folder.
+        expect: what the cache has to be: a CacheMeta, or a mapping of the fields that matter,
+            such as {"temperature": 2.0, "tokenizer": tokenizer_fingerprint(tokenizer)}. Anything
+            else is refused with both sides shown.
+        allow: fields of ``expect`` that may differ after all, such as ("teacher",).
+        verify: compare a shard's SHA-256 with the manifest when it is first read.
+        partial: open a cache whose capture has not ended.
+        duplicates: a sequence stored twice is an "error", or its "first" copy is used.
+        top_k: keep at most this many tokens a row, the likeliest.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        expect: CacheMeta | Mapping[str, Any] | None = None,
+        allow: Sequence[str] = (),
+        verify: bool = True,
+        partial: bool = False,
+        duplicates: str = "error",
+        top_k: int | None = None,
+    ) -> None:
+        super().__init__(
+            path,
+            expect=expect,
+            allow=allow,
+            verify=verify,
+            partial=partial,
+            duplicates=duplicates,
+        )
+        if self.meta.selection == "hidden":
+            raise ValueError(
+                f"TeacherCache: {self.path} must hold sparse targets, got hidden states. Open it "
+                "with kd.cache.HiddenCache."
+            )
+        self.slots = max((entry.slots for entry in self.manifest.shards), default=0)
+        self._top_k = self._check_top_k(top_k)
+
+    @property
+    def k(self) -> int:
+        """Slots of a row in every batch of this cache."""
+        return self.slots if self._top_k is None else min(self.slots, self._top_k)
+
+    def lookup(self, input_ids: Any) -> SparseTargets:
+        """The targets of one sequence, [L, K]: row i is for the token after token i.
+
+        Raises:
+            KeyError: when the sequence is not in the cache.
+        """
+        tokens = token_array(input_ids, "TeacherCache.lookup")
+        rows = self._rows([tokens])
+        ids = torch.full((len(tokens), self.k), -1, dtype=torch.int64)
+        logprobs = torch.full((len(tokens), self.k), -torch.inf)
+        self._fill(rows, np.arange(len(tokens)), ids, logprobs)
+        return SparseTargets(ids, logprobs, self.meta.tail, self.meta.temperature)
+
+    def batch(self, sequences: Sequence[Any], length: int) -> SparseTargets:
+        """Targets of several sequences, padded on the right: [B, length, K].
+
+        Args:
+            sequences: B one-dimensional integer sequences, unpadded.
+            length: of a row of the batch; at least that of the longest sequence.
+
+        Returns:
+            Padding has ids of -1 and log-probs of -inf.
+        """
+        return self.packed([[sequence] for sequence in sequences], length)
+
+    def packed(self, packs: Sequence[Sequence[Any]], length: int) -> SparseTargets:
+        """Targets of packed rows: each row of the batch holds several sequences end to end.
+
+        Args:
+            packs: B lists of one-dimensional integer sequences, in their order in the row.
+            length: of a row of the batch.
+        """
+        found, _, at = self._packed_places(packs, length)
+        shape = (len(found), length, self.k)
+        ids = torch.full(shape, -1, dtype=torch.int64)
+        logprobs = torch.full(shape, -torch.inf)
+        rows = self._rows([tokens for pack in found for tokens in pack])
+        self._fill(rows, at, ids.view(-1, self.k), logprobs.view(-1, self.k))
+        return SparseTargets(ids, logprobs, self.meta.tail, self.meta.temperature)
+
+    def _fill(self, rows: Rows, at: NDArray[np.int64], ids: Tensor, logprobs: Tensor) -> None:
+        """Put rows into [N, K] tensors at the given rows, the likeliest k where there are more."""
+        if self._top_k is not None and int(rows.counts.max(initial=0)) > self._top_k:
+            rows = keep_top(rows, self._top_k)
+        k = self.k
+        contiguous = len(at) > 0 and int(at[-1]) - int(at[0]) == len(at) - 1
+        out_ids, out_logprobs = ids.numpy(), logprobs.numpy()
+        if k and bool((rows.counts == k).all()):
+            target: Any = slice(int(at[0]), int(at[0]) + len(at)) if contiguous else at
+            out_ids[target] = rows.ids.reshape(-1, k)
+            out_logprobs[target] = rows.logprobs.reshape(-1, k)
+            return
+        first = starts(rows.counts)[:-1]
+        slot = np.arange(len(rows.ids)) - np.repeat(first, rows.counts)
+        flat = np.repeat(at * k, rows.counts) + slot
+        out_ids.reshape(-1)[flat] = rows.ids
+        out_logprobs.reshape(-1)[flat] = rows.logprobs
 
     def _check_top_k(self, top_k: int | None) -> int | None:
         if top_k is not None and not 1 <= top_k <= self.meta.top_k:

@@ -125,7 +125,13 @@ def _check_rows(shard: Shard, verdict: Verdict) -> None:
         for i, sequence in enumerate(chosen):
             if key_of(block.tokens[at[i] : at[i + 1]]) != keys[sequence]:
                 verdict.add(name, f"sequence {sequence}: its tokens do not have its key")
+        verdict.sequences += len(block.lengths)
+        verdict.rows += len(block.tokens)
         rows = block.rows
+        if shard.codec.name.startswith("hidden"):
+            if not np.isfinite(rows.logprobs).all():
+                verdict.add(name, "a hidden state that is not finite")
+            continue
         row = np.repeat(np.arange(len(rows.counts)), rows.counts)
         mass = row_sums(np.exp(rows.logprobs.astype(np.float64)), rows.counts)
         ordered = np.sort(row.astype(np.int64) * live + rows.ids)
@@ -140,8 +146,6 @@ def _check_rows(shard: Shard, verdict: Verdict) -> None:
                 sequence = int(np.searchsorted(at, found[0], side="right")) - 1
                 place = f"sequence {first + sequence}, row {int(found[0] - at[sequence])}"
                 verdict.add(name, f"{place}: {what} ({len(found)} such)")
-        verdict.sequences += len(block.lengths)
-        verdict.rows += len(block.tokens)
 
 
 def repair_cache(path: str | os.PathLike[str], verdict: Verdict) -> list[str]:

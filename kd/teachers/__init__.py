@@ -11,6 +11,7 @@ _HOMES = {
     "ServerTeacher": "kd.teachers.server",
     "build_cache": "kd.teachers.build",
     "build_cache_from_server": "kd.teachers.server",
+    "build_hidden_cache": "kd.teachers.hidden",
     "cache_meta": "kd.teachers.build",
     "diagnose": "kd.teachers.doctor",
     "teacher_identity": "kd.teachers.identity",

@@ -62,6 +62,26 @@ class LogitSource:
         for start in range(0, len(hidden), self.chunk_rows):
             yield self._head(hidden[start : start + self.chunk_rows])[:, : self.live_vocab]
 
+    @torch.inference_mode()
+    def hidden_rows(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
+        """Final hidden states of every real row, in order, [N, H].
+
+        Raises:
+            ValueError: when the model's logits are not its head's product with them.
+        """
+        input_ids = input_ids.to(self.device)
+        if self._agrees is None:
+            self._agrees = self._compare(input_ids[:1, : min(lengths[0], 8)])
+        if not self._agrees:
+            raise ValueError(
+                "build_hidden_cache: model must be a decoder and an lm_head, whose product (scaled "
+                f"and softcapped) is its logits, got {type(self.model).__name__}, which does "
+                "something else. Use build_cache."
+            )
+        hidden = self._hidden(input_ids)
+        real = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
+        return hidden[real.to(hidden.device)]
+
     def _hidden(self, input_ids: Tensor) -> Tensor:
         return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.cache.meta import SELECTIONS
-
+NAMES = ("top_k", "top_p", "sampled", "hybrid")
 METHODS = ("independent", "systematic")
 BLOCK = 64
 
@@ -49,7 +48,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         rules = (
-            (self.name in SELECTIONS, "name", f"one of {', '.join(SELECTIONS)}", self.name),
+            (self.name in NAMES, "name", f"one of {', '.join(NAMES)}", self.name),
             (self.top_k >= 1, "top_k", "at least 1", self.top_k),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p),
             (self.draws >= 1, "draws", "at least 1", self.draws),
