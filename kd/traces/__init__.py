@@ -20,7 +20,16 @@ from kd.traces.rendering import CHATML, Rendered, Renderer, RenderError, render,
 from kd.traces.selecting import best_of_n, by_difficulty, diverse, pass_rate
 from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
 from kd.traces.verification import judge_all, verify, verify_stream
-from kd.traces.verifiers import Choice, Exact, Numeric, Verdict, Verifier
+from kd.traces.verifiers import (
+    Choice,
+    Exact,
+    Maths,
+    Numeric,
+    ReasoningGym,
+    Verdict,
+    Verifier,
+    gym_problems,
+)
 from kd.traces.yields import Tally, Yield
 
 __all__ = [
@@ -34,9 +43,11 @@ __all__ = [
     "Filter",
     "JsonlTraces",
     "Lint",
+    "Maths",
     "Numeric",
     "OneLanguage",
     "Pack",
+    "ReasoningGym",
     "RenderError",
     "Rendered",
     "Renderer",
@@ -59,6 +70,7 @@ __all__ = [
     "exact_duplicates",
     "filter_stream",
     "generate_local",
+    "gym_problems",
     "isolates_documents",
     "judge_all",
     "load",

@@ -1,6 +1,7 @@
 """Verifiers: each is called with a trace and returns a ``Verdict``."""
 
 from kd.traces.verifiers.answers import Choice, Exact, Numeric, final_answer, last_boxed
+from kd.traces.verifiers.process import Maths, ReasoningGym, gym_problems
 from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, WRONG, Verdict, Verifier
 
 __all__ = [
@@ -10,9 +11,12 @@ __all__ = [
     "WRONG",
     "Choice",
     "Exact",
+    "Maths",
     "Numeric",
+    "ReasoningGym",
     "Verdict",
     "Verifier",
     "final_answer",
+    "gym_problems",
     "last_boxed",
 ]

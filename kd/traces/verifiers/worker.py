@@ -1,0 +1,65 @@
+"""The killable side of a verifier: a script that answers JSON lines; it imports nothing of kd.
+
+Run by path, with Python's isolated mode: ``python -I worker.py``. One request a line on stdin,
+one answer a line on a copy of stdout; what the libraries print goes to stderr.
+"""
+
+import json
+import os
+import resource
+import sys
+
+MEMORY = 4 * 2**30
+
+
+def maths(request):
+    """math-verify: gold first, both sides parsed; its own soft time-outs are set too."""
+    from math_verify import parse, verify
+
+    seconds = request["seconds"]
+    gold = parse(request["reference"], parsing_timeout=seconds)
+    if not gold:
+        gold = parse("$" + request["reference"] + "$", parsing_timeout=seconds)
+    if not gold:
+        return ["unknown", "reference cannot be parsed", request["reference"][:120]]
+    found = parse(request["answer"], parsing_timeout=seconds)
+    if not found:
+        return ["unknown", "answer cannot be parsed", request["answer"][-120:]]
+    if verify(gold, found, timeout_seconds=seconds):
+        return ["correct", "", ""]
+    return ["wrong", "different value", f"{str(found[-1])[:80]}, not {str(gold[-1])[:80]}"]
+
+
+def gym(request):
+    """reasoning-gym's own scorer for one of its items; anything below 1 is wrong."""
+    import reasoning_gym
+
+    name = request["dataset"]
+    if name not in _GYM:
+        _GYM[name] = reasoning_gym.create_dataset(name, size=1, seed=0)
+    score = float(_GYM[name].score_answer(request["answer"], request["entry"]))
+    status = "correct" if score >= 1.0 else "wrong"
+    return [status, "" if status == "correct" else "scored below 1", f"score {score:g}"]
+
+
+_GYM: dict = {}
+TASKS = {"maths": maths, "gym": gym}
+
+
+def main():
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = TASKS[request["task"]](request)
+        except BaseException as error:  # also what hostile input makes the libraries raise
+            answer = ["error", "verifier crashed", f"{type(error).__name__}: {error}"[:300]]
+        answers.write(json.dumps([request["nonce"], *answer]) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
