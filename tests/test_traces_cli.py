@@ -1,0 +1,117 @@
+"""The kd traces command end to end, its report page, and the demo."""
+
+import json
+import re
+
+import pytest
+from traces_cases import CHATML_QWEN, byte_tokenizer, tiny_model
+
+from kd.cli.main import main
+from kd.traces import Trace, Yield, load, write_traces
+from kd.traces.report import write_report
+
+
+@pytest.fixture()
+def files(tmp_path):
+    rows = [
+        {"prompt": f"What is {i}+1?", "response": f"<think>\ncount {i}\n</think>\n\n{i + 1}"}
+        | {"answer": str(i + 1 + (i % 4 == 0))}
+        for i in range(20)
+    ]
+    rows += [{"title": "no shape"}, {"prompt": "q", "response": "<think>a<think>b</think>c"}]
+    rows += [rows[1]]
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    byte_tokenizer(CHATML_QWEN).save_pretrained(tmp_path / "model")
+    tiny_model().save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def test_the_pipeline_runs_from_raw_records_to_packed_rows_and_a_page(files, capsys):
+    def kd(verb, *options):
+        status = main(["traces", verb, *map(str, options), "--report", str(files / "n.json")])
+        assert status == 0, capsys.readouterr().err
+
+    evaluation = files / "bench.jsonl"
+    evaluation.write_text('{"question": "What is 2 + 1"}\n')
+    kd("load", files / "raw.jsonl", "-o", files / "a.parquet")
+    kd("verify", files / "a.parquet", "--verifier", "numeric", "-o", files / "b.jsonl")
+    options = ["--against", evaluation, "--evidence", files / "evidence.jsonl"]
+    kd("filter", files / "b.jsonl", "-o", files / "c.jsonl", *options)
+    kd("mix", f"{files / 'c.jsonl'}@2", "-o", files / "d.jsonl")
+    kd(
+        "render",
+        files / "d.jsonl",
+        "--tokenizer",
+        files / "model",
+        "--pack",
+        512,
+        "-o",
+        files / "e.jsonl",
+    )
+    main(
+        ["traces", "report", str(files / "d.jsonl"), "--report", str(files / "n.json")]
+        + ["-o", str(files / "page.html")]
+    )
+    counts = Yield.from_dict(json.loads((files / "n.json").read_text()))
+    assert {name: (t.seen, t.kept) for name, t in counts.stages.items()} == {
+        "load": (23, 22),
+        "verify numeric": (22, 16),
+        "filter": (16, 16),
+        "dedupe exact": (16, 15),
+        "decontaminate": (15, 14),
+        "mix": (28, 28),
+        "render": (28, 28),
+    }
+    assert counts["verify numeric"].dropped == {
+        "wrong: different number": 5,
+        "unknown: no reference": 1,
+    }
+    assert json.loads((files / "evidence.jsonl").read_text())["question"] == "What is 2 + 1"
+    packs = [json.loads(line) for line in (files / "e.jsonl").read_text().splitlines()]
+    assert sum(len(made["lengths"]) for made in packs) == 28
+    page = (files / "page.html").read_text()
+    assert "What is 1+1?" in page and "no known shape" in page and "<svg" in page
+
+
+def test_generate_answers_problems_with_a_model_from_a_folder(files):
+    (files / "p.jsonl").write_text('{"question": "1+1?", "answer": 2}\n{"nothing": 1}\n')
+    out = files / "g.jsonl"
+    options = ["--model", str(files / "model"), "-n", "2", "--max-new-tokens", "4"]
+    assert main(["traces", "generate", str(files / "p.jsonl"), "-o", str(out), *options]) == 0
+    traces = list(load(out))
+    assert [t.reference for t in traces] == ["2", "2"] and traces[0].metadata["finish"]
+
+
+def test_wrong_use_is_one_line_with_the_fix(files, capsys):
+    assert main(["traces", "filter", str(files / "raw.jsonl"), "--max-tokens", "5"]) == 1
+    assert "--max-tokens must come with --tokenizer" in capsys.readouterr().err
+    assert main(["traces", "load", str(files / "gone.jsonl")]) == 1
+    assert "path must exist" in capsys.readouterr().err
+
+
+def test_the_page_escapes_everything_and_loads_nothing(tmp_path):
+    evil = "<script>alert(1)</script><img src=x onerror=y>"
+    report = Yield()
+    stage = report.stage(evil)
+    stage.drop(evil, Trace(evil, evil, evil), evil)
+    stage.keep()
+    page = write_report(tmp_path / "r.html", report, [Trace(evil, evil, evil)], title=evil)
+    text = page.read_text()
+    assert "<script" not in text and "<img" not in text and "&lt;script&gt;" in text
+    assert not re.search(r'(?:src|href)\s*=\s*["\']?http', text)
+
+
+def test_the_demo_runs_the_whole_pipeline_with_real_verdicts(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    from kd.traces.demo import run_demo
+
+    page = run_demo(tmp_path, problems=30, steps=60)
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts["generate"]["kept"] == 60
+    for tally in counts.values():
+        assert tally["in"] == tally["kept"] + sum(tally["dropped"].values())
+    assert page.read_text().startswith("<!doctype html>")
+    for trace in load(tmp_path / "traces.jsonl"):
+        assert trace.answer == trace.reference
+    write_traces(tmp_path / "again.jsonl", load(tmp_path / "traces.jsonl"))
