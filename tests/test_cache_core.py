@@ -168,6 +168,22 @@ def test_a_missing_sequence_is_named(tmp_path, items):
     assert cache.missing([items[0][0], [1, 2, 3], items[30][0]]) == [1, 2]
 
 
+def test_missing_sequences_can_be_skipped_and_are_counted(tmp_path, items):
+    import kd
+
+    cases.write(tmp_path / "cache", items[:20], shard_tokens=64)
+    cache = TeacherCache(tmp_path / "cache", on_missing="skip")
+    batch = cache.batch([items[3][0], items[30][0], items[4][0]], 40)
+    assert cache.skipped == 1
+    assert torch.equal(batch.ids[2, : len(items[4][0])], items[4][1])
+    assert (batch.ids[1] == -1).all()
+    teacher = kd.TopK(batch.ids, batch.logprobs, batch.tail)
+    loss = kd.distillation_loss(torch.randn(3, 40, 1000), teacher, reduction="none").view(3, 40)
+    assert loss[1].abs().max() < 1e-6 and loss[0].max() > 0.1
+    with pytest.raises(ValueError, match="on_missing must be 'error' or 'skip', got 'drop'"):
+        TeacherCache(tmp_path / "cache", on_missing="drop")
+
+
 def test_an_empty_cache_opens(tmp_path):
     cache = cases.write(tmp_path / "cache", [])
     assert len(cache) == 0 and [1] not in cache

@@ -1,4 +1,8 @@
-"""Damaged, foreign and hostile caches are refused with both sides shown, and nothing is changed."""
+"""Damaged, foreign and hostile caches are refused with both sides shown, and nothing is changed.
+
+Kills are in test_cache_kill, bad rows in test_cache_rows, other tokenizers, teachers and templates
+in test_cache_core, test_teachers_build, test_teachers_doctor and test_vocab_fingerprint.
+"""
 
 import errno
 import json

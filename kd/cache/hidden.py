@@ -19,11 +19,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from kd.cache.base import CacheReader
 from kd.cache.codecs import Rows
 from kd.cache.files import write_whole
 from kd.cache.keys import describe, token_array
 from kd.cache.meta import CacheMeta
-from kd.cache.reader import CacheReader
 from kd.cache.writer import CacheWriter
 
 HEAD = "lm_head.safetensors"
@@ -187,6 +187,7 @@ class HiddenCache(CacheReader):
         size = int(self.meta.selection_options["hidden_size"])
         out = torch.zeros(len(found) * length, size)
         rows = self._rows([tokens for pack in found for tokens in pack])
+        at = at[rows.counts > 0]  # a sequence that was skipped has no rows
         out[torch.from_numpy(at)] = torch.from_numpy(rows.logprobs.reshape(-1, size))
         return self._targets(out.view(len(found), length, size))
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kd.cache.base import CacheReader
 from kd.cache.compact import row_sums
-from kd.cache.reader import CacheReader
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 LOW_MASS = 0.5

@@ -30,6 +30,7 @@ from kd.cache.bits import (
 
 Stream = tuple[Bytes, NDArray[np.int64]]  # bytes, and where each sequence's part starts
 MODES = ("rice", "exponential")
+JUDGED = 1 << 14  # values that a parameter is chosen on
 
 
 def classes(values: NDArray[np.integer], k: NDArray[np.integer] | int, mode: str) -> NDArray:
@@ -47,11 +48,18 @@ def cost(values: NDArray[np.integer], k: int, mode: str) -> NDArray[np.int64]:
 
 
 def best_parameter(values: NDArray[np.integer]) -> tuple[str, int]:
-    """The mode and k with the fewest bits in all; the smaller k, and rice, where equal."""
+    """The mode and k with the fewest bits in all, judged on evenly spread values.
+
+    Where equal, the smaller k, and rice.
+    """
+    some = np.asarray(values)[:: -(-len(values) // JUDGED) or 1]
+    # A rice code with a k far below the values' size would be absurdly long.
+    least = max(0, int(some.mean() if len(some) else 0).bit_length() - 3)
+    widest = 1 + int(values.max(initial=0)).bit_length()
     sizes = {
-        (mode, k): int(cost(values, k, mode).sum())
+        (mode, k): int(cost(some, k, mode).sum())
         for mode in MODES
-        for k in range(0, 1 + int(values.max(initial=0)).bit_length())
+        for k in range(min(least, widest - 1) if mode == "rice" else 0, widest)
     }
     return min(sizes, key=lambda choice: (sizes[choice], MODES.index(choice[0]), choice[1]))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 NAMES = ("top_k", "top_p", "sampled", "hybrid")
 METHODS = ("independent", "systematic")
 BLOCK = 64
+CACHED_BYTES = 2 * 1024 * 1024  # of float32 log-probs that are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,12 @@ def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, 
         ids [C, k] int64, -1 where fewer than k tokens have a probability; log-probs [C, k]
         float32, in descending order.
     """
-    scaled = logits if temperature == 1 else logits.float() / temperature
-    logp = torch.log_softmax(scaled, 1, dtype=torch.float32)
+    rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
+    if logits.device.type == "cpu" and len(logits) > rows:  # each part stays in the CPU's cache
+        parts = [top_k_rows(part, top_k, temperature) for part in logits.split(rows)]
+        return torch.cat([ids for ids, _ in parts]), torch.cat([values for _, values in parts])
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    logp = torch.log_softmax(scaled.contiguous(), 1)
     logprobs, ids = top_entries(logp, min(top_k, logp.shape[1]))
     return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs
 
