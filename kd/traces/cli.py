@@ -51,6 +51,12 @@ def add_parser(subparsers: Any) -> None:
         choices=["correct", "wrong", "unknown", "error"],
     )
     verify.add_argument("--workers", type=int, default=2)
+    verify.add_argument(
+        "--run-code",
+        choices=["no", "sandbox", "unsafe-subprocess"],
+        default="no",
+        help="for --verifier code: bubblewrap, or NO isolation; default: %(default)s",
+    )
     verify.add_argument("--journal", help="verdicts so far; a rerun continues from it")
     filters = verb("filter", _filter, "lint, lengths, languages, duplicates, contamination")
     filters.add_argument("--no-lint", action="store_true")
@@ -78,7 +84,7 @@ def add_parser(subparsers: Any) -> None:
     demo.add_argument("--steps", type=int, default=600, help="training steps of the teacher")
 
 
-_VERIFIERS = ("choice", "exact", "gym", "maths", "numeric")
+_VERIFIERS = ("choice", "code", "exact", "gym", "maths", "numeric")
 
 
 def _counts(args: argparse.Namespace) -> Yield:
@@ -159,9 +165,11 @@ def _generate(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from kd.traces.verification import verify_stream
     from kd.traces.verifiers import Choice, Exact, Maths, Numeric, ReasoningGym, final_answer
+    from kd.traces.verifiers.code import Code
 
     makers: dict[str, Any] = {
         "choice": Choice,
+        "code": lambda: Code(_backend(args.run_code)),
         "exact": lambda: Exact(final_answer, normalised=True),
         "gym": ReasoningGym,
         "maths": Maths,
@@ -178,6 +186,14 @@ def _verify(args: argparse.Namespace) -> int:
         stage=f"verify {args.verifier}",
     )
     return _finish(args, report, stream)
+
+
+def _backend(name: str) -> Any:
+    from kd.traces.verifiers.sandbox import Bubblewrap, UnsafeSubprocess
+
+    return {"no": lambda: None, "sandbox": Bubblewrap, "unsafe-subprocess": UnsafeSubprocess}[
+        name
+    ]()
 
 
 def _filter(args: argparse.Namespace) -> int:
