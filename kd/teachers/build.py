@@ -21,6 +21,8 @@ from kd.teachers.progress import Meter
 from kd.teachers.selection import Selection, bad_rows
 
 WINDOW = 1024  # sequences that are sorted by length together
+# Rounding must not bias what was drawn.
+DEFAULT_CODECS = {"sampled": "counts", "hybrid": "log8"}
 ON_BAD_ROWS = ("error", "drop", "mask")
 
 
@@ -59,8 +61,8 @@ def build_cache(
         temperature: divides the logits before the softmax.
         selection: which tokens are kept: "top_k" (the default), "top_p", "sampled", "hybrid", or
             a ``kd.teachers.Selection`` with its settings (its top_k counts then).
-        codec: how rows are stored: "compact" (the default), "log8", "float32" (lossless), or
-            "counts" (the default for "sampled").
+        codec: how rows are stored: "compact", "log8", "float32" (lossless) or "counts". When
+            None: "counts" for "sampled", "log8" for "hybrid", "compact" for the others.
         codec_options: {"levels": 110} is the default of "compact"; more is finer.
         live_vocab: tokens that exist, when there is no tokenizer; the lm_head's rows when None.
         batch_tokens: padded tokens in a forward pass.
@@ -136,7 +138,7 @@ def cache_meta(
         temperature=float(temperature),
         top_k=chosen.slots(live),
         selection=chosen.name,
-        codec=codec or ("counts" if chosen.name == "sampled" else "compact"),
+        codec=codec or DEFAULT_CODECS.get(chosen.name, "compact"),
         selection_options=chosen.options(),
         codec_options=codec_options or {},
     )

@@ -49,15 +49,13 @@ class LogitSource:
         """
         input_ids = input_ids.to(self.device)
         real = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
-        if self._agrees is None:
-            self._agrees = self._compare(input_ids[:1, : min(lengths[0], 8)])
-        if not self._agrees:
+        hidden = self._checked_hidden(input_ids, lengths)
+        if hidden is None:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
             rows = logits[real.to(logits.device)]
             for start in range(0, len(rows), self.chunk_rows):
                 yield rows[start : start + self.chunk_rows, : self.live_vocab]
             return
-        hidden = self._hidden(input_ids)
         hidden = hidden[real.to(hidden.device)]  # [N, H]
         for start in range(0, len(hidden), self.chunk_rows):
             yield self._head(hidden[start : start + self.chunk_rows])[:, : self.live_vocab]
@@ -70,15 +68,13 @@ class LogitSource:
             ValueError: when the model's logits are not its head's product with them.
         """
         input_ids = input_ids.to(self.device)
-        if self._agrees is None:
-            self._agrees = self._compare(input_ids[:1, : min(lengths[0], 8)])
-        if not self._agrees:
+        hidden = self._checked_hidden(input_ids, lengths)
+        if hidden is None:
             raise ValueError(
                 "build_hidden_cache: model must be a decoder and an lm_head, whose product (scaled "
                 f"and softcapped) is its logits, got {type(self.model).__name__}, which does "
                 "something else. Use build_cache."
             )
-        hidden = self._hidden(input_ids)
         real = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
         return hidden[real.to(hidden.device)]
 
@@ -94,10 +90,20 @@ class LogitSource:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
-    def _compare(self, input_ids: Tensor) -> bool:
-        """Whether decoder and head give the model's own logits."""
+    def _checked_hidden(self, input_ids: Tensor, lengths: list[int]) -> Tensor | None:
+        """Final hidden states [B, L, H]; None when the head does not make the model's logits."""
+        if self._agrees is False:
+            return None
+        hidden = self._hidden(input_ids)
+        if self._agrees is None:
+            some = min(lengths[0], 8)
+            self._agrees = self._compare(input_ids[:1, :some], hidden[0, :some])
+        return hidden if self._agrees else None
+
+    def _compare(self, input_ids: Tensor, hidden: Tensor) -> bool:
+        """Whether decoder and head give the model's own logits, on the start of a sequence."""
         whole = self.model(input_ids=input_ids, use_cache=False).logits[0].float()
-        ours = self._head(self._hidden(input_ids)[0]).float().to(whole.device)
+        ours = self._head(hidden).float().to(whole.device)
         if ours.shape != whole.shape:
             return False
         scale = whole.abs().max().clamp(min=1)
