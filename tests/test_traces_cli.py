@@ -54,6 +54,7 @@ def test_the_pipeline_runs_from_raw_records_to_packed_rows_and_a_page(files, cap
         + ["-o", str(files / "page.html")]
     )
     counts = Yield.from_dict(json.loads((files / "n.json").read_text()))
+    assert list(counts.stages)[2:5] == ["filter", "dedupe exact", "decontaminate"]
     assert {name: (t.seen, t.kept) for name, t in counts.stages.items()} == {
         "load": (23, 22),
         "verify numeric": (22, 16),

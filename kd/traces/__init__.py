@@ -18,6 +18,7 @@ from kd.traces.mixing import JsonlTraces, Source, mix
 from kd.traces.packing import Pack, best_fit, collate_packs, efficiency, isolates_documents, pack
 from kd.traces.rendering import CHATML, Rendered, Renderer, RenderError, render, render_stream
 from kd.traces.selecting import best_of_n, by_difficulty, diverse, pass_rate
+from kd.traces.server import Server, generate_server
 from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
 from kd.traces.verification import judge_all, verify, verify_stream
 from kd.traces.verifiers import (
@@ -52,6 +53,7 @@ __all__ = [
     "Rendered",
     "Renderer",
     "Sampling",
+    "Server",
     "Source",
     "Tags",
     "Tally",
@@ -70,6 +72,7 @@ __all__ = [
     "exact_duplicates",
     "filter_stream",
     "generate_local",
+    "generate_server",
     "gym_problems",
     "isolates_documents",
     "judge_all",

@@ -33,7 +33,11 @@ def add_parser(subparsers: Any) -> None:
     load.add_argument("--source", default="", help="name of records that bring none")
     load.add_argument("--domain", default="")
     generate = verb("generate", _generate, "answer problems with a local model")
-    generate.add_argument("--model", required=True, help="folder or hub id of a transformers model")
+    generate.add_argument("--model", required=True, help="transformers model, or a server's name")
+    generate.add_argument("--server", help="OpenAI-compatible address, such as http://host:8000/v1")
+    generate.add_argument("--key-variable", default="", help="environment variable with the key")
+    generate.add_argument("--concurrency", type=int, default=32)
+    generate.add_argument("--journal", help="answers so far; a rerun continues from it")
     generate.add_argument("-n", type=int, default=1, help="samples a problem")
     generate.add_argument("--temperature", type=float, default=0.6)
     generate.add_argument("--top-p", type=float, default=0.95)
@@ -131,11 +135,10 @@ def _load(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from kd.traces.columns import ShapeError
     from kd.traces.files import expand, read_records
     from kd.traces.generation import Sampling, generate_local
+    from kd.traces.server import Server, generate_server
     from kd.traces.shapes import problem
 
     report = _counts(args)
@@ -148,6 +151,16 @@ def _generate(args: argparse.Namespace) -> int:
             except ShapeError as error:
                 tally.drop(error.reason, {"index": index}, error.detail)
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
+    if args.server:
+        server = Server(
+            args.server, args.model, key_variable=args.key_variable, concurrency=args.concurrency
+        )
+        stream = generate_server(
+            server, problems, sampling=sampling, n=args.n, journal=args.journal, report=report
+        )
+        return _finish(args, report, stream)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model)
 
@@ -191,9 +204,9 @@ def _verify(args: argparse.Namespace) -> int:
 def _backend(name: str) -> Any:
     from kd.traces.verifiers.sandbox import Bubblewrap, UnsafeSubprocess
 
-    return {"no": lambda: None, "sandbox": Bubblewrap, "unsafe-subprocess": UnsafeSubprocess}[
-        name
-    ]()
+    if name == "no":
+        return None
+    return Bubblewrap() if name == "sandbox" else UnsafeSubprocess()
 
 
 def _filter(args: argparse.Namespace) -> int:
@@ -214,6 +227,12 @@ def _filter(args: argparse.Namespace) -> int:
                 "Name the student's."
             )
         checks.append(Tokens(_tokenizer(args.tokenizer), args.min_tokens, args.max_tokens))
+    # a stage enters the report when it first runs, and the last of a chain runs first
+    wanted = (("filter", True), ("dedupe exact", args.dedupe != "no"))
+    wanted += (("dedupe near", args.dedupe == "near"), ("decontaminate", bool(args.against)))
+    for name, used in wanted:
+        if used:
+            report.stage(name)
     stream = filter_stream(_again(args), checks, report=report)
     if args.dedupe != "no":
         stream = exact_duplicates(stream, report=report)

@@ -58,7 +58,8 @@ def run_demo(folder: str | Path, *, problems: int = 400, steps: int = 600, seed:
     stage.seconds = time.perf_counter() - started
     linted = list(filter_stream(answered, [Lint(need_think=True)], report=report, stage="lint"))
     correct, _ = verify(linted, ReasoningGym(), workers=2, report=report, stage="verify (gym)")
-    chosen = best_of_n(exact_duplicates(correct, report=report), report=report)
+    unique = list(exact_duplicates(correct, report=report))
+    chosen = best_of_n(unique, report=report)
     renderer = Renderer(tokenizer, tags=COMPACT)
     rendered = list(render_stream(chosen, renderer, report=report, max_tokens=CAPACITY))
     packs = list(pack((ids for _, ids in rendered), CAPACITY))
