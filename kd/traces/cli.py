@@ -228,9 +228,13 @@ def _filter(args: argparse.Namespace) -> int:
             )
         checks.append(Tokens(_tokenizer(args.tokenizer), args.min_tokens, args.max_tokens))
     # a stage enters the report when it first runs, and the last of a chain runs first
-    wanted = (("filter", True), ("dedupe exact", args.dedupe != "no"))
-    wanted += (("dedupe near", args.dedupe == "near"), ("decontaminate", bool(args.against)))
-    for name, used in wanted:
+    wanted = {
+        "filter": True,
+        "dedupe exact": args.dedupe != "no",
+        "dedupe near": args.dedupe == "near",
+        "decontaminate": bool(args.against),
+    }
+    for name, used in wanted.items():
         if used:
             report.stage(name)
     stream = filter_stream(_again(args), checks, report=report)
