@@ -98,7 +98,7 @@ def capture(model_folder: str, repeats: int) -> None:
     def whole(k: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             build_cache(
-                model, sequences, folder, top_k=k, batch_tokens=1024, shard_tokens=1024,
+                model, sequences, folder, top_k=k, batch_tokens=1024,
                 live_vocab=len(tokenizer), progress=False,
             )  # fmt: skip
 
