@@ -1,6 +1,7 @@
 """The record, splitting completions, the yield's book-keeping, simple verifiers, generation."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -223,3 +224,12 @@ def test_a_sample_is_the_same_in_any_batch_when_greedy():
     together = list(generate_local(model, tokenizer, ["x", "12345"], sampling=sampling))
     assert alone == together
     assert all(trace.think and not trace.answer for trace in alone)  # opened by the template
+
+
+@pytest.mark.parametrize("verifier", [Choice(), Numeric(), Exact(final_answer)])
+@pytest.mark.parametrize("text", ["\\boxed{", "1,111", "9", "(A ", "{", "answer is "])
+def test_five_megabytes_of_anything_are_judged_at_once(verifier, text):
+    started = time.perf_counter()
+    answer = text * (5_000_000 // len(text))
+    assert verifier(Trace("q", "t", answer, reference="A" if "A" in text else "77")).status
+    assert time.perf_counter() - started < 5

@@ -12,6 +12,7 @@ from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
 
 LONGEST_ANSWER = 20_000
 LONGEST_NUMBER = 400
+BOXES = 16  # unclosed ones looked at, from the end
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.)?(?:[eE][-+]?\d{1,3})?"
     r"(?:\s*/\s*[-+]?\d+)?(?![\w])"
@@ -24,8 +25,11 @@ _LEAD = re.compile(
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last complete ``\boxed{...}``, braces balanced; None without one."""
+    text = text[-10 * LONGEST_ANSWER :]
     at = text.rfind("\\boxed{")
-    while at >= 0:
+    for _ in range(BOXES):
+        if at < 0:
+            break
         depth, begin = 0, at + len("\\boxed{") - 1
         for i in range(begin, min(len(text), begin + LONGEST_ANSWER)):
             depth += (text[i] == "{") - (text[i] == "}")
@@ -38,6 +42,7 @@ def last_boxed(text: str) -> str | None:
 def final_answer(answer: str) -> str:
     r"""What an answer ends on: its last ``\boxed{}``, else the text after its last "answer is"
     or "answer:", else its last line that is not empty."""
+    answer = answer[-10 * LONGEST_ANSWER :]
     boxed = last_boxed(answer)
     if boxed is not None:
         return boxed
@@ -81,8 +86,7 @@ class Exact:
 
 def parse_number(text: str) -> Fraction | None:
     """The number a text ends on, exactly: ``1,234``, ``-3.50``, ``2/3``, ``1e3``, ``50%``."""
-    if len(text) > LONGEST_ANSWER:
-        return None
+    text = text[-4 * LONGEST_NUMBER :]
     text = re.sub(r"\\[dt]?frac\{([^{}]{1,50})\}\{([^{}]{1,50})\}", r"\1/\2", text)
     text = text.replace("\u2212", "-").replace("\\%", "%").replace("\\,", "").replace("{,}", ",")
     found = [match for match in _NUMBER.finditer(text) if any(c.isdigit() for c in match.group())]
@@ -146,7 +150,7 @@ class Choice:
 
     def letter(self, text: str) -> str | None:
         r"""The letter a text chooses: ``C``, ``(C)``, ``C. Paris``, ``\text{C}``, "answer is C"."""
-        text = text.strip()[-LONGEST_ANSWER:]
+        text = text.strip()[-2_000:]
         any_letter = f"[{self.letters}{self.letters.lower()}]"
         text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text)
         leading = re.match(rf"^[\s(*$]*({any_letter})(?:[\s.):*$]|$)", text)
