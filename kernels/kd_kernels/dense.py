@@ -48,7 +48,10 @@ def dense_losses(
     written = student.tensor if gradient is None else gradient
     s_limit, t_limit = row_limit(student.tensor, loss.vocab), row_limit(teacher.tensor, loss.vocab)
     target = target_of(student.tensor.device)
-    shape = one_read_shape(student.tensor, teacher.tensor, gradient, loss.vocab, target)
+    wide = student.tensor.dtype.itemsize == 4 or divergence == "adaptive_kl"
+    shape = one_read_shape(
+        student.tensor, teacher.tensor, gradient, loss.vocab, target, crowded=hard == 2 and wide
+    )
     if shape is None:
         block, group, warps = two_pass_shape(student.tensor, teacher.tensor, target)
         kernel, options = dense_rows_two_pass, dict(BLOCK=block, GROUP=group, num_warps=warps)

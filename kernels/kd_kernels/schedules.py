@@ -40,8 +40,14 @@ def one_read_shape(
     gradient: Tensor | None,
     vocab: int,
     target: Target,
+    *,
+    crowded: bool = False,
 ) -> OneRead | None:
-    """The cluster for a row of ``vocab`` columns, or None where two passes must do."""
+    """The cluster for a row of ``vocab`` columns, or None where two passes must do.
+
+    crowded: the row needs more registers than a second segment leaves (hard labels at another
+    temperature, with adaptive_kl or float32 logits).
+    """
     if _forced:
         return _forced[-1]
     if target.kind != "cuda" or target.arch not in CLUSTER_ARCHES:
@@ -53,7 +59,8 @@ def one_read_shape(
     if not all(_whole_vectors(t) for t in (student, teacher, gradient) if t is not None):
         _say_once("rows are not aligned to 16 bytes: two passes")
         return None
-    return cluster_shape(vocab)
+    shape = cluster_shape(vocab)
+    return None if shape is not None and shape.second and crowded else shape
 
 
 def cluster_shape(vocab: int) -> OneRead | None:
