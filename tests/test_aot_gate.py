@@ -1,7 +1,6 @@
 """Kernels compiled for GPUs that are not here: spills, access widths and counts against budgets.
 
-Planted and caught: a block of 131,072 columns (spills), a launcher that forgets that rows are
-aligned (16-bit loads), tl.log for the one-instruction logarithm (SASS over budget).
+Seen to fail on tiles of 8,192 columns (spills) and on column masks in a full segment (SASS).
 """
 
 import json

@@ -1,8 +1,7 @@
 """The cluster schedule's kernel in Triton's interpreter, which runs a cluster as one program.
 
 What a cluster adds (reductions through distributed shared memory, registers) is the compile-time
-gate's to check. Mutations planted and caught: the second segment left out of a sum, its columns
-not offset, the gradient's padding not masked (each by test_every_divergence or test_options).
+gate's to check.
 """
 
 import contextlib

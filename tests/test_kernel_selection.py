@@ -1,7 +1,6 @@
 """Teacher-side selection in Triton's interpreter, against torch.topk and the distribution itself.
 
-Planted and caught: ">=" for ">" in the count (test_ties), the tail summed over the kept tokens
-(test_top_k), the running sum of one tile started anew in the next (test_sampling).
+Ties, saturated rows and rows with fewer live tokens than k have tests of their own.
 """
 
 import pytest

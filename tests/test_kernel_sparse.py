@@ -1,9 +1,6 @@
 """The sparse row kernel in Triton's interpreter, against the float64 oracle.
 
-Mutations that were planted here and caught: the stored columns left in the tail's sum
-(test_saturated_student), the tail's slot off by one (test_every_divergence), the label's column
-not rewritten where it is in the tail (test_hard_labels), the ids of one tile marked in the next
-(test_every_divergence).
+A mutation planted here and caught: the stored columns left in the tail's sum.
 """
 
 import pytest
