@@ -5,7 +5,10 @@ import types
 
 import torch
 
+from kd.training import Objective
+
 VOCABULARY = 23
+MIXED = Objective(kd_weight=0.7, ce_weight=0.3, temperature=2.0, vocab_size=VOCABULARY)
 
 
 def student(seed=0, **options):

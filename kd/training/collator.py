@@ -1,7 +1,8 @@
 """Rows to a batch: pads on the right, looks up the teacher, and shifts; nothing else ever shifts.
 
 In a batch, row i of a sequence predicts the token after token i: ``labels[i]`` is that token and
-``teacher_ids[i]``, ``teacher_logprobs[i]`` are the teacher's distribution for it.
+``teacher_ids[i]``, ``teacher_logprobs[i]`` are the teacher's distribution for it. The last token
+of a document predicts nothing, also where another document follows it in the same row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ IGNORE = -100
 
 @dataclass
 class DistillationCollator:
-    """Collates rows of {input_ids, labels[, weights]} into a batch for ``Objective``.
+    """Collates rows of {input_ids, labels[, weights][, lengths]} into a batch for ``Objective``.
+
+    A row with ``lengths`` is a pack: so many documents behind each other. Each is looked up in
+    the cache by itself, and the batch has ``position_ids`` instead of an attention mask, by which
+    transformers keeps documents apart.
 
     Attributes:
         pad_token_id: fills input_ids; padding is never trained on.
@@ -42,6 +47,7 @@ class DistillationCollator:
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
         labels = torch.full(shape, IGNORE, dtype=torch.long)
         weights = torch.zeros(shape) if "weights" in rows[0] else None
+        documents: list[tuple[int, int, Tensor]] = []  # (row, where it starts, its tokens)
         for i, (row, ids) in enumerate(zip(rows, sequences, strict=True)):
             target = _tensor(row["labels"], torch.long)
             if len(target) != len(ids):
@@ -53,17 +59,61 @@ class DistillationCollator:
             labels[i, : len(ids) - 1] = target[1:]
             if weights is not None:
                 weights[i, : len(ids) - 1] = _tensor(row["weights"], torch.float)[1:]
+            start = 0
+            for size in _lengths(row, len(ids)):
+                documents.append((i, start, ids[start : start + size]))
+                labels[i, start + size - 1] = IGNORE
+                start += size
         batch = {"input_ids": input_ids, "labels": labels}
         if weights is not None:
             batch["weights"] = weights
-        if self.attention_mask:
+        if any("lengths" in row for row in rows):
+            batch["position_ids"] = _positions(shape, documents)
+        elif self.attention_mask:
             lengths = torch.tensor([len(ids) for ids in sequences])
             batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
         if self.cache is not None:
-            targets = self.cache.batch(sequences, length)
-            batch["teacher_ids"] = targets.ids  # [B, L, K]
-            batch["teacher_logprobs"] = targets.logprobs  # [B, L, K]
+            batch |= self._targets(shape, documents)
         return batch
+
+    def _targets(
+        self, shape: tuple[int, int], documents: Sequence[tuple[int, int, Tensor]]
+    ) -> dict[str, Tensor]:
+        sequences = [ids for _, _, ids in documents]
+        if len(sequences) == shape[0]:
+            found = self.cache.batch(sequences, shape[1])
+            return {"teacher_ids": found.ids, "teacher_logprobs": found.logprobs}  # [B, L, K]
+        found = self.cache.batch(sequences, max(len(ids) for ids in sequences))
+        top_k = found.ids.shape[-1]
+        ids = found.ids.new_full((*shape, top_k), -1)
+        logprobs = found.logprobs.new_full((*shape, top_k), float("-inf"))
+        for at, (i, start, tokens) in enumerate(documents):
+            here = slice(start, start + len(tokens))
+            ids[i, here] = found.ids[at, : len(tokens)]
+            logprobs[i, here] = found.logprobs[at, : len(tokens)]
+        return {"teacher_ids": ids, "teacher_logprobs": logprobs}
+
+
+def _lengths(row: Mapping[str, Any], size: int) -> list[int]:
+    lengths = [int(length) for length in row.get("lengths", (size,))]
+    if sum(lengths) != size or min(lengths) < 1:
+        raise ValueError(
+            "DistillationCollator: lengths must be positive and add up to the row's "
+            f"{size} tokens, got {lengths}. Take them from the Pack."
+        )
+    return lengths
+
+
+def _positions(shape: tuple[int, int], documents: Sequence[tuple[int, int, Tensor]]) -> Tensor:
+    """Positions that start at 0 in every document; the padding is a document of its own."""
+    positions = torch.arange(shape[1]).repeat(shape[0], 1)
+    ends = [0] * shape[0]
+    for i, start, tokens in documents:
+        positions[i, start : start + len(tokens)] = torch.arange(len(tokens))
+        ends[i] = start + len(tokens)
+    for i, end in enumerate(ends):
+        positions[i, end:] = torch.arange(shape[1] - end)
+    return positions
 
 
 def _tensor(values: Any, dtype: torch.dtype) -> Tensor:

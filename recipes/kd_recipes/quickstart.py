@@ -68,9 +68,9 @@ class Config:
     """Traces per optimiser step."""
     learning_rate: float = 2e-3
     """Peak learning rate of the students; cosine to zero."""
-    kd_weight: float = 0.5
+    kd_weight: float = 0.9
     """Weight of the divergence from the teacher in the KD arm."""
-    ce_weight: float = 0.5
+    ce_weight: float = 0.1
     """Weight of the cross-entropy on the trace in the KD arm."""
     temperature: float = 2.0
     """Softens teacher and student in the divergence."""
