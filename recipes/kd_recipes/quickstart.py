@@ -29,6 +29,7 @@ from kd.recipe import (
     Run,
     Stage,
     default_workers,
+    one_thread,
     read_json,
     run_jobs,
     say,
@@ -109,6 +110,19 @@ ARMS = {"sft": "traces alone", "kd": "traces + logits"}
 
 def main(config: Config) -> dict[str, Any]:
     """Run the recipe; returns the figures of its report."""
+    with one_thread():
+        report = run_stages(config)
+    page = report.path / "report.html"
+    say(f"\n{report.result['table']}\n\n{report.result['verdict']}\n\nreport: {page}")
+    if config.open:
+        from kd.evaluation import open_page
+
+        open_page(page)
+    return report.result
+
+
+def run_stages(config: Config) -> Stage:
+    """Every stage in order; each is skipped when what it reads has not changed."""
     run = Run(config.output, "quickstart", fresh=config.fresh)
     hidden, layers = config.teacher_hidden, config.teacher_layers
     weights = TEACHER_FILE
@@ -143,7 +157,7 @@ def main(config: Config) -> dict[str, Any]:
         traces=traces,
         cache=cache,
     )
-    report = run.stage(
+    return run.stage(
         "report",
         write_report,
         config=what,
@@ -152,13 +166,6 @@ def main(config: Config) -> dict[str, Any]:
         cache=cache,
         students=students,
     )
-    page = report.path / "report.html"
-    say(f"\n{report.result['table']}\n\n{report.result['verdict']}\n\nreport: {page}")
-    if config.open:
-        from kd.evaluation import open_page
-
-        open_page(page)
-    return report.result
 
 
 # --- the teacher ----------------------------------------------------------------------------------
