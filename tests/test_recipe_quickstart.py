@@ -132,4 +132,4 @@ def test_the_default_preset_shows_the_gain(tmp_path):
     assert main(["run", "quickstart", "--output", str(tmp_path / "run")]) == 0
     arms = read_json(tmp_path / "run" / "report" / "stage.json")["result"]["arms"]
     means = {label: sum(found) / len(found) for label, found in arms.items()}
-    assert means["traces + logits"] > means["traces alone"] 
+    assert means["traces + logits"] > means["traces alone"]
