@@ -179,7 +179,11 @@ def best_seconds(function: Any, device: str, budget: float = 1.0) -> float:
 
 
 def ceilings(device: str, dtypes: tuple[str, ...], size: int = 0) -> dict[str, float]:
-    """What the device can do, measured now: a copy in bytes/s and a square matmul in FLOP/s."""
+    """What the device can do, measured now: a copy in bytes/s, and FLOP/s of its best matmul.
+
+    The matmul is the faster of a square one and a wide one (an lm_head's), since a CPU's bf16 is
+    much better at the second.
+    """
     size = size or (2048 if device == "cpu" else 8192)
     source = torch.ones(8 * size * size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -187,8 +191,11 @@ def ceilings(device: str, dtypes: tuple[str, ...], size: int = 0) -> dict[str, f
     found = {"copy_bytes_per_second": 2 * source.numel() * 4 / seconds}
     del source, target
     for name in dtypes:
-        a = torch.ones(size, size, dtype=getattr(torch, name), device=device)
-        out = torch.empty_like(a)
-        seconds = best_seconds(functools.partial(torch.mm, a, a, out=out), device)
-        found[f"matmul_{name}_flops_per_second"] = 2 * size**3 / seconds
+        key = f"matmul_{name}_flops_per_second"
+        for rows, inner, columns in ((size, size, size), (size // 4, size // 2, 16 * size)):
+            a = torch.ones(rows, inner, dtype=getattr(torch, name), device=device)
+            b = torch.ones(columns, inner, dtype=a.dtype, device=device)
+            out = torch.empty(rows, columns, dtype=a.dtype, device=device)
+            seconds = best_seconds(functools.partial(torch.mm, a, b.T, out=out), device)
+            found[key] = max(found.get(key, 0.0), 2 * rows * inner * columns / seconds)
     return found

@@ -89,20 +89,6 @@ def softmax_and_lse_(logits: Tensor) -> Tensor:
     return lse
 
 
-def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """sum(a * b) over each row of two [R, V] blocks, without a third."""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
-
-
-def add_cross_entropy_(
-    gradient: Tensor, q: Tensor, target_logit: Tensor, lse: Tensor, labels: Tensor, weight: Tensor
-) -> Tensor:
-    """gradient += weight * (q - onehot(labels)); returns the rows' negative log-likelihoods."""
-    gradient.addcmul_(q, weight)
-    gradient.scatter_add_(1, labels.unsqueeze(1), -weight.to(gradient.dtype))
-    return (lse - target_logit).view(-1)
-
-
 def dense_forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
     """Forward KL's row losses; student becomes q - p, teacher is scratch.
 
@@ -113,13 +99,13 @@ def dense_forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
     t_peak = teacher.amax(-1, keepdim=True)
     p = torch.softmax(teacher, -1)
     teacher.sub_(student)
-    gap = row_dot(p, teacher)
+    gap = teacher.mul_(p).sum(-1)
     torch.softmax(student, -1, out=student)
     q_peak, p_peak = student.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
     normalisers = (s_peak - t_peak) - torch.log(q_peak / p_peak)
     student.sub_(p)
     if not bool(gap.isfinite().all()):  # -inf logits: 0 * inf above
-        gap = torch.where(p == 0, p, p * teacher).sum(-1)
+        gap = teacher.masked_fill_(p == 0, 0.0).sum(-1)
     return gap + normalisers.view(-1)
 
 
@@ -185,17 +171,45 @@ def hide_at_ids_(logits: Tensor, ids: Tensor) -> None:
         logits[row, ids[row, slot]] = -torch.inf
 
 
+def add_at_labels_(block: Tensor, labels: Tensor, values: Tensor | float) -> None:
+    """block[r, labels[r]] += values, a number or [R, 1], in place."""
+    index = labels.unsqueeze(1)
+    if not isinstance(values, Tensor):
+        values = block.new_full(index.shape, values)
+    block.scatter_add_(1, index, values)
+
+
 def add_at_ids_(block: Tensor, ids: Tensor, values: Tensor) -> None:
     """block[r, ids[r, k]] += values[r, k] in place, skipping empty slots."""
     block.scatter_add_(1, ids.clamp(min=0), values.masked_fill(ids < 0, 0.0))
 
 
+def scale_(block: Tensor, factor: Tensor | float) -> None:
+    """block *= factor, a number or [R, 1], in place; one pass less where it is one."""
+    if isinstance(factor, Tensor) or factor != 1:
+        block.mul_(factor)
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, weight: Tensor | float) -> Tensor:
+    """Negative log-likelihoods [R]; the logits become their gradient times ``weight``."""
+    target = logits.gather(1, labels.unsqueeze(1))
+    lse = softmax_and_lse_(logits)
+    scale_(logits, weight)
+    add_at_labels_(logits, labels, -weight)
+    return (lse - target).view(-1)
+
+
 def sparse_rows_(
-    student: Tensor, sparse: SparseRows, labels: Tensor | None, weight: Tensor, objective: Objective
+    student: Tensor,
+    sparse: SparseRows,
+    labels: Tensor | None,
+    weight: Tensor | float,
+    objective: Objective,
 ) -> Tensor:
     """Loss and gradient of rows with a sparse teacher, at one temperature for both parts.
 
-    weight [R, 1] multiplies the gradient alone. student: [R, V] logits / T -> gradient.
+    weight (a number or [R, 1]) multiplies the gradient alone. student: [R, V] logits / T becomes
+    the gradient.
     """
     target = student.gather(1, labels.unsqueeze(1)) if labels is not None else None
     loss, g, log_q, lse = sparse_divergence_(student, sparse, objective)
@@ -207,7 +221,7 @@ def sparse_rows_(
     student.mul_(g[:, -1:])
     add_at_ids_(student, sparse.ids, g[:, :-1])
     if labels is not None:
-        student.scatter_add_(1, labels.unsqueeze(1), -objective.ce_weight * weight)
+        add_at_labels_(student, labels, -objective.ce_weight * weight)
     return loss
 
 
@@ -215,7 +229,7 @@ def rows_loss_(
     student: Tensor,
     teacher: Tensor | SparseRows | None,
     labels: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     objective: Objective,
     *,
     logit_scale: float | None = None,
@@ -224,7 +238,7 @@ def rows_loss_(
     """Row losses [R]; student [R, V] raw logits become weight * d loss / d raw logits.
 
     teacher: [R, V] final logits (scratch), sparse rows, or None for cross-entropy alone.
-    labels [R] or None; weight [R], applied to the gradient and not to the returned losses.
+    labels [R] or None; weight [R] (None is one), applied to the gradient and not to the losses.
     """
     slope = None
     if logit_scale is not None:
@@ -235,7 +249,9 @@ def rows_loss_(
         student.mul_(softcap)
     hard = labels if labels is not None and objective.ce_weight != 0 else None
     soft = teacher if objective.kd_weight != 0 else None
-    loss = _rows_final_(student, soft, hard, weight.unsqueeze(1), objective)
+    loss = _rows_final_(
+        student, soft, hard, 1.0 if weight is None else weight.unsqueeze(1), objective
+    )
     if slope is not None:
         student.mul_(slope)
     if logit_scale is not None:
@@ -247,13 +263,16 @@ def _rows_final_(
     student: Tensor,
     teacher: Tensor | SparseRows | None,
     labels: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | float,
     objective: Objective,
 ) -> Tensor:
-    """rows_loss_ from final logits, weight [R, 1]."""
-    if teacher is None and labels is None:
-        student.zero_()
-        return student.new_zeros(len(student))
+    """rows_loss_ from final logits; weight a number or [R, 1]."""
+    if teacher is None:
+        if labels is None:
+            student.zero_()
+            return student.new_zeros(len(student))
+        loss = cross_entropy_(student, labels, objective.ce_weight * weight)
+        return objective.ce_weight * loss
     if isinstance(teacher, SparseRows) and teacher.tail == "uniform":
         log_p = densify(teacher, objective.vocab_size)
         return _rows_dense_(student, log_p, labels, weight, objective, teacher_scale=1.0)
@@ -273,22 +292,17 @@ def _rows_sparse_(student, sparse, labels, weight, objective):
 
 def _rows_dense_(student, teacher, labels, weight, objective, teacher_scale):
     hard = student.clone() if labels is not None else None
-    if teacher is None:
-        student.zero_()
-        loss: Tensor | float = 0.0
-    else:
-        if objective.temperature != 1:
-            student.mul_(1 / objective.temperature)
-        if teacher_scale != 1:
-            teacher.mul_(teacher_scale)
-        loss = objective.kd_weight * dense_divergence_(student, teacher, objective)
-        student.mul_(weight * (objective.kd_weight / objective.temperature))
+    if objective.temperature != 1:
+        student.mul_(1 / objective.temperature)
+    if teacher_scale != 1:
+        teacher.mul_(teacher_scale)
+    loss = objective.kd_weight * dense_divergence_(student, teacher, objective)
+    scale_(student, weight * (objective.kd_weight / objective.temperature))
     return loss if hard is None else loss + _add_hard_(student, hard, labels, weight, objective)
 
 
 def _add_hard_(student, logits, labels, weight, objective):
     """Add cross-entropy at temperature 1, whose logits are scratch, to the gradient."""
-    target = logits.gather(1, labels.unsqueeze(1))
-    lse = softmax_and_lse_(logits)
-    nll = add_cross_entropy_(student, logits, target, lse, labels, objective.ce_weight * weight)
-    return objective.ce_weight * nll
+    loss = cross_entropy_(logits, labels, objective.ce_weight * weight)
+    student.add_(logits)
+    return objective.ce_weight * loss

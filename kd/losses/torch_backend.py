@@ -8,15 +8,23 @@ exists, and the work is 6*N*V*Hs + 2*N*V*Ht FLOPs, the floor (a recompute design
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import Objective, SparseRows, canonical_sparse, rows_loss_
 
-CHUNK_BYTES = 256 << 20
-"""Logit memory of one chunk, student and teacher together."""
+CHUNK_BYTES = 160 << 20
+"""Student logits of one chunk; the more rows share a read of the lm_head the better."""
+
+TEACHER_BYTES = 80 << 20
+"""Teacher logits of one sub-chunk, made from its hidden states as they are needed."""
+
+HUGE_BYTES = 8 << 20
+"""Size from which CPU memory is asked for in huge pages."""
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements of one row block per thread: student and teacher rows stay in the cache."""
@@ -72,9 +80,26 @@ def run(
     return _run_projection(problem, problem.student, weight, needs)
 
 
-def _row_blocks(rows: int, vocab: int, device: torch.device) -> range:
+def _empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory. Large CPU tensors come from numpy, which asks for huge pages: the
+    first touch of fresh memory is then a fraction of the page faults of ``torch.empty``, which
+    cost as much as the whole of a row's arithmetic."""
+    size = math.prod(shape)
+    if device.type != "cpu" or size * dtype.itemsize < HUGE_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = torch.from_numpy(np.empty(size * dtype.itemsize, dtype=np.uint8))
+    return memory.view(dtype).view(shape)
+
+
+def _block_rows(vocab: int, device: torch.device) -> int:
     threads = torch.get_num_threads() if device.type == "cpu" else 64
-    return range(0, rows, max(1, BLOCK_ELEMENTS * threads // vocab))
+    return max(1, BLOCK_ELEMENTS * threads // max(1, vocab))
+
+
+def _chunk_rows(count: int, row_bytes: int, budget: int) -> int:
+    """Rows of a chunk: even chunks within the budget, as a short last one wastes its matmuls."""
+    size = max(1, budget // max(1, row_bytes))
+    return max(1, -(-count // -(-count // size)) if count else 1)
 
 
 def _take(tensor: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
@@ -82,75 +107,78 @@ def _take(tensor: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
     return tensor[start:stop] if rows is None else tensor.index_select(0, rows[start:stop])
 
 
-def _take_sparse(problem: Problem, teacher: TopK, start: int, stop: int, dtype) -> SparseRows:
-    index = slice(start, stop) if problem.rows is None else problem.rows[start:stop]
-    return canonical_sparse(teacher, index, problem.objective, dtype)
+class _TeacherRows:
+    """The teacher's rows in order, a block at a time, in memory that may be overwritten."""
+
+    def __init__(self, problem: Problem, count: int, dtype: torch.dtype, device: torch.device):
+        self.problem, self.count, self.dtype = problem, count, dtype
+        self.vocab = problem.objective.vocab_size
+        self.source = problem.teacher if problem.objective.kd_weight != 0 else None
+        self.block_rows = _block_rows(self.vocab, device)
+        self.first = self.last = 0  # rows that `ready` holds
+        self.ready: Tensor | SparseRows | None = None
+        self.logits: Tensor | None = None  # buffer of a sub-chunk's logits
+        self.scratch: Tensor | None = None  # a block in the compute dtype
+
+    def prepare(self, start: int, stop: int) -> int:
+        """Make rows from ``start`` ready, as far as ``stop``; returns where they end."""
+        if self.source is None or isinstance(self.source, Tensor):
+            return stop
+        if start < self.last:
+            return min(stop, self.last)
+        self.first = start
+        if isinstance(self.source, TopK):
+            rows = self.problem.rows
+            index = slice(start, stop) if rows is None else rows[start:stop]
+            self.ready = canonical_sparse(self.source, index, self.problem.objective, self.dtype)
+            self.last = stop
+        else:
+            self.ready, self.last = self._project(self.source, start, stop)
+        return self.last
+
+    def _project(self, teacher: Hidden, start: int, stop: int) -> tuple[Tensor, int]:
+        row_bytes = self.vocab * teacher.weight.dtype.itemsize
+        if self.logits is None:
+            size = _chunk_rows(stop - start, row_bytes, TEACHER_BYTES)
+            weight = teacher.weight
+            self.logits = _empty((size, self.vocab), weight.dtype, weight.device)
+        stop = min(stop, start + len(self.logits))
+        hidden = _take(teacher.hidden, self.problem.rows, start, stop)
+        return _teacher_logits(teacher, hidden, self.logits[: stop - start]), stop
+
+    def block(self, start: int, stop: int) -> Tensor | SparseRows | None:
+        """Rows start..stop, prepared: final logits [R, V] in the compute dtype, or sparse rows."""
+        if self.source is None:
+            return None
+        if isinstance(self.source, Tensor):
+            rows = _take(self.source, self.problem.rows, start, stop)[:, : self.vocab]
+        elif isinstance(self.ready, SparseRows):
+            return self.ready[start - self.first : stop - self.first]
+        else:
+            assert self.ready is not None
+            rows = self.ready[start - self.first : stop - self.first]
+            if rows.dtype == self.dtype:
+                return rows
+        if self.scratch is None:
+            size = min(self.block_rows, self.count)
+            self.scratch = rows.new_empty((size, self.vocab), dtype=self.dtype)
+        return self.scratch[: stop - start].copy_(rows)
 
 
-def _teacher_logits(teacher: Hidden, hidden: Tensor, vocab: int) -> Tensor:
-    """Final logits of a teacher's lm_head over the live vocabulary, [rows, vocab]."""
-    logits = hidden @ teacher.weight[:vocab].T
+def _teacher_logits(teacher: Hidden, hidden: Tensor, out: Tensor) -> Tensor:
+    """Final logits of a teacher's lm_head over the live vocabulary into ``out`` [rows, vocab]."""
+    vocab = out.shape[1]
+    torch.mm(hidden, teacher.weight[:vocab].T, out=out)
     if teacher.bias is not None:
-        logits += teacher.bias[:vocab]
+        out += teacher.bias[:vocab]
     if teacher.lora is not None:
         a, b, scaling = teacher.lora
-        logits.addmm_(hidden @ a.T, b[:vocab].T, alpha=scaling)
+        out.addmm_(hidden @ a.T, b[:vocab].T, alpha=scaling)
     if teacher.logit_scale is not None:
-        logits *= teacher.logit_scale
+        out *= teacher.logit_scale
     if teacher.softcap is not None:
-        logits.div_(teacher.softcap).tanh_().mul_(teacher.softcap)
-    return logits
-
-
-def _scratch(block: Tensor, dtype: torch.dtype, owned: bool) -> Tensor:
-    """The block in the compute dtype, safe to overwrite and contiguous."""
-    if block.dtype != dtype:
-        return block.to(dtype)
-    return (
-        block
-        if owned and block.is_contiguous()
-        else block.clone(memory_format=torch.contiguous_format)
-    )
-
-
-def _chunk_loss_(
-    problem: Problem,
-    student: Tensor,
-    owned: bool,
-    teacher: Tensor | SparseRows | None,
-    teacher_owned: bool,
-    weight: Tensor,
-    labels: Tensor | None,
-    gradient: Tensor | None,
-    losses: Tensor,
-) -> None:
-    """Losses of a chunk's rows [c] into ``losses``; their gradient into ``gradient`` [c, V]."""
-    dtype = compute_dtype(student.dtype)
-    scale = softcap = None
-    if isinstance(problem.student, Projection):
-        scale, softcap = problem.student.logit_scale, problem.student.softcap
-    blocks = _row_blocks(len(student), problem.objective.vocab_size, student.device)
-    for start in blocks:
-        block = slice(start, min(start + blocks.step, len(student)))
-        z = _scratch(student[block], dtype, owned)
-        t: Tensor | SparseRows | None
-        if isinstance(teacher, Tensor):
-            t = _scratch(teacher[block], dtype, teacher_owned)
-        else:
-            t = None if teacher is None else teacher[block]
-        losses[block] = rows_loss_(
-            z,
-            t,
-            None if labels is None else labels[block],
-            weight[block],
-            problem.objective,
-            logit_scale=scale,
-            softcap=softcap,
-        )
-        if gradient is not None and (
-            z.data_ptr() != gradient[block].data_ptr() or z.dtype != gradient.dtype
-        ):
-            gradient[block].copy_(z)
+        out.div_(teacher.softcap).tanh_().mul_(teacher.softcap)
+    return out
 
 
 def _scatter_rows(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
@@ -169,64 +197,48 @@ def _run_logits(
     losses = torch.zeros(count, dtype=dtype, device=logits.device)
     gradient = None
     if wanted:
-        gradient = (
-            logits
-            if problem.overwrite
-            else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        )
+        gradient = logits
+        if not problem.overwrite:
+            gradient = _empty(logits.shape, logits.dtype, logits.device)
         _zero_outside(gradient, rows, vocab)
-    teacher = problem.teacher
-    for start in _chunks(count, vocab, 2 * dtype.itemsize):
-        stop = min(start + _chunks(count, vocab, 2 * dtype.itemsize).step, count)
-        z = _take(logits, rows, start, stop)[:, :vocab]
-        t, owned = _teacher_chunk(problem, teacher, start, stop, vocab, dtype)
-        out = None
-        if gradient is not None:
-            out = gradient[start:stop, :vocab] if rows is None else torch.empty_like(z)
-        _chunk_loss_(
-            problem,
-            z,
-            rows is not None or (problem.overwrite and wanted),
-            t,
-            owned,
-            _take(weight, rows, start, stop).to(dtype),
-            None if problem.labels is None else _take(problem.labels, rows, start, stop),
-            out,
-            losses[start:stop],
-        )
-        if gradient is not None and rows is not None and out is not None:
-            gradient[:, :vocab].index_copy_(0, rows[start:stop], out)
+    # Where the gradient's rows can hold the arithmetic, no other memory is touched.
+    direct = gradient is not None and rows is None and gradient.dtype == dtype
+    direct = direct and gradient is not None and gradient[:, :vocab].is_contiguous()
+    step = _block_rows(vocab, logits.device)
+    scratch = None if direct else logits.new_empty((min(step, count), vocab), dtype=dtype)
+    teacher = _TeacherRows(problem, count, dtype, logits.device)
+    start = 0
+    while start < count:
+        stop = teacher.prepare(start, count)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            z = gradient[first:last] if scratch is None else scratch[: last - first]  # type: ignore[index]
+            if z.data_ptr() != logits[first:last].data_ptr():
+                z.copy_(_take(logits, rows, first, last)[:, :vocab])
+            losses[first:last] = rows_loss_(
+                z,
+                teacher.block(first, last),
+                None if problem.labels is None else _take(problem.labels, rows, first, last),
+                _take(weight, rows, first, last).to(dtype) if wanted else None,
+                problem.objective,
+            )
+            if gradient is None or scratch is None:
+                continue
+            if rows is None:
+                gradient[first:last, :vocab].copy_(z)
+            else:
+                gradient[:, :vocab].index_copy_(0, rows[first:last], z.to(gradient.dtype))
+        start = stop
     return _scatter_rows(losses, rows, len(logits)), Gradients(logits=gradient)
 
 
 def _zero_outside(gradient: Tensor, rows: Tensor | None, vocab: int) -> None:
-    """Zero the padded columns now; masked rows too, unless their logits are still to be read."""
+    """Zero the padded columns and the masked rows."""
     gradient[:, vocab:] = 0
     if rows is not None:
         masked = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
         masked[rows] = False
         gradient[masked] = 0
-
-
-def _chunks(count: int, vocab: int, bytes_per_element: int) -> range:
-    size = max(1, CHUNK_BYTES // max(1, vocab * bytes_per_element))
-    if count > size:  # even chunks: a short last one wastes its matmuls
-        size = -(-count // -(-count // size))
-    return range(0, count, max(1, min(size, max(count, 1))))
-
-
-def _teacher_chunk(
-    problem: Problem, teacher, start: int, stop: int, vocab: int, dtype: torch.dtype
-) -> tuple[Tensor | SparseRows | None, bool]:
-    """The teacher's rows of a chunk, and whether they may be overwritten."""
-    if teacher is None or problem.objective.kd_weight == 0:
-        return None, False
-    if isinstance(teacher, TopK):
-        return _take_sparse(problem, teacher, start, stop, dtype), True
-    if isinstance(teacher, Hidden):
-        hidden = _take(teacher.hidden, problem.rows, start, stop)
-        return _teacher_logits(teacher, hidden, vocab), True
-    return _take(teacher, problem.rows, start, stop)[:, :vocab], problem.rows is not None
 
 
 def _run_projection(
@@ -236,66 +248,78 @@ def _run_projection(
     needs: tuple[bool, bool, bool] | None,
 ) -> tuple[Tensor, Gradients]:
     vocab, rows = problem.objective.vocab_size, problem.rows
-    first = student.pairs[0][0]
-    total = len(first)
+    first_input = student.pairs[0][0]
+    total, narrow = len(first_input), first_input.dtype
     count = total if rows is None else len(rows)
-    dtype = compute_dtype(first.dtype)
-    losses = torch.zeros(count, dtype=dtype, device=first.device)
-    wants_x, wants_w, wants_b = needs or (False, False, False)
-    grads = _allocate(student, rows, (wants_x, wants_w, wants_b), dtype)
-    element_bytes = first.dtype.itemsize
-    if isinstance(problem.teacher, Hidden):
-        element_bytes += problem.teacher.weight.dtype.itemsize
-    chunks = _chunks(count, vocab, element_bytes)
-    for start in chunks:
-        stop = min(start + chunks.step, count)
+    dtype = compute_dtype(narrow)
+    losses = torch.zeros(count, dtype=dtype, device=first_input.device)
+    size = _chunk_rows(count, vocab * narrow.itemsize, CHUNK_BYTES)
+    grads = _allocate(student, rows, needs or (False,) * 3, dtype if size < count else narrow)
+    buffer = _empty((size, vocab), narrow, first_input.device)
+    step = _block_rows(vocab, first_input.device)
+    scratch = None if narrow == dtype else buffer.new_empty((min(step, size), vocab), dtype=dtype)
+    teacher = _TeacherRows(problem, count, dtype, first_input.device)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
         inputs = [_take(x, rows, start, stop) for x, _ in student.pairs]
-        logits = _project(student, inputs, vocab)
-        t, owned = _teacher_chunk(problem, problem.teacher, start, stop, vocab, dtype)
-        _chunk_loss_(
-            problem,
-            logits,
-            True,
-            t,
-            owned,
-            _take(weight, rows, start, stop).to(dtype),
-            None if problem.labels is None else _take(problem.labels, rows, start, stop),
-            logits if needs is not None else None,
-            losses[start:stop],
-        )
-        del t
+        logits = _project(student, inputs, buffer[: stop - start])
+        row_weight = _take(weight, rows, start, stop).to(dtype)
+        labels = None if problem.labels is None else _take(problem.labels, rows, start, stop)
+        # In full precision the weights go to the matmuls' small sides, saving a pass; in a
+        # narrow type that would round twice.
+        in_block = row_weight if scratch is not None and needs is not None else None
+        first = start
+        while first < stop:
+            last = min(first + step, teacher.prepare(first, stop))
+            block = slice(first - start, last - start)
+            z = logits[block] if scratch is None else scratch[: last - first].copy_(logits[block])
+            losses[first:last] = rows_loss_(
+                z,
+                teacher.block(first, last),
+                None if labels is None else labels[block],
+                None if in_block is None else in_block[block],
+                problem.objective,
+                logit_scale=student.logit_scale,
+                softcap=student.softcap,
+            )
+            if scratch is not None and needs is not None:
+                logits[block].copy_(z)
+            first = last
         if needs is not None:
-            _accumulate(student, grads, inputs, logits, start, stop, rows, vocab)
-        del logits
-    if count == 0:
-        grads.weights = [
-            None if g is None else torch.zeros(w.shape, dtype=g.dtype, device=w.device)
-            for g, (_, w) in zip(grads.weights, student.pairs, strict=True)
-        ]
+            outer = row_weight if scratch is None else None
+            _accumulate(student, grads, inputs, logits, outer, start, rows)
     return _scatter_rows(losses, rows, total), grads
 
 
-def _project(student: Projection, inputs: list[Tensor], vocab: int) -> Tensor:
-    """Raw student logits [c, vocab] of a chunk."""
-    logits = inputs[0] @ student.pairs[0][1][:vocab].T
+def _project(student: Projection, inputs: list[Tensor], out: Tensor) -> Tensor:
+    """Raw student logits of a chunk into ``out`` [c, vocab]."""
+    vocab = out.shape[1]
+    torch.mm(inputs[0], student.pairs[0][1][:vocab].T, out=out)
     for x, (_, w) in zip(inputs[1:], student.pairs[1:], strict=True):
-        logits.addmm_(x, w[:vocab].T)
+        out.addmm_(x, w[:vocab].T)
     if student.bias is not None:
-        logits += student.bias[:vocab]
-    return logits
+        out += student.bias[:vocab]
+    return out
 
 
 def _allocate(
-    student: Projection, rows: Tensor | None, needs: tuple[bool, bool, bool], dtype: torch.dtype
+    student: Projection, rows: Tensor | None, needs: tuple[bool, ...], dtype: torch.dtype
 ) -> Gradients:
+    """Room for the gradients; those of the weights [V, H] in ``dtype``, made by the first chunk."""
     wants_x, wants_w, wants_b = needs
+    contiguous = torch.contiguous_format
     make = torch.empty_like if rows is None else torch.zeros_like
+    empty = len(student.pairs[0][0]) == 0 or (rows is not None and len(rows) == 0)
+    make_weight = torch.zeros if empty else torch.empty
     grads = Gradients()
     for x, w in student.pairs:
-        grads.inputs.append(make(x, memory_format=torch.contiguous_format) if wants_x else None)
-        grads.weights.append(None if not wants_w else torch.empty(0, dtype=dtype, device=w.device))
+        grads.inputs.append(make(x, memory_format=contiguous) if wants_x else None)
+        grads.weights.append(
+            make_weight(w.shape, dtype=dtype, device=w.device) if wants_w else None
+        )
     if wants_b and student.bias is not None:
-        grads.bias = torch.zeros(student.bias.shape, dtype=dtype, device=student.bias.device)
+        wide = compute_dtype(student.bias.dtype)
+        grads.bias = torch.zeros(student.bias.shape, dtype=wide, device=student.bias.device)
     return grads
 
 
@@ -304,29 +328,31 @@ def _accumulate(
     grads: Gradients,
     inputs: list[Tensor],
     dlogits: Tensor,
+    row_weight: Tensor | None,
     start: int,
-    stop: int,
     rows: Tensor | None,
-    vocab: int,
 ) -> None:
-    """dX, dW and db of one chunk from d loss / d raw logits [c, vocab]."""
-    for i, (x, (full, w)) in enumerate(zip(inputs, student.pairs, strict=True)):
-        if (dx := grads.inputs[i]) is not None:
-            if rows is None:
-                torch.mm(dlogits, w[:vocab], out=dx[start:stop])
-            else:
-                dx.index_copy_(0, rows[start:stop], dlogits @ w[:vocab])
-        if (dw := grads.weights[i]) is not None:
-            if dw.numel() == 0:  # the first chunk writes, the others add
-                dw = torch.empty(w.shape, dtype=dw.dtype, device=w.device)
+    """dX, dW and db of one chunk from d loss / d raw logits [c, vocab], rows still unweighted."""
+    stop, vocab = start + len(dlogits), dlogits.shape[1]
+    column = None if row_weight is None else row_weight.unsqueeze(1)
+    for x, (_, w), dx, dw in zip(inputs, student.pairs, grads.inputs, grads.weights, strict=True):
+        if dx is not None:
+            part = dx[start:stop] if rows is None else torch.empty_like(x)
+            torch.mm(dlogits, w[:vocab], out=part)
+            if column is not None:
+                part.mul_(column)
+            if rows is not None:
+                dx.index_copy_(0, rows[start:stop], part)
+        if dw is not None:
+            if start == 0:
                 dw[vocab:] = 0
-                grads.weights[i] = dw
-                _mm_into(dw[:vocab], dlogits.T, x, add=False)
-            else:
-                _mm_into(dw[:vocab], dlogits.T, x, add=True)
-        del full
+            weighted = x if column is None else x * column
+            _mm_into(dw[:vocab], dlogits.T, weighted, add=start > 0)
     if grads.bias is not None:
-        grads.bias[:vocab] += dlogits.sum(0, dtype=grads.bias.dtype)
+        if row_weight is None:
+            grads.bias[:vocab] += dlogits.sum(0, dtype=grads.bias.dtype)
+        else:
+            grads.bias[:vocab].addmv_(dlogits.T, row_weight)
 
 
 def _mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
