@@ -27,7 +27,7 @@ def sequences():
 @pytest.fixture(scope="module")
 def cache(teacher, sequences, tmp_path_factory):
     path = tmp_path_factory.mktemp("regressions") / "cache"
-    build_cache(teacher, sequences, path, top_k=16, progress=False)
+    build_cache(teacher, sequences, path, top_k=16, codec="float32", progress=False)
     return TeacherCache(path)
 
 

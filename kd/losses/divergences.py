@@ -132,7 +132,7 @@ def _jsd(d, p, q, log_p, log_q, head):
 
 def _skew_forward_kl(d, p, q, log_p, log_q, head):
     mixture = d.alpha * p + (1 - d.alpha) * q
-    phi = _times(p, _log_ratio_to_mixture(log_p, log_q, d.alpha)) + (mixture - p)
+    phi = _times(p, _log_ratio_to_mixture(log_p, log_q, d.alpha)) + (1 - d.alpha) * (q - p)
     # p / mixture <= 1 / alpha; where both are zero the outcome does not count.
     h = -(1 - d.alpha) * q * (p / mixture.clamp(min=torch.finfo(p.dtype).tiny))
     return phi, h if d.alpha > 0 else -p
@@ -142,7 +142,7 @@ def _skew_reverse_kl(d, p, q, log_p, log_q, head):
     mixture = (1 - d.alpha) * p + d.alpha * q
     log_ratio = _log_ratio_to_mixture(log_q, log_p, d.alpha)
     h = _times(q, log_ratio)
-    phi = h + (mixture - q)
+    phi = h + (1 - d.alpha) * (p - q)
     if not d.detach_mixture:
         h = h - d.alpha * q * (q / mixture.clamp(min=torch.finfo(q.dtype).tiny))
     return phi, h
@@ -156,11 +156,11 @@ def _alpha_beta(d, p, q, log_p, log_q, head):
     a, b = d.alpha, d.beta
     if b == 0:  # the limit: generalised KL(p**a || q**a) / a**2
         p_a, q_a = torch.exp(a * log_p), torch.exp(a * log_q)
-        return (_times(p_a, a * (log_p - log_q)) - p_a + q_a) / a**2, (q_a - p_a) / a
+        return (_times(p_a, a * (log_p - log_q)) + (q_a - p_a)) / a**2, (q_a - p_a) / a
     if a == 0:  # the limit: generalised KL(q**b || p**b) / b**2
         p_b, q_b = torch.exp(b * log_p), torch.exp(b * log_q)
         log_gap = _times(q_b, b * (log_q - log_p))
-        return (log_gap - q_b + p_b) / b**2, log_gap / b
+        return (log_gap + (p_b - q_b)) / b**2, log_gap / b
     cross = torch.exp(a * log_p + b * log_q)
     p_sum, q_sum = torch.exp((a + b) * log_p), torch.exp((a + b) * log_q)
     phi = (a / (a + b) * p_sum + b / (a + b) * q_sum - cross) / (a * b)

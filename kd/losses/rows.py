@@ -74,35 +74,40 @@ def densify(sparse: SparseRows, vocab_size: int) -> Tensor:
     return dense.scatter_(1, index, sparse.log_p)[:, :vocab_size]
 
 
-def softmax_and_lse_(logits: Tensor) -> Tensor:
-    """Overwrite rows with their softmax; returns the log-sum-exp [R, 1].
+def softmax_and_log_sum_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite rows with their softmax; returns their peak and log(sum(exp(z - peak))), [R, 1].
 
-    A row of -inf becomes zeros, with a log-sum-exp of -inf.
+    Kept apart because their sum, the log-sum-exp, is rounded to the logits' size. A row of -inf
+    becomes zeros, with a peak of -inf and a log-sum of 0.
     """
     peak = logits.amax(-1, keepdim=True)
     torch.softmax(logits, -1, out=logits)
-    lse = peak - logits.amax(-1, keepdim=True).log()
+    log_sum = -logits.amax(-1, keepdim=True).log()
     empty = peak == -torch.inf
     if bool(empty.any()):
         logits.masked_fill_(empty, 0.0)
-        lse = lse.masked_fill(empty, -torch.inf)
-    return lse
+        log_sum = log_sum.masked_fill(empty, 0.0)
+    return peak, log_sum
 
 
 def dense_forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
     """Forward KL's row losses; student becomes q - p, teacher is scratch.
 
-    The value is sum p * (t - s) + (lse_s - lse_t): the elementwise difference is exact where the
-    two are close, and the log-normalisers' difference is taken from their parts.
+    The value is sum p * (t - s - c) + log(Z_s / Z_t), c the difference of the peaks and Z each
+    row's normaliser relative to its peak: nothing is rounded to the size of the logits.
     """
     s_peak = student.amax(-1, keepdim=True)
     t_peak = teacher.amax(-1, keepdim=True)
     p = torch.softmax(teacher, -1)
+    offset = t_peak - s_peak
     teacher.sub_(student)
+    if bool((offset.abs() > 1).any()):  # sum(p) is 1 to 1e-7 only, which would multiply it
+        teacher.sub_(offset)
+        offset = torch.zeros_like(offset)
     gap = teacher.mul_(p).sum(-1)
     torch.softmax(student, -1, out=student)
     q_peak, p_peak = student.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
-    normalisers = (s_peak - t_peak) - torch.log(q_peak / p_peak)
+    normalisers = -offset - torch.log(q_peak / p_peak)
     student.sub_(p)
     if not bool(gap.isfinite().all()):  # -inf logits: 0 * inf above
         gap = teacher.masked_fill_(p == 0, 0.0).sum(-1)
@@ -143,10 +148,14 @@ def sparse_divergence_(
     index = sparse.ids.clamp(min=0)
     top = student.gather(1, index).masked_fill_(empty, -torch.inf)  # [R, K]
     hide_at_ids_(student, sparse.ids)
-    tail_lse = softmax_and_lse_(student)
-    outcomes = torch.cat([top, tail_lse], -1)
-    lse = torch.logsumexp(outcomes, -1, keepdim=True)
-    log_q = outcomes - lse
+    tail_peak, tail_log_sum = softmax_and_log_sum_(student)
+    # Relative to the row's largest logit: differences of logits are all but exact, while a
+    # log-sum-exp of the logits' own size is rounded to it.
+    peak = torch.maximum(top.amax(-1, keepdim=True), tail_peak)
+    peak = peak.clamp(min=torch.finfo(peak.dtype).min)
+    outcomes = torch.cat([top - peak, (tail_peak - peak) + tail_log_sum], -1)
+    log_q = torch.log_softmax(outcomes, -1)
+    lse = peak + torch.logsumexp(outcomes, -1, keepdim=True)
     log_p = torch.cat([sparse.log_p, sparse.log_tail], -1)
     p, q = log_p.exp(), log_q.exp()
     if sparse.tail == "drop":
@@ -193,10 +202,10 @@ def scale_(block: Tensor, factor: Tensor | float) -> None:
 def cross_entropy_(logits: Tensor, labels: Tensor, weight: Tensor | float) -> Tensor:
     """Negative log-likelihoods [R]; the logits become their gradient times ``weight``."""
     target = logits.gather(1, labels.unsqueeze(1))
-    lse = softmax_and_lse_(logits)
+    peak, log_sum = softmax_and_log_sum_(logits)
     scale_(logits, weight)
     add_at_labels_(logits, labels, -weight)
-    return (lse - target).view(-1)
+    return (peak - target + log_sum).view(-1)
 
 
 def sparse_rows_(
