@@ -152,12 +152,14 @@ def sparse_rows_two_pass(
     # The outcomes.
     outcome = tl.where(slots == stored, tail_lse, at_ids)
     outcome_top = tl.max(outcome, 0)
-    lse = outcome_top + tl.log2(tl.sum(exp2(outcome - outcome_top, CUDA), 0))
+    # Relative to the largest: a log-sum-exp of the logits' own size is rounded to that size.
+    log_sum = tl.log2(tl.sum(exp2(outcome - outcome_top, CUDA), 0))
+    lse = outcome_top + log_sum
     head = 0.0
     if DIVERGENCE == "adaptive_kl":
         head = tl.load(heads + row)
     value, g, q = slot_gradient(
-        DIVERGENCE, FLOOR, target, outcome - lse, head, alpha, beta, floor, CUDA
+        DIVERGENCE, FLOOR, target, (outcome - outcome_top) - log_sum, head, alpha, beta, floor, CUDA
     )
     kd_scale = kd * weight * gradient_scale / temperature
     ce_scale = ce * weight * gradient_scale
