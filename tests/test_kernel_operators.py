@@ -33,6 +33,28 @@ def test_one_graph(name, reduction):
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+@pytest.mark.parametrize("name", ["forward_kl", "adaptive_kl"])
+def test_one_graph_with_a_sparse_teacher(name, tail):
+    """Stored tokens, an empty slot and a repeated id: no look at values breaks the graph."""
+    logprobs, ids = torch.log_softmax(logits(seed=1), -1).topk(5)
+    ids[0, 1], ids[1, 0], ids[2, 4] = -1, ids[1, 2], -1
+    logprobs[1, :3] -= 1
+    labels = torch.tensor([1, -100, 3, 4])
+    options = dict(divergence=name, labels=labels, ce_weight=0.5, backend="triton")
+
+    def step(z, ids, logprobs):
+        return kd.distillation_loss(z * 1.0, kd.TopK(ids, logprobs, tail=tail), **options)
+
+    found = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        z = logits().requires_grad_()
+        loss = call(z, ids, logprobs)
+        (3 * loss).backward()
+        found.append((loss.detach(), z.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+
+
 def test_operators():
     """Schemas hold and fakes give the shapes of what runs."""
     gradient, weights = torch.empty(TOKENS, VOCAB), torch.ones(TOKENS)

@@ -76,7 +76,8 @@ def merge_duplicates(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
         return ids, logprobs
     sorted_ids, order = ids.sort(dim=1, stable=True)
     repeats = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & (sorted_ids[:, 1:] >= 0)
-    if ids.device.type == "cpu" and not bool(repeats.any()):
+    looks = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # free, no sync
+    if looks and not bool(repeats.any()):
         return ids, logprobs
     log_sorted = logprobs.gather(1, order)
     first = torch.ones_like(sorted_ids, dtype=torch.bool)
