@@ -4,7 +4,10 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint bench errors clean
+.PHONY: quickstart test test-all lint errors aot bench bench-gpu bench-compare help clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,11 +29,20 @@ lint: $(STAMP)  ## formatting, lint, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-errors: $(STAMP)  ## the table of errors against the float64 oracle
+errors: $(STAMP)  ## every loss against the float64 oracle, as a table
 	$(BIN)/python benchmarks/error_table.py
 
-bench: $(STAMP)  ## CPU benchmarks; peers are included where they are installed
-	$(BIN)/python -m pytest benchmarks --benchmark-enable -o python_files='bench_*.py' -q
+aot: $(STAMP)  ## compile every kernel for GPUs that are not here and check the counts
+	$(BIN)/python benchmarks/aot_table.py --check tests/aot_budgets.json
 
-clean:
+bench: $(STAMP)  ## measure this machine's CPU; peers take part where they are installed
+	$(BIN)/kd bench --device cpu --results benchmarks/results
+
+bench-gpu: $(STAMP)  ## measure this machine's GPU; a rerun continues
+	$(BIN)/kd bench --device cuda --results benchmarks/results
+
+bench-compare: $(STAMP)  ## what became slower: make bench-compare OLD=folder NEW=folder
+	$(BIN)/kd bench --compare $(OLD) $(NEW)
+
+clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

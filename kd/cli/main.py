@@ -25,6 +25,7 @@ AREAS = {
     "cache": ("kd.teachers.cli", "build, verify and convert caches of teacher log-probabilities"),
     "traces": ("kd.traces.cli", "load, verify, filter, mix and render reasoning traces"),
     "evaluate": ("kd.cli.evaluate", "score a model on a file of problems"),
+    "bench": ("kd.bench.cli", "measure the losses on this machine, peers beside them"),
     "doctor": ("kd.cli.doctor", "what this machine has, and what kd will use"),
 }
 # Errors a user can mend: their message says how, so their type is left out.
