@@ -18,6 +18,7 @@ from kd.losses import (
     skew_forward_kl,
     skew_reverse_kl,
     total_variation,
+    vocab_parallel_loss,
 )
 
 __version__ = "0.1.0"
@@ -38,4 +39,5 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "total_variation",
+    "vocab_parallel_loss",
 ]

@@ -15,6 +15,7 @@ from kd.losses.divergences import (
 )
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.objective import cross_entropy, distillation_loss
+from kd.losses.tensor_parallel import vocab_parallel_loss
 
 __all__ = [
     "Divergence",
@@ -31,4 +32,5 @@ __all__ = [
     "skew_forward_kl",
     "skew_reverse_kl",
     "total_variation",
+    "vocab_parallel_loss",
 ]

@@ -1,0 +1,156 @@
+"""Vocabulary shards over 2 and 4 ranks (gloo, CPU), both backends, against the float64 oracle.
+
+Values, gradients, and the number of collectives.
+"""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import shard_cases
+import torch
+from shard_cases import WIDTH, cases
+
+import kd
+
+TESTS = pathlib.Path(__file__).resolve().parent
+
+
+CASES = cases(2)
+EACH = [(ranks, name) for ranks in (2, 4) for name in cases(ranks)]
+
+
+@functools.cache
+def found(ranks):
+    """What every rank found, case by case."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(ranks, pathlib.Path(folder))
+
+
+def run_ranks(ranks, folder):
+    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *sys.path])
+    command = [sys.executable, "-W", "ignore", str(TESTS / "shard_ranks.py")]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(ranks), str(folder / "store"), str(folder / "out")],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(errors)
+    return [torch.load(folder / f"out.{rank}", weights_only=False) for rank in range(ranks)]
+
+
+def want(case):
+    """The oracle's losses and gradients of the whole vocabulary."""
+    student, teacher, leaves, options = shard_cases.whole(case)
+    for leaf in leaves:
+        leaf.requires_grad_(True)
+    teacher = student.detach() if teacher is None else teacher
+    loss = kd.distillation_loss(student, teacher, backend="reference", **options)
+    (loss * shard_cases.upstream(loss)).sum().backward()
+    return loss.detach(), [leaf.grad for leaf in leaves]
+
+
+def joined(case, grads):
+    """Every rank's gradients as those of the whole tensors."""
+    if case.student == "logits":
+        return [torch.cat([g[0] for g in grads], -1)]
+    hidden, a = grads[0][0], grads[0][3]
+    for other in grads[1:]:  # the same on every rank
+        assert torch.equal(other[0], hidden) and torch.equal(other[3], a)
+    weight, bias, b = (torch.cat([g[i] for g in grads]) for i in (1, 2, 4))
+    return [hidden, weight, bias, a, b]
+
+
+def check(case, backend, ranks_found):
+    losses = [f[0] for f in ranks_found]
+    assert all(torch.equal(losses[0], other) for other in losses[1:])  # to the bit
+    value, gradients = want(case)
+    bound = 1e-12 if case.dtype == torch.float64 else 3e-6
+    slack = 4e-4 if case.change == "far" else bound  # logits of 3,000 are rounded to 2e-4
+    finite = value.isfinite()
+    assert torch.equal(losses[0].double()[~finite], value[~finite])
+    error = (losses[0].double() - value)[finite].abs().max()
+    assert error <= slack * (1 + value[finite].abs().max()), f"loss: {error:.2e}"
+    for i, (got, right) in enumerate(
+        zip(joined(case, [f[1] for f in ranks_found]), gradients, strict=True)
+    ):
+        rows = finite.reshape(-1) if case.student == "logits" and finite.ndim else slice(None)
+        error = (got - right)[rows].abs().max()
+        assert error <= slack * right[rows].abs().max() + slack / 10, f"gradient {i}: {error:.2e}"
+    if case.student == "logits":
+        assert (joined(case, [f[1] for f in ranks_found])[0][:, shard_cases.VOCAB :] == 0).all()
+
+
+@pytest.mark.parametrize(("ranks", "name"), EACH)
+def test_against_the_oracle(ranks, name):
+    case = CASES[name]
+    for backend in case.backends:
+        check(case, backend, [rank[name, backend] for rank in found(ranks)])
+
+
+@pytest.mark.parametrize(("ranks", "name"), EACH)
+def test_collectives(ranks, name):
+    """One SUM all-reduce, or two; never a MAX; in backward the hidden states' own alone."""
+    case = CASES[name]
+    hidden = 2 if case.student == "hidden" else 0  # hidden @ weight.T and LoRA's low rank
+    later = case.options.get("reduction") == "none"
+    for rank in found(ranks):
+        for backend in case.backends:
+            _, _, forward, backward = rank[name, backend]
+            assert set(forward + backward) <= {"SUM"}
+            assert len(forward) == case.collectives + (0 if later else hidden)
+            assert len(backward) == (hidden if later else 0)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_refusals(one_rank):
+    z = torch.zeros(2, WIDTH)
+    with pytest.raises(ValueError, match="vocab_size must be given with first_token"):
+        kd.vocab_parallel_loss(z, z, first_token=0)
+    with pytest.raises(ValueError, match="teacher must be sharded as the student is"):
+        kd.vocab_parallel_loss(z, z[:, :-1])
+    with pytest.raises(ValueError, match="divergence must be one whose sums are"):
+        kd.vocab_parallel_loss(z, z, divergence="adaptive_kl")
+    with pytest.raises(ValueError, match="backend must be auto, torch or triton"):
+        kd.vocab_parallel_loss(z, z, backend="reference")
+    with pytest.raises(ValueError, match="vocab_size must be an integer between 1 and"):
+        kd.vocab_parallel_loss(z, z, vocab_size=WIDTH + 1)
+    with pytest.raises(ValueError, match="teacher must be given"):
+        kd.vocab_parallel_loss(z, None)
+    ids = torch.zeros(2, WIDTH + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="more than the 40 live tokens"):
+        kd.vocab_parallel_loss(z, kd.TopK(ids, ids.float()))
+
+
+def test_one_rank_is_the_plain_loss(one_rank):
+    """A shard that is everything; and a rank whose columns are all padding adds nothing."""
+    g = torch.Generator().manual_seed(3)
+    z, t = (torch.randn(3, WIDTH, generator=g) for _ in range(2))
+    z.requires_grad_(True)
+    losses = kd.vocab_parallel_loss(z, t, reduction="none"), kd.forward_kl(z, t, reduction="none")
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-6, atol=2e-7)
+    nothing = kd.vocab_parallel_loss(z, t, first_token=WIDTH, vocab_size=WIDTH, ce_weight=0.0)
+    nothing.backward()
+    assert (z.grad == 0).all()
+
+
+def test_without_process_group():
+    z = torch.zeros(2, WIDTH)
+    with pytest.raises(RuntimeError, match="torch.distributed must be initialised"):
+        kd.vocab_parallel_loss(z, z)
