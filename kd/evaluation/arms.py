@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kd.evaluation.scores import Comparison, compare, spread
@@ -16,26 +17,55 @@ def percent(share: float, digits: int = 1) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
+def plain(value: float) -> str:
+    """A number with three digits or so; NaN as a dash."""
+    return "-" if math.isnan(value) else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the arms are measured by.
+
+    Attributes:
+        label: of the plot's axis.
+        show: a value as text.
+        gap: a difference as text.
+        higher_is_better: or lower, as for perplexity.
+    """
+
+    label: str = "exact answers on held-out problems"
+    show: Callable[[float], str] = percent
+    gap: Callable[[float], str] = lambda value: f"{100 * value:.1f} points"
+    higher_is_better: bool = True
+
+
+ACCURACY = Metric()
+NATS = Metric("nats per token", plain, lambda value: f"{value:.3f} nats", higher_is_better=False)
+PERPLEXITY = Metric("perplexity", plain, lambda value: f"{value:.2f}", higher_is_better=False)
+
+
 def arms_rows(
     arms: Mapping[str, Sequence[float]],
     seeds: Sequence[int],
     references: Mapping[str, float] | None = None,
+    metric: Metric = ACCURACY,
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table: one arm a row, its seeds, mean and standard deviation.
 
     Args:
-        arms: accuracies of each arm, one a seed.
+        arms: values of each arm, one a seed.
         seeds: names of the columns.
-        references: accuracies with no seeds of their own, such as the teacher's.
+        references: values with no seeds of their own, such as the teacher's.
+        metric: what the values are.
     """
     header = ["", *(f"seed {seed}" for seed in seeds), "mean", "std"]
     rows = []
     for label, accuracies in arms.items():
         mean, deviation = spread(accuracies)
-        cells = [percent(value) for value in (*accuracies, mean, deviation)]
+        cells = [metric.show(value) for value in (*accuracies, mean, deviation)]
         rows.append([label, *cells])
     for label, value in (references or {}).items():
-        rows.append([label, *[""] * len(seeds), percent(value), ""])
+        rows.append([label, *[""] * len(seeds), metric.show(value), ""])
     return header, rows
 
 
@@ -50,36 +80,66 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def verdict(baseline: str, other: str, difference: Comparison) -> str:
+def verdict(baseline: str, other: str, difference: Comparison, metric: Metric = ACCURACY) -> str:
     """One sentence on whether an arm beats the other beyond its standard error over seeds."""
-    points = f"{100 * abs(difference.difference):.1f} points"
+    gain = difference.difference if metric.higher_is_better else -difference.difference
+    size = metric.gap(abs(gain))
     pairs = len(difference.differences)
     if math.isnan(difference.error):
-        direction = "above" if difference.difference > 0 else "below"
+        direction = "better" if gain > 0 else "worse"
         return (
-            f"{other} is {points} {direction} {baseline} on the only seed: "
+            f"{other} is {size} {direction} than {baseline} on the only seed: "
             "no spread, so nothing can be said. Run at least 3 seeds."
         )
-    error = f"standard error {100 * difference.error:.1f} over {pairs} seeds"
-    if difference.verdict == "higher":
-        return f"{other} beats {baseline} by {points} ({error})."
-    if difference.verdict == "lower":
-        return f"{other} LOSES to {baseline} by {points} ({error})."
+    error = f"standard error {metric.gap(difference.error)} over {pairs} seeds"
+    if difference.verdict == "unclear":
+        sign = "+" if difference.difference >= 0 else "-"
+        return (
+            f"{other} does NOT beat {baseline}: the difference of {sign}{size} is within the "
+            f"noise ({error})."
+        )
+    return f"{other} {'beats' if gain > 0 else 'LOSES to'} {baseline} by {size} ({error})."
+
+
+def compare_runs(
+    baseline: str,
+    other: str,
+    first: Sequence[float],
+    second: Sequence[float],
+    metric: Metric = ACCURACY,
+    unit: str = "problems",
+) -> str:
+    """One sentence on two single runs, from their scores on each of the same problems or texts.
+
+    The standard error is over those: it says what other problems would change, not what another
+    seed of the training would.
+    """
+    found = compare(first, second)
+    gain = found.difference if metric.higher_is_better else -found.difference
+    size, error = metric.gap(abs(gain)), metric.gap(found.error)
+    if found.verdict == "unclear":
+        return (
+            f"{other} and {baseline} do NOT differ beyond the noise of {len(first)} {unit}: "
+            f"{size} (standard error {error})."
+        )
+    word = "better" if gain > 0 else "WORSE"
     return (
-        f"{other} does NOT beat {baseline}: the difference of "
-        f"{100 * difference.difference:+.1f} points is within the noise ({error})."
+        f"{other} is {word} than {baseline} by {size} (standard error {error} over {len(first)} "
+        f"{unit}; one seed: another training may differ by more)."
     )
 
 
-def compare_arms(arms: Mapping[str, Sequence[float]], baseline: str, other: str) -> str:
+def compare_arms(
+    arms: Mapping[str, Sequence[float]], baseline: str, other: str, metric: Metric = ACCURACY
+) -> str:
     """``verdict`` of two arms whose runs share seeds."""
-    return verdict(baseline, other, compare(arms[baseline], arms[other]))
+    return verdict(baseline, other, compare(arms[baseline], arms[other]), metric)
 
 
 def arms_figure(
     arms: Mapping[str, Sequence[float]],
     references: Mapping[str, float] | None = None,
-    ylabel: str = "exact answers on held-out problems",
+    metric: Metric = ACCURACY,
 ) -> Any:
     """Bars of the means with every seed as a dot, seeds joined by lines, references as levels."""
     from matplotlib.figure import Figure
@@ -98,18 +158,19 @@ def arms_figure(
     for label, value in (references or {}).items():
         axes.axhline(value, ls="--", lw=1, color="#444")
         axes.annotate(
-            f"{label}: {percent(value)}",
+            f"{label}: {metric.show(value)}",
             (1, value),
             (0, -12),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",
         )
-    means = [percent(spread(values)[0]) for values in arms.values()]
+    means = [metric.show(spread(values)[0]) for values in arms.values()]
     ticks = [f"{label}\n{mean}" for label, mean in zip(labels, means, strict=True)]
     axes.set_xticks(range(len(labels)), ticks)
     axes.set_ylim(0, 1.02 * max([*(max(v) for v in arms.values()), *(references or {}).values()]))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_ylabel(ylabel)
+    if metric.show is percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_ylabel(metric.label)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

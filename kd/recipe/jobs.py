@@ -1,4 +1,4 @@
-"""Independent small jobs on the cores of one machine: a process each, one thread each.
+"""Independent small jobs on the cores of one machine: a process each, few threads each.
 
 Training a model of a few hundred thousand parameters gains little from a second thread; two
 trainings side by side gain nearly twice.
@@ -47,13 +47,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _start_worker(reports: Any, parent: int) -> None:
+def _start_worker(reports: Any, parent: int, threads: int) -> None:
     global _reports
     _reports = reports
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 def _end_with(parent: int) -> None:
@@ -72,6 +72,7 @@ def run_jobs(
     jobs: Sequence[Any],
     description: str,
     workers: int = 1,
+    threads: int = 1,
 ) -> list[Any]:
     """``[function(job, report) for job in jobs]``, several at a time, under one progress bar.
 
@@ -80,6 +81,7 @@ def run_jobs(
         jobs: picklable arguments.
         description: shown at the bar.
         workers: processes; 1 runs everything in this one.
+        threads: of each process, when there are several.
 
     Returns:
         The results in the order of the jobs. The first failure stops the rest and is raised.
@@ -97,18 +99,19 @@ def run_jobs(
                 results.append(function(job, lambda share, i=index: note(i, share)))  # type: ignore[misc]
                 note(index, 1.0)
             return results
-        return _in_processes(function, jobs, min(workers, len(jobs)), note)
+        return _in_processes(function, jobs, min(workers, len(jobs)), threads, note)
 
 
 def _in_processes(
     function: Callable[[Any, Report], Any],
     jobs: Sequence[Any],
     workers: int,
+    threads: int,
     note: Callable[[int, float], None],
 ) -> list[Any]:
     context = multiprocessing.get_context("spawn")
     reports = context.Manager().Queue()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (reports, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (reports, os.getpid(), threads))
     try:
         waiting: dict[Future[Any], int] = {
             pool.submit(_call, function, index, job): index for index, job in enumerate(jobs)

