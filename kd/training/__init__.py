@@ -4,7 +4,9 @@ A bare loop needs three of the pieces:
 
     prepare_student(model)                                   # once: the loss goes into its forward
     batch = DistillationCollator(pad_token_id, cache)(rows)  # shifts the labels, adds the targets
-    loss = compute_loss(model, batch, Objective(kd_weight=0.5, ce_weight=0.5, temperature=2.0))
+    loss = compute_loss(model, batch, Objective(kd_weight=0.5, ce_weight=0.5, teacher=teacher))
+
+README.md beside this file tells the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from kd.training.collator import DistillationCollator
 from kd.training.objective import Objective, compute_loss
+from kd.training.schedules import Schedule, cosine, linear
 from kd.training.student import prepare_student
+from kd.training.teachers import Teacher
+from kd.training.tokens import TokenClasses
 
 if TYPE_CHECKING:
     from kd.training.checkpoints import last_complete_checkpoint, mark_complete
@@ -24,9 +29,14 @@ __all__ = [
     "DistillationCollator",
     "DistillationTrainer",
     "Objective",
+    "Schedule",
+    "Teacher",
+    "TokenClasses",
     "compute_loss",
+    "cosine",
     "fit",
     "last_complete_checkpoint",
+    "linear",
     "mark_complete",
     "prepare_student",
 ]

@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MARKER = "COMPLETE.json"
@@ -33,6 +35,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _entry(path: Path) -> dict[str, int | str]:
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
 def mark_complete(folder: str | Path) -> Path:
     """Flush every file of a checkpoint to disk, then write its marker atomically.
 
@@ -44,11 +51,10 @@ def mark_complete(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
-    listing = {}
-    for path in files:
-        _sync(path)
-        name = path.relative_to(folder).as_posix()
-        listing[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter
+        entries = list(pool.map(_entry, files))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    listing = dict(zip(names, entries, strict=True))
     marker = folder / MARKER
     temporary = folder / (MARKER + ".tmp")
     with temporary.open("w") as file:
@@ -84,15 +90,7 @@ def problem_with(folder: str | Path) -> str | None:
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest whole ``checkpoint-N`` under a folder; torn ones are skipped with a warning."""
-    output_dir = Path(output_dir)
-    if not output_dir.is_dir():
-        return None
-    numbered = []
-    for path in output_dir.iterdir():
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and path.is_dir():
-            numbered.append((int(match.group(1)), path))
-    for _, path in sorted(numbered, reverse=True):
+    for path in reversed(checkpoints_in(output_dir)):
         why = problem_with(path)
         if why is None:
             return path
@@ -100,3 +98,26 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
             f"last_complete_checkpoint: {path.name} {why}; trying the one before it.", stacklevel=2
         )
     return None
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """All ``checkpoint-N`` folders, whole or not, the oldest first."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    found = [
+        (int(match.group(1)), path)
+        for path in output_dir.iterdir()
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def keep_newest(output_dir: str | Path, limit: int | None, keep: str | Path | None = None) -> None:
+    """Delete the oldest checkpoints beyond ``limit``; call it when the newest is marked."""
+    if limit is None or limit < 1:
+        return
+    for path in checkpoints_in(output_dir)[:-limit]:
+        if keep is None or path.resolve() != Path(keep).resolve():
+            (path / MARKER).unlink(missing_ok=True)  # half deleted it is torn
+            shutil.rmtree(path, ignore_errors=True)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd.training.teachers import Document, Teachers
+
 IGNORE = -100
 
 
@@ -27,17 +29,22 @@ class DistillationCollator:
 
     Attributes:
         pad_token_id: fills input_ids; padding is never trained on.
-        cache: a ``kd.cache.TeacherCache`` (anything with ``batch(sequences, length)``), or None.
+        cache: a ``kd.cache.TeacherCache`` or ``HiddenCache`` (anything with
+            ``batch(sequences, length)``), a ``Teacher``, a list of them, or None. With teachers by
+            domain a row has a ``domain`` (a pack: ``domains``, one a document).
         pad_to_multiple_of: rounds the length up, for tensor cores.
         attention_mask: leave the mask out of the batch when False. With padding on the right and
             causal attention no real token sees padding, so a decoder gives the same answer
             without it, and faster.
+        max_length: longest document the student can read; longer ones are refused. The trainer
+            fills it in from the model.
     """
 
     pad_token_id: int
     cache: Any = None
     pad_to_multiple_of: int = 1
     attention_mask: bool = True
+    max_length: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         sequences = [_tensor(row["input_ids"], torch.long) for row in rows]
@@ -47,7 +54,8 @@ class DistillationCollator:
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
         labels = torch.full(shape, IGNORE, dtype=torch.long)
         weights = torch.zeros(shape) if "weights" in rows[0] else None
-        documents: list[tuple[int, int, Tensor]] = []  # (row, where it starts, its tokens)
+        teachers = Teachers.of(self.cache)
+        documents: list[Document] = []  # (row, where it starts, its tokens, its domain)
         for i, (row, ids) in enumerate(zip(rows, sequences, strict=True)):
             target = _tensor(row["labels"], torch.long)
             if len(target) != len(ids):
@@ -60,8 +68,10 @@ class DistillationCollator:
             if weights is not None:
                 weights[i, : len(ids) - 1] = _tensor(row["weights"], torch.float)[1:]
             start = 0
-            for size in _lengths(row, len(ids)):
-                documents.append((i, start, ids[start : start + size]))
+            for number, size in enumerate(_lengths(row, len(ids))):
+                domain = -1 if teachers is None else teachers.domain_of(row, number)
+                documents.append((i, start, ids[start : start + size], domain))
+                self._check_length(documents[-1])
                 labels[i, start + size - 1] = IGNORE
                 start += size
         batch = {"input_ids": input_ids, "labels": labels}
@@ -72,26 +82,19 @@ class DistillationCollator:
         elif self.attention_mask:
             lengths = torch.tensor([len(ids) for ids in sequences])
             batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
-        if self.cache is not None:
-            batch |= self._targets(shape, documents)
+        if teachers is not None:
+            batch |= teachers.cached(shape, documents)
         return batch
 
-    def _targets(
-        self, shape: tuple[int, int], documents: Sequence[tuple[int, int, Tensor]]
-    ) -> dict[str, Tensor]:
-        sequences = [ids for _, _, ids in documents]
-        if len(sequences) == shape[0]:
-            found = self.cache.batch(sequences, shape[1])
-            return {"teacher_ids": found.ids, "teacher_logprobs": found.logprobs}  # [B, L, K]
-        found = self.cache.batch(sequences, max(len(ids) for ids in sequences))
-        top_k = found.ids.shape[-1]
-        ids = found.ids.new_full((*shape, top_k), -1)
-        logprobs = found.logprobs.new_full((*shape, top_k), float("-inf"))
-        for at, (i, start, tokens) in enumerate(documents):
-            here = slice(start, start + len(tokens))
-            ids[i, here] = found.ids[at, : len(tokens)]
-            logprobs[i, here] = found.logprobs[at, : len(tokens)]
-        return {"teacher_ids": ids, "teacher_logprobs": logprobs}
+    def _check_length(self, document: Document) -> None:
+        row, _, tokens, _ = document
+        if self.max_length is not None and len(tokens) > self.max_length:
+            raise ValueError(
+                f"DistillationCollator: a document must have at most {self.max_length} tokens, the "
+                f"student's context, got {len(tokens)} in row {row} of the batch (it starts with "
+                f"{tokens[:8].tolist()}). Filter or truncate the traces, or raise the model's "
+                "max_position_embeddings or RoPE scaling."
+            )
 
 
 def _lengths(row: Mapping[str, Any], size: int) -> list[int]:
@@ -104,11 +107,11 @@ def _lengths(row: Mapping[str, Any], size: int) -> list[int]:
     return lengths
 
 
-def _positions(shape: tuple[int, int], documents: Sequence[tuple[int, int, Tensor]]) -> Tensor:
+def _positions(shape: tuple[int, int], documents: Sequence[Document]) -> Tensor:
     """Positions that start at 0 in every document; the padding is a document of its own."""
     positions = torch.arange(shape[1]).repeat(shape[0], 1)
     ends = [0] * shape[0]
-    for i, start, tokens in documents:
+    for i, start, tokens, _ in documents:
         positions[i, start : start + len(tokens)] = torch.arange(len(tokens))
         ends[i] = start + len(tokens)
     for i, end in enumerate(ends):

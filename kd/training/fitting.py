@@ -12,6 +12,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from kd.training.objective import Objective
+from kd.training.tokens import TokenClasses
 from kd.training.trainer import DistillationTrainer
 
 
@@ -52,6 +53,7 @@ def fit(
     seed: int = 0,
     warmup: float = 0.05,
     checkpoints: int = 4,
+    tokenizer: Any = None,
     report: Callable[[float], None] | None = None,
     **arguments: Any,
 ) -> list[dict[str, float]]:
@@ -69,6 +71,7 @@ def fit(
         seed: of the data order.
         warmup: share of the steps.
         checkpoints: how many are written over the run; 0 for none.
+        tokenizer: decodes tokens, to log the divergence on thoughts, answers and digits apart.
         report: called with the share done.
         **arguments: more of transformers' ``TrainingArguments``; they win.
 
@@ -97,6 +100,8 @@ def fit(
         objective=objective,
         train_dataset=rows,
         data_collator=collator,
+        token_classes=None if tokenizer is None else TokenClasses(tokenizer),
+        report=False,
         callbacks=[ReportShare(report)] if report is not None else [],
     )
     trainer.remove_callback(PrinterCallback)

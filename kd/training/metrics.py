@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import kd
 from kd.losses import Hidden
 from kd.training.objective import Objective
+from kd.training.tokens import ANSWER, DIGIT, THINK
 
-NAMES = ("tokens", "ce", "kd", "top1", "mass")
+CLASSES = {"think": THINK, "answer": ANSWER, "digit": DIGIT}
+NAMES: tuple[str, ...] = ("tokens", "ce", "kd", "taught", "top1", "sparse", "mass")
+NAMES += tuple(f"{part}_{name}" for name in CLASSES for part in ("kd", "tokens"))
 MAX_ROWS = 2048  # agreement needs an argmax over the vocabulary: enough rows for two digits
 BLOCK = 256
 
@@ -21,31 +26,27 @@ class StepMetrics:
     """Sums over the trained tokens of the steps that are logged, additive over microbatches.
 
     Attributes:
-        sums: float64 [5], in the order of ``NAMES``.
+        sums: float64, in the order of ``NAMES``.
     """
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self) -> None:
         self.sums = torch.zeros(len(NAMES), dtype=torch.float64)
 
-    def observe(self, student: Hidden, targets: dict[str, Tensor]) -> None:
+    def observe(self, objective: Objective, student: Hidden, targets: dict[str, Any]) -> None:
         """Add one microbatch: student rows [N, H] and their targets."""
         rows = (targets["labels"] != -100).nonzero().squeeze(1)[:MAX_ROWS]
         if rows.numel() == 0:
             return
-        taken = {key: value.index_select(0, rows) for key, value in targets.items()}
+        taken = selected(targets, rows)
+        taken.pop("weights", None)  # the log has plain means over tokens
         student = dataclasses.replace(student, hidden=student.hidden.index_select(0, rows))
-        ce = dataclasses.replace(self.objective, kd_weight=0.0, ce_weight=1.0)
-        parts = [float(rows.numel()), ce.loss(student, taken, reduction="sum").item(), 0.0, 0.0]
-        mass = 0.0
-        if self.objective.kd_weight > 0:
-            soft = dataclasses.replace(
-                self.objective, kd_weight=1.0, ce_weight=0.0, scale_by_t2=False
-            )
-            parts[2] = soft.loss(student, taken, reduction="sum").item()
-            parts[3] = float(agreement(student, taken, self.objective.vocab_size))
-            mass = taken["teacher_logprobs"].double().exp().sum().item()
-        self.sums += torch.tensor([*parts, mass], dtype=torch.float64)
+        found = dict.fromkeys(NAMES, 0.0)
+        found["tokens"] = float(rows.numel())
+        hard = dataclasses.replace(objective, kd_weight=0.0, ce_weight=1.0)
+        found["ce"] = hard.loss(student, taken, reduction="sum").item()
+        if objective.soft:
+            found |= _soft_parts(objective, student, taken)
+        self.sums += torch.tensor([found[name] for name in NAMES], dtype=torch.float64)
 
     def summary(self, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Means per trained token, and start again.
@@ -55,29 +56,74 @@ class StepMetrics:
         """
         sums = self.sums if reduce is None else reduce(self.sums)
         self.sums = torch.zeros_like(self.sums)
-        tokens, ce, soft, top1, mass = (float(value) for value in sums)
-        if tokens == 0:
+        total = dict(zip(NAMES, sums.tolist(), strict=True))
+        if total["tokens"] == 0:
             return {}
-        found = {"ce": ce / tokens}
-        if self.objective.kd_weight > 0:
-            found |= {
-                "kd": soft / tokens,
-                "teacher_top1_agreement": top1 / tokens,
-                "teacher_mass": mass / tokens,
-            }
+        found = {"ce": total["ce"] / total["tokens"]}
+        if total["taught"]:
+            found["kd"] = total["kd"] / total["taught"]
+            found["teacher_top1_agreement"] = total["top1"] / total["taught"]
+        if total["sparse"]:
+            found["teacher_mass"] = total["mass"] / total["sparse"]
+        for name in CLASSES:
+            if total[f"tokens_{name}"]:
+                found[f"kd_{name}"] = total[f"kd_{name}"] / total[f"tokens_{name}"]
         return {key: value if math.isfinite(value) else math.nan for key, value in found.items()}
 
 
-def agreement(student: Hidden, targets: dict[str, Tensor], vocab_size: int | None) -> int:
-    """In how many rows the student's likeliest token is the teacher's; [N, V] is never made."""
-    best = targets["teacher_logprobs"].argmax(dim=-1, keepdim=True)
-    wanted = targets["teacher_ids"].gather(-1, best).squeeze(-1)  # [N]
-    same = 0
-    for start in range(0, wanted.numel(), BLOCK):
-        part = dataclasses.replace(student, hidden=student.hidden[start : start + BLOCK])
-        logits = dense_logits(part)[:, :vocab_size]
-        same += int((logits.argmax(dim=-1) == wanted[start : start + BLOCK]).sum())
-    return same
+def _soft_parts(objective: Objective, student: Hidden, taken: dict[str, Any]) -> dict[str, float]:
+    """Divergences without weights or T**2, by class of token; agreement; mass covered."""
+    soft = dataclasses.replace(objective, kd_weight=1.0, ce_weight=0.0, scale_by_t2=False)
+    each = soft.loss(student, taken, reduction="none").double()
+    found = {"kd": each.sum().item(), "taught": 0.0, "top1": 0.0, "sparse": 0.0, "mass": 0.0}
+    taught = torch.zeros_like(each, dtype=torch.bool)
+    best = top_tokens(student, objective.vocab_size)
+    for target, rows in objective.targets(taken):
+        if target is None:
+            continue
+        rows = torch.ones_like(taught) if rows is None else rows
+        if isinstance(target, kd.TopK):
+            rows = rows & (target.ids >= 0).any(-1)  # a sequence that was skipped has none
+            wanted = target.ids.gather(-1, target.logprobs.argmax(-1, keepdim=True)).squeeze(-1)
+            found["sparse"] += float(rows.sum())
+            found["mass"] += target.logprobs[rows].double().exp().sum().item()
+        else:
+            wanted = top_tokens(target, objective.vocab_size)
+        found["top1"] += float(((best == wanted) & rows).sum())
+        found["taught"] += float(rows.sum())
+        taught |= rows
+    found["kd"] = each[taught].sum().item() if found["taught"] else 0.0
+    kinds = taken.get("token_class")
+    if kinds is not None:
+        for name, bit in CLASSES.items():
+            mine = taught & ((kinds & bit) > 0)
+            found[f"kd_{name}"] = each[mine].sum().item()
+            found[f"tokens_{name}"] = float(mine.sum())
+    return found
+
+
+def selected(flat: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rows of flattened targets."""
+    taken: dict[str, Any] = {}
+    for key, value in flat.items():
+        if isinstance(value, Hidden):
+            taken[key] = dataclasses.replace(value, hidden=value.hidden.index_select(0, rows))
+        elif key.startswith("teacher_form"):
+            taken[key] = value
+        else:
+            taken[key] = value.index_select(0, rows)
+    return taken
+
+
+def top_tokens(source: Hidden | Tensor, vocab_size: int | None) -> Tensor:
+    """The likeliest token of every row [N]; [N, V] is never made from hidden states."""
+    if isinstance(source, Tensor):
+        return source[:, :vocab_size].argmax(dim=-1)
+    best = []
+    for start in range(0, len(source.hidden), BLOCK):
+        part = dataclasses.replace(source, hidden=source.hidden[start : start + BLOCK])
+        best.append(dense_logits(part)[:, :vocab_size].argmax(dim=-1))
+    return torch.cat(best)
 
 
 def dense_logits(student: Hidden) -> Tensor:

@@ -1,10 +1,11 @@
-"""What a step minimises: hard labels, a cached teacher, or a weighted mix; and the bare loop."""
+"""What a step minimises: hard labels, one or several teachers, or a mix; and the bare loop."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,12 @@ from torch import Tensor
 
 import kd
 from kd.losses import Hidden
+from kd.losses.inputs import TAILS
+from kd.training.faults import check_context
+from kd.training.schedules import Schedule
+from kd.training.teachers import MODEL_KEYS, Teachers
+
+SCHEDULED = ("kd_weight", "ce_weight", "temperature")
 
 
 @dataclass(frozen=True)
@@ -20,43 +27,98 @@ class Objective:
     """kd_weight * T**2 * D(teacher, student) + ce_weight * cross-entropy, per trained token.
 
     ``Objective()`` is plain SFT on the traces. ``Objective(kd_weight=0.5, ce_weight=0.5,
-    temperature=2.0)`` mixes in a teacher, whose targets the collator puts in the batch.
+    temperature=2.0, teacher=teacher)`` mixes in a teacher.
     """
 
-    kd_weight: float = 0.0
+    kd_weight: float | Schedule = 0.0
     """Weight of the divergence from the teacher; 0 needs no teacher."""
-    ce_weight: float = 1.0
+    ce_weight: float | Schedule = 1.0
     """Weight of the cross-entropy on the labels."""
     divergence: Any = "forward_kl"
     """A name, or kd.jsd(0.5), kd.skew_reverse_kl(0.1), ..."""
-    temperature: float = 1.0
+    temperature: float | Schedule = 1.0
     """Divides both models' logits in the soft part; the hard part is never affected."""
     scale_by_t2: bool = True
     """Multiply the soft part by temperature**2 (Hinton), so that the mix keeps its balance."""
     teacher_temperature: float = 1.0
-    """The temperature the cached log-probabilities were captured at (cache.meta.temperature)."""
+    """What cached log-probabilities were captured at; a cache's own record counts, and another
+    value than the record's is refused."""
     tail: str = "bucket"
-    """What the probability outside the cached tokens means (see kd.TopK)."""
+    """What the probability outside the cached tokens means (see kd.TopK); likewise."""
     vocab_size: int | None = None
-    """Live tokens; the padded rows of the lm_head past it take no part."""
+    """Live tokens; the padded rows of the lm_head past it take no part. A teacher cache's own
+    when None."""
     floor: float | None = None
     """Bounds divergences that would be infinite where the teacher has probability zero."""
     backend: str = "auto"
     """Which implementation of the losses runs: auto, torch, triton, reference."""
+    teacher: Any = dataclasses.field(default=None, compare=False, repr=False)
+    """A causal LM in memory, a cache, a ``Teacher`` (weight, domains, offload), or a list of
+    them. None: the batch holds a cache's targets."""
 
     def __post_init__(self) -> None:
-        for name in ("kd_weight", "ce_weight"):
+        for name in SCHEDULED:
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            ends = (value.start, value.end) if isinstance(value, Schedule) else (value,)
+            least = 0 if name != "temperature" else 1e-6
+            if not all(math.isfinite(end) and end >= least for end in ends):
                 raise ValueError(
-                    f"Objective: {name} must be a finite number of at least 0, got {value}. "
-                    "Turn a part off with 0."
+                    f"Objective: {name} must be a finite number "
+                    f"{'above' if least else 'of at least'} 0, got {value}. "
+                    "Turn a part off with a weight of 0."
                 )
         if self.kd_weight == 0 and self.ce_weight == 0:
             raise ValueError(
                 "Objective: kd_weight or ce_weight must be above 0, got 0 and 0. "
                 "Nothing would be trained."
             )
+        object.__setattr__(self, "teacher", Teachers.of(self.teacher))
+        if self.teacher is not None:
+            self._agree_with(self.teacher)
+
+    def _agree_with(self, teachers: Teachers) -> None:
+        """Refuse what contradicts a cache's own record, and take its live vocabulary."""
+        for member in teachers.members:
+            meta = getattr(member.source, "meta", None)
+            if member.kind not in ("sparse", "hidden") or meta is None:
+                continue
+            if member.kind == "sparse":
+                self._check_form(float(meta.temperature), meta.tail)
+            if self.vocab_size is None:
+                object.__setattr__(self, "vocab_size", meta.live_vocab)
+
+    def _check_form(self, temperature: float, tail: str) -> None:
+        if self.teacher_temperature not in (1.0, temperature):
+            raise ValueError(
+                "Objective: teacher_temperature must be what the cache was captured at, "
+                f"{temperature}, got {self.teacher_temperature}. Leave it out."
+            )
+        if self.tail not in ("bucket", tail):
+            raise ValueError(
+                f"Objective: tail must be the cache's own, {tail!r}, got {self.tail!r}. "
+                "Leave it out."
+            )
+        if tail == "drop" and self.temperature != temperature:
+            raise ValueError(
+                "Objective: temperature must be the one that sampled targets were captured at, "
+                f"{temperature}, got {self.temperature}: dropped mass cannot be renormalised. "
+                "Capture at that temperature, or use a top-k cache."
+            )
+
+    def at(self, step: int, total: int) -> Objective:
+        """The objective of one optimiser step, counted from 0, of a run of ``total``."""
+        scheduled = [name for name in SCHEDULED if isinstance(getattr(self, name), Schedule)]
+        if not scheduled:
+            return self
+        now = copy.copy(self)
+        for name in scheduled:
+            object.__setattr__(now, name, getattr(self, name).at(step, total))
+        return now
+
+    @property
+    def soft(self) -> bool:
+        """Whether a teacher is asked."""
+        return isinstance(self.kd_weight, Schedule) or self.kd_weight > 0
 
     def loss(
         self,
@@ -67,58 +129,149 @@ class Objective:
         num_items: Any = None,
     ) -> Tensor:
         """The objective on one batch whose labels are already aligned with the student's rows."""
+        for name in SCHEDULED:
+            if isinstance(getattr(self, name), Schedule):
+                raise TypeError(
+                    f"Objective: {name} must be a number in a step, got a Schedule. Pass "
+                    "objective.at(step, steps)."
+                )
+        passes = list(self._passes(batch))
+        if len(passes) > 1 and reduction == "mean" and num_items is None:
+            num_items = trained_weight(batch["labels"], batch.get("weights")).clamp(min=1e-30)
+        losses = [
+            self._one(student, batch, *item, reduction=reduction, num_items=num_items)
+            for item in passes
+        ]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+
+    def _passes(
+        self, batch: Mapping[str, Any]
+    ) -> Iterator[tuple[Any, float, float, Tensor | None]]:
+        """(target or None, kd_weight, ce_weight, rows or None): their losses add up.
+
+        The cross-entropy of a row goes with the first teacher of its domain, so that a row with
+        one teacher is computed once.
+        """
+        if not self.soft:
+            yield None, 0.0, self.ce_weight, None  # type: ignore[misc]
+            return
+        teachers = self.teacher
+        if teachers is None:
+            yield self.batch_target(batch), self.kd_weight, self.ce_weight, None  # type: ignore[misc]
+            return
+        everything = any(member.domains is None for member in teachers.members)
+        names = range(-1 if everything else 0, len(teachers.domains))
+        owed, asked = set(names), False  # owed: domains whose cross-entropy is still to come
+        for number, member in enumerate(teachers.members):
+            weight = self.kd_weight * member.weight
+            if member.kind == "none" or weight == 0:
+                continue
+            target = teachers.target(number, batch, self.tail, self.teacher_temperature)
+            if target is None:
+                continue
+            mine = {name for name in names if teachers.teaches(number, name)}
+            rows = teachers.mask(number, batch["domain"]) if member.domains is not None else None
+            with_labels = self.ce_weight if mine <= owed else 0.0
+            if with_labels:
+                owed -= mine
+            asked = True
+            yield target, weight, with_labels, rows  # type: ignore[misc]
+        if (
+            not asked and not self.ce_weight
+        ):  # no row of this batch has a teacher: zero, with a graph
+            yield None, 0.0, 1.0, torch.zeros_like(batch["labels"], dtype=torch.bool)
+        if owed and self.ce_weight:
+            rows = None
+            if owed != set(names):
+                left = torch.tensor(sorted(owed), device=batch["domain"].device)
+                rows = torch.isin(batch["domain"], left)
+            yield None, 0.0, self.ce_weight, rows  # type: ignore[misc]
+
+    def _one(
+        self,
+        student: Hidden | Tensor,
+        batch: Mapping[str, Any],
+        target: Any,
+        kd_weight: float,
+        ce_weight: float,
+        rows: Tensor | None,
+        *,
+        reduction: str,
+        num_items: Any,
+    ) -> Tensor:
         labels, weights = batch["labels"], batch.get("weights")
-        if self.kd_weight == 0:
-            loss = kd.cross_entropy(
-                student,
-                labels,
-                weights=weights,
-                vocab_size=self.vocab_size,
-                reduction=reduction,
-                num_items=num_items,
-                backend=self.backend,
-            )
-            return loss if self.ce_weight == 1 else loss * self.ce_weight
+        if rows is not None:
+            labels = torch.where(rows, labels, torch.full_like(labels, -100))
+        options: dict[str, Any] = {
+            "weights": weights,
+            "vocab_size": self.vocab_size,
+            "reduction": reduction,
+            "num_items": num_items,
+            "backend": self.backend,
+        }
+        if target is None:
+            loss = kd.cross_entropy(student, labels, **options)
+            return loss if ce_weight == 1 else loss * ce_weight
         return kd.distillation_loss(
             student,
-            self.teacher(batch),
+            target,
             divergence=self.divergence,
-            temperature=self.temperature,
+            temperature=self.temperature,  # type: ignore[arg-type]
             scale_by_t2=self.scale_by_t2,
             labels=labels,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            weights=weights,
-            vocab_size=self.vocab_size,
-            reduction=reduction,
-            num_items=num_items,
+            kd_weight=kd_weight,
+            ce_weight=ce_weight,
             floor=self.floor,
-            backend=self.backend,
+            **options,
         )
 
-    def teacher(self, batch: Mapping[str, Any]) -> kd.TopK:
+    def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[Any, Tensor | None]]:
+        """Every teacher's answer about a batch, and the rows it teaches (None: all)."""
+        soft = dataclasses.replace(self, kd_weight=1.0, ce_weight=0.0)
+        yield from ((target, rows) for target, _, _, rows in soft._passes(batch))
+
+    def batch_target(self, batch: Mapping[str, Any]) -> kd.TopK:
         """The batch's cached targets as a ``kd.TopK``."""
         if batch.get("teacher_ids") is None:
             raise ValueError(
                 "Objective: batch must hold teacher_ids and teacher_logprobs when kd_weight > 0, "
-                f"got {sorted(batch)}. Give the collator a cache, or set kd_weight=0."
+                f"got {sorted(batch)}. Give the collator a cache, give the objective a teacher, or "
+                "set kd_weight=0."
             )
+        temperature, tail = self.teacher_temperature, self.tail
+        form = batch.get("teacher_form")
+        if form is not None:
+            temperature, number = form.reshape(-1, 2)[0].tolist()
+            tail = TAILS[int(number)]
+            self._check_form(temperature, tail)
         return kd.TopK(
-            batch["teacher_ids"],
-            batch["teacher_logprobs"],
-            tail=self.tail,
-            temperature=self.teacher_temperature,
+            batch["teacher_ids"], batch["teacher_logprobs"], tail=tail, temperature=temperature
         )
 
 
-Observer = Callable[[Hidden, dict[str, Tensor]], None]
-TOKEN_KEYS = ("labels", "weights", "teacher_ids", "teacher_logprobs")
+def trained_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """How many tokens count, or their weights' sum: what a mean over tokens divides by."""
+    trained = labels != -100
+    return (trained if weights is None else weights * trained).sum().float()
 
 
-def flat_targets(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+Observer = Callable[[Hidden, dict[str, Any]], None]
+TOKEN_KEYS = ("labels", "weights", "domain", "token_class")
+
+
+def flat_targets(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The per-token entries of a batch with batch and length made one dimension."""
-    found = {key: batch[key] for key in TOKEN_KEYS if batch.get(key) is not None}
-    return {key: value.flatten(0, 1) for key, value in found.items()}
+    flat: dict[str, Any] = {}
+    for key, value in batch.items():
+        if value is None:
+            continue
+        if isinstance(value, Hidden):
+            flat[key] = dataclasses.replace(value, hidden=value.hidden.flatten(0, 1))
+        elif key.startswith("teacher_form"):
+            flat[key] = value
+        elif key in TOKEN_KEYS or key.startswith("teacher_"):
+            flat[key] = value.flatten(0, 1)
+    return flat
 
 
 def head_loss(
@@ -140,9 +293,6 @@ def head_loss(
     return loss
 
 
-MODEL_KEYS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-
-
 def compute_loss(
     model: Any,
     batch: Mapping[str, Any],
@@ -156,7 +306,8 @@ def compute_loss(
     Args:
         model: the student after ``prepare_student``, bare or wrapped by DDP, FSDP or accelerate.
         batch: what ``DistillationCollator`` returns.
-        objective: what to minimise; plain cross-entropy when None.
+        objective: what to minimise; plain cross-entropy when None. One with schedules is passed
+            as ``objective.at(step, steps)``. Its models in memory are run here.
         num_items: trained tokens of the whole optimiser step, over all microbatches and ranks;
             the loss is divided by it, so that any split gives the one-batch gradient. The batch's
             own count when None. Under DDP multiply the loss by the number of ranks, as DDP
@@ -166,7 +317,12 @@ def compute_loss(
     Returns:
         A scalar with a graph.
     """
+    objective = objective or Objective()
+    config = getattr(getattr(model, "module", model), "config", None)
+    if config is not None:
+        check_context(config, batch)
     inputs = {key: batch[key] for key in MODEL_KEYS if batch.get(key) is not None}
-    function = head_loss(objective or Objective(), batch, num_items, observe)
-    output = model(**inputs, head_loss=function)
+    if objective.soft and objective.teacher is not None:
+        batch = objective.teacher.forward(batch)
+    output = model(**inputs, head_loss=head_loss(objective, batch, num_items, observe))
     return output["loss"]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +16,31 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from kd.training.checkpoints import last_complete_checkpoint, mark_complete
+from kd.training import faults
+from kd.training.checkpoints import keep_newest, last_complete_checkpoint, mark_complete
+from kd.training.collator import DistillationCollator
 from kd.training.metrics import StepMetrics
 from kd.training.objective import Objective, compute_loss
+from kd.training.report import append_metrics, peak_memory, write_report
 from kd.training.student import prepare_student
+from kd.training.tokens import TokenClasses
+
+CARRIED = "kd_state.json"
 
 
-class _MarkComplete(TrainerCallback):
-    """Puts the completeness marker into a checkpoint once every rank has written its part."""
+class _Steps(TrainerCallback):
+    """Picks a run up in the middle of a logging interval, and ends one that was interrupted."""
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
 
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()
-        if args.should_save:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._carry_on()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._stop_agreed or (args.world_size == 1 and self.trainer._stop.name):
+            self.trainer._stop_agreed = True
+            control.should_save = control.should_training_stop = True
 
 
 class DistillationTrainer(Trainer):
@@ -34,14 +48,19 @@ class DistillationTrainer(Trainer):
 
     Differences from ``Trainer``: the student's logits are never materialised; the loss is a mean
     over all trained tokens of an optimiser step, whatever the microbatches and ranks (also with
-    per-token ``weights``); a NaN loss stops the run; ``resume_from_checkpoint=True`` takes the
-    newest checkpoint that is whole; and the log has the parts of the loss.
+    per-token ``weights``); a loss or gradient that is not finite stops the run before the weights
+    change; checkpoints have a completeness marker, ``resume_from_checkpoint=True`` takes the newest
+    that is whole, and Ctrl-C writes one; a folder of another run is refused; and the log has the
+    parts of the loss and what the teacher thinks of the student.
 
     Args:
         model: the student, a causal LM.
         args: transformers' TrainingArguments; ``remove_unused_columns`` is switched off, since the
             collator needs every column.
-        objective: what to minimise; plain SFT when None.
+        objective: what to minimise and its teachers; plain SFT when None.
+        token_classes: finds thoughts, answers and digits for the log; made from
+            ``processing_class`` (a tokenizer) when None.
+        report: write ``training.html`` and ``training.png`` into the output folder at the end.
         **options: ``train_dataset``, ``data_collator``, ``callbacks``, ... as for ``Trainer``.
     """
 
@@ -51,6 +70,8 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         objective: Objective | None = None,
+        token_classes: TokenClasses | None = None,
+        report: bool = True,
         **options: Any,
     ) -> None:
         if args is None:
@@ -58,15 +79,36 @@ class DistillationTrainer(Trainer):
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False  # a NaN must be seen, not averaged away
         prepare_student(model)
+        self.objective, collator = _joined(objective or Objective(), options.get("data_collator"))
+        if isinstance(collator, DistillationCollator) and collator.max_length is None:
+            most = faults.context_length(model.config)
+            collator = dataclasses.replace(collator, max_length=most)
+        options["data_collator"] = collator
         super().__init__(model=model, args=args, **options)
-        self.objective = objective or Objective()
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
-        self._metrics = StepMetrics(self.objective)
-        self._tokens_seen = 0.0
+        tokenizer = options.get("processing_class")
+        if token_classes is None and hasattr(tokenizer, "decode"):
+            token_classes = TokenClasses(tokenizer)
+        self.token_classes, self.write_report = token_classes, report
+        self._place_teachers()
+        self._metrics = StepMetrics()
+        self._tokens_seen: Any = 0.0
         self._last_log = (time.perf_counter(), 0.0)
-        # first, so that the marker is there before any other callback copies the checkpoint
-        self.callback_handler.callbacks.insert(0, _MarkComplete(self))
+        self._stop, self._stop_agreed = faults.StopSignal(), False
+        self._resumed_from: str | None = None
+        self.callback_handler.callbacks.insert(0, _Steps(self))
+
+    def _place_teachers(self) -> None:
+        teachers = self.objective.teacher
+        for member in [] if teachers is None else teachers.members:
+            if member.source is self.model:
+                raise ValueError(
+                    "DistillationTrainer: a teacher must be another object than the student, got "
+                    "the same model. Load it twice."
+                )
+        if teachers is not None:
+            teachers.to(self.args.device)
 
     # --- the loss ---------------------------------------------------------------------------------
 
@@ -78,9 +120,11 @@ class DistillationTrainer(Trainer):
             weights = batch.get("weights")
             part = trained.sum() if weights is None else (weights * trained).sum()
             count += part.to(device)
-        if self.args.world_size > 1:
-            count = self.accelerator.reduce(count, reduction="sum")
-        self._tokens_seen += float(count) if count.device.type == "cpu" else 0.0
+        if self.args.world_size > 1:  # ranks also agree here on whether to stop
+            stop = torch.tensor(float(bool(self._stop.name)), device=device)
+            both = self.accelerator.reduce(torch.stack([count, stop]), reduction="sum")
+            count, self._stop_agreed = both[0], bool(both[1] > 0)
+        self._tokens_seen = self._tokens_seen + count
         # an optimiser step without a single trained token must stay 0, not become 0 / 0
         return torch.where(count > 0, count, torch.ones_like(count))
 
@@ -92,27 +136,41 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The objective's sum over this microbatch, divided by the tokens of the whole step."""
-        training = model.training
-        observe = self._metrics.observe if training and self._step_is_logged() else None
+        training, observe = model.training, None
+        objective = self.objective.at(self.state.global_step, max(self.state.max_steps, 1))
+        if training and self._step_is_logged():
+            observe = partial(self._metrics.observe, objective)
+            if self.token_classes is not None and objective.soft:
+                inputs = {**inputs, "token_class": self.token_classes(inputs)}
         if num_items_in_batch is None:  # evaluation
             num_items_in_batch = (inputs["labels"] != -100).sum().clamp(min=1)
-        loss = compute_loss(
-            model, inputs, self.objective, num_items=num_items_in_batch, observe=observe
-        )
+        loss = compute_loss(model, inputs, objective, num_items=num_items_in_batch, observe=observe)
         if training and self.args.world_size > 1:
             loss = loss * self.args.world_size  # DDP and FSDP average over ranks; we want the sum
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if loss.device.type == "cpu" and not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"DistillationTrainer: the loss must be finite, got {loss.item()} at step "
-                f"{self.state.global_step + 1}, input_ids of the batch start with "
-                f"{inputs['input_ids'][0, :8].tolist()}. Lower the learning rate or check the "
-                "targets with kd.check; the last checkpoint is untouched."
-            )
+        if not bool(torch.isfinite(loss)):
+            again = None if self.args.world_size > 1 else partial(self.compute_loss, model)
+            self._not_finite("loss", loss.item(), faults.bad_batch(inputs, again))
         return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', asked before every optimiser step; a NaN never reaches the weights."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        value = float(norm) if norm is not None else 0.0
+        if not math.isfinite(value) and getattr(self.accelerator, "scaler", None) is None:
+            self._not_finite("gradient's norm", value, "the whole step")
+        return norm
+
+    def _not_finite(self, what: str, value: float, where: str) -> None:
+        raise FloatingPointError(
+            f"DistillationTrainer: the {what} must be finite, got {value} at step "
+            f"{self.state.global_step + 1} from {where}. Lower the learning rate, or look at the "
+            "batch with kd.check; the weights are those of the step before, and the last "
+            "checkpoint is untouched."
+        )
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers sums all parameters again on every step to estimate this
@@ -121,28 +179,135 @@ class DistillationTrainer(Trainer):
 
     def _step_is_logged(self) -> bool:
         every = int(self.args.logging_steps) if self.args.logging_strategy == "steps" else 0
-        return every > 0 and (self.state.global_step + 1) % every == 0
+        first = self.args.logging_first_step and self.state.global_step == 0
+        return first or (every > 0 and (self.state.global_step + 1) % every == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds ce, kd, teacher_mass, teacher_top1_agreement and tokens_per_second."""
+        """Adds the parts of the loss, agreement, speed and memory (see the README's table)."""
         if "loss" in logs:
             reduce = self._sum_over_ranks if self.args.world_size > 1 else None
             logs.update(self._metrics.summary(reduce))
-            now, (then, seen) = time.perf_counter(), self._last_log
-            if self._tokens_seen > seen:
-                logs["tokens_per_second"] = (self._tokens_seen - seen) / max(now - then, 1e-9)
-            self._last_log = (now, self._tokens_seen)
+            for name in ("kd_weight", "temperature"):
+                if self.objective.at(0, 2) is not self.objective:  # it has a schedule
+                    now = self.objective.at(self.state.global_step - 1, self.state.max_steps)
+                    logs[name] = getattr(now, name)
+            seen = float(self._tokens_seen)
+            now_time, (then, before) = time.perf_counter(), self._last_log
+            if seen > before:
+                logs["tokens_per_second"] = (seen - before) / max(now_time - then, 1e-9)
+            self._last_log = (now_time, seen)
+            logs["peak_memory_gib"] = peak_memory(self.args.device)
+            skipped = getattr(getattr(self.data_collator, "cache", None), "skipped", 0)
+            if skipped:
+                logs["skipped_sequences"] = skipped
         super().log(logs, start_time)
+        if self.args.should_save:
+            append_metrics(Path(self.args.output_dir), self.state.log_history[-1])
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
 
-    # --- resume -----------------------------------------------------------------------------------
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Writes a checkpoint, then its marker, and only then deletes old ones."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        carried = {
+            "step": self.state.global_step,
+            "logged": getattr(self, "_globalstep_last_logged", 0),
+            "loss": self._mean_over_ranks(getattr(self, "_tr_loss", torch.zeros(()))),
+        }
+        if self.args.should_save and folder.is_dir():
+            shutil.rmtree(folder)  # torn, or of an earlier try at the same step
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            if self.args.should_save:
+                (folder / CARRIED).write_text(json.dumps(carried))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_complete(folder)
+        except (OSError, RuntimeError) as error:
+            raise faults.checkpoint_error(folder, error) from error
+        except Exception as error:  # safetensors has an error class of its own
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise faults.checkpoint_error(folder, error) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            keep_newest(self.args.output_dir, limit, self.state.best_model_checkpoint)
+
+    def _mean_over_ranks(self, value: Tensor) -> float:
+        if self.args.world_size > 1:
+            value = self.accelerator.reduce(value.clone(), reduction="mean")
+        return float(value)
+
+    def _carry_on(self) -> None:
+        """The loss since the last log goes on where the checkpoint was, so that the curve does."""
+        path = Path(self._resumed_from or "") / CARRIED
+        if not self._resumed_from or not path.is_file():
+            return
+        carried = json.loads(path.read_text())
+        if carried["step"] == self.state.global_step and hasattr(self, "_tr_loss"):
+            self._tr_loss += carried["loss"]
+            self._globalstep_last_logged = carried["logged"]
+
+    # --- a run ------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``; True resumes from the newest whole checkpoint, or starts anew."""
+        """As ``Trainer.train``; True resumes from the newest whole checkpoint, or starts anew.
+
+        Raises:
+            FileExistsError: the output folder has checkpoints of another run.
+            KeyError: a sequence is not in the teacher cache.
+            TrainingInterrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
+        """
+        folder = Path(self.args.output_dir)
+        if resume_from_checkpoint is True or not resume_from_checkpoint:
+            self._on_first_rank(
+                lambda: faults.claim_folder(
+                    folder, faults.run_identity(self), bool(resume_from_checkpoint)
+                )
+            )
         if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(str(self.args.output_dir))
+            found = self._on_first_rank(lambda: last_complete_checkpoint(folder))
             resume_from_checkpoint = None if found is None else str(found)
-        self._last_log = (time.perf_counter(), self._tokens_seen)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.objective.soft:
+            missing = faults.check_coverage(self.train_dataset, self.objective.teacher)
+            if missing:
+                print(f"{missing} sequences are not in the teacher cache; they have labels only")
+        self._resumed_from = resume_from_checkpoint or None
+        self._stop_agreed = False
+        self._last_log = (time.perf_counter(), float(self._tokens_seen))
+        with self._stop.listening():
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._stop_agreed and self.state.global_step < self.state.max_steps:
+            raise faults.TrainingInterrupted(
+                f"stopped at step {self.state.global_step} of {self.state.max_steps}; "
+                f"checkpoint-{self.state.global_step} is written. Run again to continue."
+            )
+        if self.write_report and self.args.should_save:
+            write_report(folder, self.state.log_history)
+        return result
+
+    def _on_first_rank(self, function: Any) -> Any:
+        """A function's result, computed by one rank for all."""
+        if self.args.world_size == 1:
+            return function()
+        from accelerate.utils import broadcast_object_list
+
+        found = [function() if self.args.process_index == 0 else None]
+        return broadcast_object_list(found)[0]
+
+
+def _joined(objective: Objective, collator: Any) -> tuple[Objective, Any]:
+    """The collator looks up what the objective asks for, and the other way round."""
+    if not objective.soft or not isinstance(collator, DistillationCollator):
+        return objective, collator
+    if objective.teacher is None and collator.cache is not None:
+        objective = dataclasses.replace(objective, teacher=collator.cache)
+    elif collator.cache is None:
+        collator = dataclasses.replace(collator, cache=objective.teacher)
+    return objective, collator
