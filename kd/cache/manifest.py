@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache.files import canonical_json, locked, write_whole
+from kd.cache.header import whole
 from kd.cache.meta import CacheMeta
 
 FORMAT = "kd-cache"
@@ -22,6 +23,8 @@ VERSION = 1
 NAME = "manifest.json"
 LOCK = ".manifest.lock"
 SHARD_NAME = re.compile(r"^shard-\d{4}-\d{6}\.safetensors$")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_SLOTS = 65535  # of a row: counts are at most two bytes wide
 MAX_BYTES = 256 * 1024 * 1024
 # Features that a reader has to understand; an unknown one is refused, an unknown field is not.
 KNOWN_FEATURES: frozenset[str] = frozenset()
@@ -38,6 +41,14 @@ class ShardEntry:
     rows: int
     entries: int
     slots: int  # the most entries of a row
+
+    def check(self) -> None:
+        """Raise TypeError unless every field has its type."""
+        counts = (self.bytes, self.sequences, self.rows, self.entries, self.slots)
+        if not all(map(whole, counts)) or self.slots > MAX_SLOTS:
+            raise TypeError(f"a shard's counts must be integers of at least 0, got {counts}")
+        if not isinstance(self.name, str) or not SHA256.fullmatch(str(self.sha256)):
+            raise TypeError("a shard's name and sha256 must be text, the latter 64 hex digits")
 
 
 @dataclass
@@ -94,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
             "Build one with kd.teachers.build_cache, or check the path."
         ) from None
     try:
-        body = json.loads(data)
+        body = json.loads(data, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise _wrong(path, "be JSON", str(error)[:120]) from None
     if not isinstance(body, dict) or body.get("format") != FORMAT:
@@ -105,7 +116,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"kd.cache: {path} must have version {VERSION} or older, got {version!r}. "
             "A newer kd wrote this cache; update kd."
         )
-    needed = set(body.get("required_features", [])) - KNOWN_FEATURES
+    features = body.get("required_features", [])
+    named = isinstance(features, list) and all(isinstance(item, str) for item in features)
+    needed = set(features) - KNOWN_FEATURES if named else {repr(features)[:100]}
     if needed:
         raise ValueError(
             f"kd.cache: {path} must need only features this kd has "
@@ -125,8 +138,15 @@ def _manifest_of(path: Path, body: Mapping[str, Any]) -> Manifest:
         meta = CacheMeta.from_dict(body["meta"])
         shards = [ShardEntry(**entry) for entry in body["shards"]]
         manifest = Manifest(meta, shards, list(body["open_writers"]), dict(body["counters"]))
-    except (KeyError, TypeError) as error:
-        raise _wrong(path, "hold meta, shards, open_writers and counters", repr(error)) from None
+        for entry in shards:
+            entry.check()
+        if not all(map(whole, (*manifest.open_writers, *manifest.counters.values()))):
+            raise TypeError("open_writers and counters must hold integers of at least 0")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith("CacheMeta"):
+            raise
+        found = f"{type(error).__name__}: {error}"[:200]
+        raise _wrong(path, "hold meta, shards, open_writers and counters", found) from None
     if body.get("cache_id") != meta.cache_id:
         raise _wrong(path, f"have cache_id {meta.cache_id}", repr(body.get("cache_id")))
     names = [entry.name for entry in shards]
@@ -135,6 +155,10 @@ def _manifest_of(path: Path, body: Mapping[str, Any]) -> Manifest:
     if len(set(names)) < len(names):
         raise _wrong(path, "name each shard once", "a shard listed twice")
     return manifest
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _get(body: Any, name: str) -> Any:
@@ -151,9 +175,9 @@ def _wrong(path: Path, rule: str, got: str) -> ValueError:
 def safe_path(folder: Path, name: str) -> Path:
     """The path of a shard, which must have a shard's name and lie in the folder itself."""
     path = folder / name
-    if not SHARD_NAME.match(name):
+    if not SHARD_NAME.fullmatch(name):
         raise ValueError(
-            f"kd.cache: a shard's name must match {SHARD_NAME.pattern}, got {name!r}. "
+            f"kd.cache: a shard's name must match {SHARD_NAME.pattern}, got {name[:80]!r}. "
             "Only safetensors shards inside the cache's folder are ever opened."
         )
     if path.is_symlink() and path.resolve().parent != folder.resolve():

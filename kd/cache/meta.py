@@ -20,6 +20,26 @@ TAIL_OF = {
     "hidden": "none",
 }
 
+MAX_VOCAB = 2**25
+FIELDS: dict[str, Any] = {
+    "teacher": Mapping,
+    "tokenizer": Mapping,
+    "live_vocab": int,
+    "padded_vocab": int,
+    "temperature": (int, float),
+    "top_k": int,
+    "selection": str,
+    "codec": str,
+    "selection_options": Mapping,
+    "codec_options": Mapping,
+}
+KINDS: dict[Any, str] = {
+    Mapping: "a mapping",
+    int: "an integer",
+    (int, float): "a number",
+    str: "text",
+}
+
 
 @dataclass(frozen=True)
 class CacheMeta:
@@ -53,10 +73,20 @@ class CacheMeta:
         from kd.cache.registry import CODECS
 
         where = "CacheMeta"
+        for item, kind in FIELDS.items():
+            if not isinstance(getattr(self, item), kind) or getattr(self, item) is True:
+                raise TypeError(
+                    f"{where}: {item} must be {KINDS[kind]}, got {getattr(self, item)!r:.100}."
+                )
         if not 1 <= self.live_vocab <= self.padded_vocab:
             raise ValueError(
                 f"{where}: live_vocab must be from 1 to padded_vocab ({self.padded_vocab}), got "
                 f"{self.live_vocab}. Use the tokenizer's length, special tokens included."
+            )
+        if self.padded_vocab > MAX_VOCAB:
+            raise ValueError(
+                f"{where}: padded_vocab must be at most {MAX_VOCAB:,} (ids of 25 bits), got "
+                f"{self.padded_vocab:,}."
             )
         if not 1 <= self.top_k <= self.live_vocab:
             raise ValueError(

@@ -1,8 +1,4 @@
-"""One shard: a safetensors file of whole sequences, checked before a byte of it is believed.
-
-The header is parsed here and not by the safetensors package, because a shard may hold only the
-tensors that the format names, in a header of at most 64 KiB; any reader of safetensors opens it.
-"""
+"""One shard: a safetensors file of whole sequences, checked before a byte of it is believed."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.cache.bits import width_of
+from kd.cache.bits import GROUP, width_of
 from kd.cache.codecs import (
     Codec,
     Layout,
@@ -27,13 +23,13 @@ from kd.cache.codecs import (
     fixed_values,
     starts,
 )
+from kd.cache.header import Damaged, count_in, parse, serialise, whole
 from kd.cache.keys import KEY_BYTES, key_of
 from kd.cache.registry import CODECS
 
 FORMAT = "kd-cache/1"
-MAX_HEADER = 64 * 1024
-DTYPES = {"U8": "u1", "U16": "<u2", "U32": "<u4", "I64": "<i8"}
-NAMES = {np.dtype(code): name for name, code in DTYPES.items()}
+# What decoding bytes that no encoder wrote can raise.
+DECODING = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
 
 @dataclass
@@ -85,26 +81,7 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
         "row_entries": str(int(counts[0]) if same else -1),
         "params": json.dumps(side.params, sort_keys=True),
     }
-    return _serialise(tensors, metadata)
-
-
-def _serialise(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors layout: header length, JSON header, tensors; wide dtypes first, aligned."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        data = tensors[name]
-        start, end = end, end + data.nbytes
-        header[name] = {
-            "dtype": NAMES[data.dtype],
-            "shape": list(data.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    parts = [len(text).to_bytes(8, "little"), text]
-    return b"".join(parts + [np.ascontiguousarray(tensors[name]).tobytes() for name in order])
+    return serialise(tensors, metadata)
 
 
 class Shard:
@@ -121,16 +98,18 @@ class Shard:
         self.path, self.options, self.side = path, options, Side(options)
         self.codec: Codec = CODECS[codec]
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            if size < 8:
-                raise self._wrong("a header", f"{size} bytes")
-            self.data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), "u1")
-        self.metadata, self.tensors = self._parse()
-        self._check_metadata(cache_id)
-        self.keys = self.tensors["keys"]
-        self.lengths = self.tensors["lengths"].astype(np.int64)
-        self._rows = starts(self.lengths)
-        self._check_shapes()
+            empty = file.seek(0, 2) == 0  # cannot be mapped
+            mapped = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.data = np.frombuffer(mapped, "u1")
+        try:
+            self.metadata, self.tensors = self._parse()
+            self._check_metadata(cache_id)
+            self.keys = self.tensors["keys"]
+            self.lengths = self.tensors["lengths"].astype(np.int64)
+            self._rows = starts(self.lengths)
+            self._check_shapes()
+        except Damaged as error:
+            raise self._wrong(error.rule, error.got) from None
 
     def _wrong(self, rule: str, got: str) -> ValueError:
         return ValueError(
@@ -140,88 +119,71 @@ class Shard:
         )
 
     def _parse(self) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
-        length = int.from_bytes(self.data[:8].tobytes(), "little")
-        if length > MAX_HEADER:
-            raise self._wrong(f"a header of at most {MAX_HEADER:,} bytes", f"{length:,}")
-        if 8 + length > len(self.data):
-            raise self._wrong(f"{8 + length:,} bytes or more", f"{len(self.data):,}")
-        try:
-            header = json.loads(self.data[8 : 8 + length].tobytes())
-            metadata = header.pop("__metadata__")
-            if not isinstance(metadata, dict):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise self._wrong("a safetensors header with metadata", "other bytes") from None
-        body, end, tensors = self.data[8 + length :], 0, {}
         allowed = {"keys", "lengths", "counts", *self.codec.tables}
         for name in ("tokens", *self.codec.streams):
             allowed |= {name, f"{name}.offsets"}
-        if not set(header) <= allowed or not allowed - set(header) <= {"counts"}:
-            raise self._wrong(f"the tensors {sorted(allowed)}", f"{sorted(header)[:12]}")
-        for name, item in sorted(header.items(), key=lambda pair: _start_of(pair[1])):
-            try:
-                dtype, shape = np.dtype(DTYPES[item["dtype"]]), tuple(item["shape"])
-                start, stop = item["data_offsets"]
-                size = dtype.itemsize
-                for dimension in shape:
-                    if not isinstance(dimension, int) or dimension < 0:
-                        raise ValueError
-                    size *= dimension
-            except (KeyError, TypeError, ValueError):
-                raise self._wrong(f"a valid entry for {name}", f"{item!r}"[:120]) from None
-            if start != end or stop - start != size or stop > len(body):
-                raise self._wrong(
-                    f"{name} in bytes {end:,} to {end + size:,} of its data",
-                    f"{start!r} to {stop!r} of {len(body):,} bytes",
-                )
-            tensors[name], end = body[start:stop].view(dtype).reshape(shape), stop
-        if end != len(body):
-            raise self._wrong(f"{end:,} bytes of data", f"{len(body):,}")
-        return metadata, tensors
+        return parse(self.data, allowed, ("counts",))
 
     def _check_metadata(self, cache_id: str) -> None:
-        if self.metadata.get("format") != FORMAT:
-            raise self._wrong(f"format {FORMAT}", repr(self.metadata.get("format")))
-        if self.metadata.get("cache_id") != cache_id:
-            raise self._wrong(f"cache_id {cache_id}", repr(self.metadata.get("cache_id")))
-        if self.metadata.get("codec") != self.codec.name:
-            raise self._wrong(f"codec {self.codec.name}", repr(self.metadata.get("codec")))
+        expected = {"format": FORMAT, "cache_id": cache_id, "codec": self.codec.name}
+        for name, wanted in expected.items():
+            if self.metadata.get(name) != wanted:
+                raise Damaged(f"{name} {wanted}", f"{self.metadata.get(name)!r}"[:120])
+        self.sequences = count_in(self.metadata, "sequences")
+        self.rows = count_in(self.metadata, "rows")
+        self.entries = count_in(self.metadata, "entries")
+        self._row_entries = count_in(self.metadata, "row_entries")
         try:
-            self.sequences = int(self.metadata["sequences"])
-            self.rows = int(self.metadata["rows"])
-            self.entries = int(self.metadata["entries"])
-            self._row_entries = int(self.metadata["row_entries"])
             self.side.params = dict(json.loads(self.metadata["params"]))
-        except (KeyError, TypeError, ValueError):
-            raise self._wrong("its counts in its metadata", repr(self.metadata)[:200]) from None
+            known = all(isinstance(v, str) or whole(v) for v in self.side.params.values())
+        except (KeyError, TypeError, ValueError, RecursionError):
+            known = False
+        if not known:
+            raise Damaged("params in its metadata", f"{self.metadata.get('params')!r}"[:120])
 
     def _check_shapes(self) -> None:
         if self.keys.shape != (self.sequences, KEY_BYTES) or self.keys.dtype != np.uint8:
-            raise self._wrong(f"keys [{self.sequences}, {KEY_BYTES}]", str(self.keys.shape))
-        if self.lengths.shape != (self.sequences,) or int(self._rows[-1]) != self.rows:
-            raise self._wrong(
-                f"{self.rows} rows in {self.sequences} sequences",
-                f"{int(self._rows[-1])} in {len(self.lengths)}",
-            )
+            raise Damaged(f"keys [{self.sequences}, {KEY_BYTES}]", str(self.keys.shape))
+        if self.lengths.shape != (self.sequences,) or int(self.lengths.min(initial=1)) < 1:
+            raise Damaged(f"{self.sequences} lengths above 0", f"{self.lengths.shape}")
+        if int(self._rows[-1]) != self.rows:
+            raise Damaged(f"{self.rows} rows", f"{int(self._rows[-1])}")
         for name in self.codec.tables:
             table = self.side.tables[name] = self.tensors[name]
-            if table.ndim != 1 or (len(table) and int(table.max()) >= self.side.live_vocab):
-                raise self._wrong(f"{name} of ids below {self.side.live_vocab}", "others")
-        counts = self.tensors.get("counts")
-        if (counts is None) != (self._row_entries >= 0):
-            raise self._wrong("counts exactly when rows differ", f"{self._row_entries}")
-        if counts is not None and counts.shape != (self.rows,):
-            raise self._wrong(f"counts [{self.rows}]", str(counts.shape))
+            live = self.side.live_vocab
+            bad = table.ndim != 1 or table.dtype != np.uint32 or len(table) > live
+            if bad or (len(table) and int(table.max()) >= live):
+                raise Damaged(f"{name} of ids below {live:,}", f"{table.dtype} {table.shape}")
         for name in ("tokens", *self.codec.streams):
             offsets, data = self.tensors[f"{name}.offsets"], self.tensors[name]
             shapes_ok = offsets.shape == (self.sequences + 1,) and data.ndim == 1
             if (
-                not shapes_ok
+                not (shapes_ok and data.dtype == np.uint8)
                 or int(offsets[-1]) != len(data)
                 or offsets[0] != 0
                 or (offsets[1:] < offsets[:-1]).any()
             ):
-                raise self._wrong(f"{name}.offsets that end at {len(data)}", str(offsets.shape))
+                raise Damaged(f"{name}.offsets that end at {len(data)}", str(offsets.shape))
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Counts are backed by bytes, so that nothing is allocated on a false promise."""
+        width = width_of(self.side.live_vocab - 1)
+        held = np.diff(self.tensors["tokens.offsets"].astype(np.int64))
+        if (held != -(-self.lengths // GROUP) * width).any():
+            raise Damaged(
+                f"tokens of {width} bits for {self.rows} rows", f"{int(held.sum())} bytes"
+            )
+        counts = self.tensors.get("counts")
+        if (counts is None) != (self._row_entries >= 0):
+            raise Damaged("counts exactly when rows differ", f"{self._row_entries}")
+        if counts is not None and (counts.shape != (self.rows,) or counts.dtype.itemsize > 2):
+            raise Damaged(f"counts [{self.rows}]", f"{counts.dtype} {counts.shape}")
+        if self.codec.name.startswith("hidden"):
+            return
+        found = self._row_entries * self.rows if counts is None else int(counts.sum(dtype=np.int64))
+        if found != self.entries:
+            raise Damaged(f"{self.entries:,} entries in its rows", f"{found:,}")
 
     def counts_of(self, sequences: Sequence[int]) -> NDArray[np.int32]:
         """Entries of each row of these sequences, [n] int32."""
@@ -238,29 +200,46 @@ class Shard:
         sizes = np.array([stop - start for start, stop in at], np.int64)
         return _joined(data[start:stop] for start, stop in at), starts(sizes)
 
-    def read(self, sequences: Sequence[int]) -> Rows:
-        """Decode these sequences' rows, in this order."""
+    def read(self, sequences: Sequence[int], *, check: bool = True) -> Rows:
+        """Decode these sequences' rows, in this order; ``check`` looks at every id and value."""
         counts = self.counts_of(sequences)
         layout = Layout.of(self.lengths[list(sequences)], counts)
         parts = {name: self.part(name, sequences) for name in self.codec.streams}
-        return self.codec.decode(parts, counts, layout, self.side)
+        try:
+            rows = self.codec.decode(parts, counts, layout, self.side)
+        except DECODING as error:
+            found = f"{error!s:.200}" or type(error).__name__
+            raise self._wrong("rows that can be decoded", found) from None
+        if check and not self.codec.name.startswith("hidden"):
+            self._check_rows(rows, int(layout.entries[-1]))
+        return rows
+
+    def _check_rows(self, rows: Rows, entries: int) -> None:
+        """One pass over the ids and one over the log-probs: that is what reading can afford."""
+        if not len(rows.ids) == len(rows.logprobs) == entries:
+            got = f"{len(rows.ids):,} and {len(rows.logprobs):,}"
+            raise self._wrong(f"{entries:,} ids and log-probs in these rows", got)
+        if entries == 0:
+            return
+        largest = int(rows.ids.view(np.uint32).max())  # a negative id is a large one
+        if largest >= self.side.live_vocab:
+            raise self._wrong(f"ids below {self.side.live_vocab:,}", f"{largest:,}")
+        if not rows.logprobs.max() <= 0:  # NaN is the maximum wherever there is one
+            raise self._wrong("log-probabilities of at most 0", f"{rows.logprobs.max()}")
 
     def tokens_of(self, sequences: Sequence[int]) -> NDArray[np.int32]:
         """The token ids of these sequences, end to end."""
         width = width_of(self.options["live_vocab"] - 1)
         bounds = starts(self.lengths[list(sequences)])
-        return fixed_values(self.part("tokens", sequences)[0], width, bounds)
+        tokens = fixed_values(self.part("tokens", sequences)[0], width, bounds)
+        if len(tokens) and int(tokens.max()) >= self.side.live_vocab:
+            raise self._wrong(f"tokens below {self.side.live_vocab:,}", f"{int(tokens.max()):,}")
+        return tokens
 
-    def block(self, sequences: Sequence[int]) -> Block:
+    def block(self, sequences: Sequence[int], *, check: bool = True) -> Block:
         """These sequences with all they hold."""
-        return Block(self.tokens_of(sequences), self.lengths[list(sequences)], self.read(sequences))
-
-
-def _start_of(item: Any) -> int:
-    try:
-        return int(item["data_offsets"][0])
-    except (KeyError, TypeError, ValueError, IndexError):
-        return 0
+        rows = self.read(sequences, check=check)
+        return Block(self.tokens_of(sequences), self.lengths[list(sequences)], rows)
 
 
 def _joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+CHECKED = 8  # rows on which decoder and head are compared with the model itself
 CHUNK_BYTES = 32 * 1024 * 1024  # of float32 logits in a chunk
 
 
@@ -94,16 +96,35 @@ class LogitSource:
         """Final hidden states [B, L, H]; None when the head does not make the model's logits."""
         if self._agrees is False:
             return None
-        hidden = self._hidden(input_ids)
         if self._agrees is None:
-            some = min(lengths[0], 8)
-            self._agrees = self._compare(input_ids[:1, :some], hidden[0, :some])
-        return hidden if self._agrees else None
+            hidden, whole = self._both(input_ids, lengths)
+            self._agrees = self._same(self._head(hidden[..., -whole.shape[-2] :, :]), whole)
+            if hidden.shape[:2] == input_ids.shape:
+                return hidden if self._agrees else None
+        return self._hidden(input_ids) if self._agrees else None
 
-    def _compare(self, input_ids: Tensor, hidden: Tensor) -> bool:
-        """Whether decoder and head give the model's own logits, on the start of a sequence."""
-        whole = self.model(input_ids=input_ids, use_cache=False).logits[0].float()
-        ours = self._head(hidden).float().to(whole.device)
+    def _both(self, input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Final hidden states, and the model's own logits of the last few tokens among them.
+
+        Of the batch itself in one forward pass where the model can be asked for some logits only,
+        else of the start of a sequence.
+        """
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            start = input_ids[:1, : min(lengths[0], CHECKED)]
+            return self._hidden(start), self.model(input_ids=start, use_cache=False).logits
+        seen: list[Any] = []
+        handle = self.decoder.register_forward_hook(lambda *call: seen.append(call[2]))
+        try:
+            few = min(CHECKED, input_ids.shape[1])
+            out = self.model(input_ids=input_ids, use_cache=False, logits_to_keep=few)
+        finally:
+            handle.remove()
+        hidden = seen[0].last_hidden_state if len(seen) == 1 else self._hidden(input_ids)
+        return hidden, out.logits
+
+    def _same(self, ours: Tensor, whole: Tensor) -> bool:
+        """Whether decoder and head give the model's own logits."""
+        ours, whole = ours.float().to(whole.device), whole.float()
         if ours.shape != whole.shape:
             return False
         scale = whole.abs().max().clamp(min=1)

@@ -159,7 +159,7 @@ def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, 
 
 
 def top_entries(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``values.topk(k)`` of a contiguous [C, V], three times as fast on a CPU where V is large.
+    """``values.topk(k)`` of a contiguous [C, V], several times as fast on a CPU where V is large.
 
     The k largest lie within the k blocks of 64 columns that have the largest maxima.
     """
@@ -169,11 +169,13 @@ def top_entries(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values.topk(k, dim=1)
     folded = values.as_strided((rows, blocks, BLOCK), (width, BLOCK, 1))
     best = folded.amax(2).topk(k, dim=1, sorted=False).indices  # [C, k] blocks
-    rest = torch.arange(blocks * BLOCK, width).expand(rows, -1)  # columns after the last block
-    columns = (best[:, :, None] * BLOCK + torch.arange(BLOCK)).view(rows, -1)
-    columns = torch.cat([columns, rest], 1)
-    found = values.gather(1, columns).topk(k, dim=1)
-    return found.values, columns.gather(1, found.indices)
+    inside = folded.gather(1, best[:, :, None].expand(-1, -1, BLOCK)).view(rows, -1)
+    candidates = torch.cat([inside, values[:, blocks * BLOCK :]], 1)  # and what fills no block
+    found = candidates.topk(k, dim=1)
+    place = found.indices
+    columns = best.gather(1, (place // BLOCK).clamp(max=k - 1)) * BLOCK + place % BLOCK
+    after = place - k * BLOCK + blocks * BLOCK
+    return found.values, torch.where(place < k * BLOCK, columns, after)
 
 
 def bad_rows(logits: Tensor) -> Tensor:
