@@ -12,6 +12,7 @@ import kd
 
 TOKENS, VOCAB, WIDTH, HIDDEN, TEACHER_HIDDEN = 5, 37, 40, 6, 7
 BOTH = ("torch", "triton")
+RANKS = (2, 4)
 
 
 @dataclasses.dataclass(frozen=True)

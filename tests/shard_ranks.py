@@ -1,8 +1,9 @@
-"""One rank of the tensor-parallel tests: shard_ranks.py RANK RANKS STORE OUT.
+"""The ranks of the tensor-parallel tests: shard_ranks.py FOLDER.
 
-Runs every case on its shard, counts the collectives, and writes what it found.
+Each runs every case on its shard, counts the collectives, and writes what it found.
 """
 
+import os
 import sys
 
 import kernel_cases  # noqa: F401  Triton's interpreter, before any kernel
@@ -40,16 +41,32 @@ def run(case, rank, ranks, backend, counts):
     return loss.detach(), [leaf.grad for leaf in leaves], forward, list(counts)
 
 
-def main():
-    rank, ranks, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+def work(rank, ranks, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    store = f"file://{folder}/store.{ranks}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     counts, found = counted(), {}
     for name, case in shard_cases.cases(ranks).items():
         for backend in case.backends:
             found[name, backend] = run(case, rank, ranks, backend, counts)
-    torch.save(found, f"{out}.{rank}")
+    torch.save(found, f"{folder}/{ranks}.{rank}")
     dist.destroy_process_group()
+
+
+def main():
+    """Every world, one after the other; ranks are forked, so that libraries load once."""
+    folder = sys.argv[1]
+    for ranks in shard_cases.RANKS:
+        started = []
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                work(rank, ranks, folder)
+                os._exit(0)
+            started.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started]
+        if any(codes):
+            sys.exit(f"{ranks} ranks exited with {codes}")
 
 
 if __name__ == "__main__":

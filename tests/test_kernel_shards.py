@@ -13,38 +13,31 @@ import tempfile
 import pytest
 import shard_cases
 import torch
-from shard_cases import WIDTH, cases
+from shard_cases import RANKS, WIDTH, cases
 
 import kd
 
 TESTS = pathlib.Path(__file__).resolve().parent
 
 
-CASES = cases(2)
-EACH = [(ranks, name) for ranks in (2, 4) for name in cases(ranks)]
+EACH = [(ranks, name) for ranks in RANKS for name in cases(ranks)]
 
 
 @functools.cache
-def found(ranks):
-    """What every rank found, case by case."""
-    with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(ranks, pathlib.Path(folder))
-
-
-def run_ranks(ranks, folder):
+def every_rank():
+    """{(ranks, rank): what that rank found, case by case}."""
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *sys.path])
-    command = [sys.executable, "-W", "ignore", str(TESTS / "shard_ranks.py")]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks), str(folder / "store"), str(folder / "out")],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(errors)
-    return [torch.load(folder / f"out.{rank}", weights_only=False) for rank in range(ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", str(TESTS / "shard_ranks.py"), folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        files = {(n, r): f"{folder}/{n}.{r}" for n in RANKS for r in range(n)}
+        return {key: torch.load(file, weights_only=False) for key, file in files.items()}
+
+
+def found(ranks):
+    return [every_rank()[ranks, rank] for rank in range(ranks)]
 
 
 def want(case):
@@ -91,7 +84,7 @@ def check(case, backend, ranks_found):
 
 @pytest.mark.parametrize(("ranks", "name"), EACH)
 def test_against_the_oracle(ranks, name):
-    case = CASES[name]
+    case = cases(ranks)[name]
     for backend in case.backends:
         check(case, backend, [rank[name, backend] for rank in found(ranks)])
 
@@ -99,7 +92,7 @@ def test_against_the_oracle(ranks, name):
 @pytest.mark.parametrize(("ranks", "name"), EACH)
 def test_collectives(ranks, name):
     """One SUM all-reduce, or two; never a MAX; in backward the hidden states' own alone."""
-    case = CASES[name]
+    case = cases(ranks)[name]
     hidden = 2 if case.student == "hidden" else 0  # hidden @ weight.T and LoRA's low rank
     later = case.options.get("reduction") == "none"
     for rank in found(ranks):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd.losses import shards, triton_backend
-from kd.losses.autograd import _in_order, _needs, _rebuild, leaves
+from kd.losses.autograd import _in_order, _rebuild, leaves
 from kd.losses.exchange import Known, Sharded, solve, tile_gradient_
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import SparseRows, canonical_sparse
@@ -23,18 +23,18 @@ from kd.losses.torch_backend import (
     CHUNK_BYTES,
     Gradients,
     Projection,
-    _allocate,
     _chunk_rows,
     _scatter_rows,
     _take,
     compute_dtype,
 )
+from kd.losses.triton_backend import Needs, room
 
 
 def run(
     sharded: Sharded,
     coefficient: Tensor | None,
-    needs: tuple[bool, bool, bool] | None,
+    needs: Needs | None,
     known: list[Known] | None = None,
 ) -> tuple[Tensor, Gradients, list[Known]]:
     """Row losses [N], the gradient of sum(coefficient * losses), and what a backward needs.
@@ -91,17 +91,15 @@ def _chunk(sharded: Sharded, count: int, like: Tensor) -> int:
     return max(1, chunk_tokens(count, width * 10, like.device))
 
 
-def _room(
-    sharded: Sharded, rows: Tensor | None, needs: tuple[bool, bool, bool] | None, chunked: bool
-) -> Gradients:
+def _room(sharded: Sharded, rows: Tensor | None, needs: Needs | None, chunked: bool) -> Gradients:
     student = sharded.problem.student
     if needs is None:
         return Gradients()
     if isinstance(student, Projection):
         dtype = torch.float32 if chunked else student.pairs[0][0].dtype
         wide = compute_dtype(student.pairs[0][0].dtype)
-        return _allocate(student, rows, needs, wide if wide == torch.float64 else dtype)
-    return Gradients(logits=torch.empty_like(student) if needs[0] else None)
+        return room(student, rows, needs, wide if wide == torch.float64 else dtype)
+    return Gradients(logits=torch.empty_like(student))
 
 
 def _logits(source: Projection | Hidden, inputs: list[Tensor], live: int) -> Tensor:
@@ -181,7 +179,7 @@ class ReducedLoss(torch.autograd.Function):
     def forward(ctx: Any, sharded: Sharded, coefficient: Tensor, *tensors: Tensor | None) -> Tensor:
         sharded = _with(sharded, tensors)
         needed = ctx.needs_input_grad[2:]
-        needs = _needs(sharded.problem, needed) if any(needed) else None
+        needs = Needs.of(sharded.problem.student, needed)
         losses, grads, _ = run(sharded, coefficient, needs)
         ordered = _in_order(grads, sharded.problem.student) if needs else [None] * len(tensors)
         ctx.save_for_backward(*(g if n else None for g, n in zip(ordered, needed, strict=True)))
@@ -212,7 +210,7 @@ class TokenLoss(torch.autograd.Function):
         tensors = ctx.saved_tensors
         sharded = _with(ctx.sharded, tensors)
         needed = ctx.needs_input_grad[1:]
-        _, grads, _ = run(sharded, upstream, _needs(sharded.problem, needed), ctx.known)
+        _, grads, _ = run(sharded, upstream, Needs.of(sharded.problem.student, needed), ctx.known)
         ordered = _in_order(grads, sharded.problem.student)
         triples = zip(ordered, needed, tensors, strict=True)
         return None, *(

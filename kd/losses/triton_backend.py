@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses.autograd import _in_order, _keeps_graph, _needs, _rebuild, _without_tensors
+from kd.losses.autograd import _in_order, _keeps_graph, _rebuild, _without_tensors
 from kd.losses.divergences import Divergence, head_mask
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import Objective, SparseRows, canonical_sparse, densify
@@ -72,6 +72,24 @@ def loss(problem: Problem, weight: Tensor, scale: Tensor | float | None, *leaves
     return ReducedLoss.apply(problem, weight * scale, *leaves)
 
 
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Which tensors of the student want gradients; of a projection, pair by pair."""
+
+    inputs: tuple[bool, ...]
+    weights: tuple[bool, ...] = ()
+    bias: bool = False
+
+    @classmethod
+    def of(cls, student: Tensor | Projection, needed: tuple[bool, ...]) -> Needs | None:
+        """From what autograd needs of ``kd.losses.autograd.leaves``; None where it is nothing."""
+        if not any(needed):
+            return None
+        if isinstance(student, Tensor):
+            return cls((needed[0],))
+        return cls(tuple(needed[0:-1:2]), tuple(needed[1:-1:2]), needed[-1])
+
+
 class ReducedLoss(torch.autograd.Function):
     """sum(weight * row loss), its gradients computed in forward."""
 
@@ -79,7 +97,7 @@ class ReducedLoss(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, weight: Tensor, *tensors: Tensor | None) -> Tensor:
         problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
         needed = ctx.needs_input_grad[2:]
-        losses, grads = run(problem, weight, _needs(problem, needed) if any(needed) else None)
+        losses, grads = run(problem, weight, Needs.of(problem.student, needed))
         if any(needed):
             ordered = _in_order(grads, problem.student)
             kept = [g if n else None for g, n in zip(ordered, needed, strict=True)]
@@ -140,7 +158,7 @@ class TokenLoss(torch.autograd.Function):
         problem = dataclasses.replace(ctx.problem, student=student)
         problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
         needed = ctx.needs_input_grad[2:]
-        _, grads = run(problem, upstream, _needs(problem, needed))
+        _, grads = run(problem, upstream, Needs.of(problem.student, needed))
         ordered = _in_order(grads, problem.student)
         return (
             None,
@@ -152,9 +170,7 @@ class TokenLoss(torch.autograd.Function):
         )
 
 
-def run(
-    problem: Problem, weight: Tensor, needs: tuple[bool, bool, bool] | None
-) -> tuple[Tensor, Gradients]:
+def run(problem: Problem, weight: Tensor, needs: Needs | None) -> tuple[Tensor, Gradients]:
     """As ``torch_backend.run``; rows of weight zero do not count."""
     from kd_kernels.linear import chunk_tokens
 
@@ -162,7 +178,7 @@ def run(
         return _run_projection(problem, problem.student, weight, needs)
     logits = problem.student
     gradient = None
-    if needs is not None and needs[0]:
+    if needs is not None:
         gradient = logits if problem.overwrite else torch.empty_like(logits)
     losses = torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
     step = len(logits)
@@ -328,7 +344,7 @@ def _run_projection(
     problem: Problem,
     student: Projection,
     weight: Tensor,
-    needs: tuple[bool, bool, bool] | None,
+    needs: Needs | None,
 ) -> tuple[Tensor, Gradients]:
     from kd_kernels.linear import chunk_tokens, project
 
@@ -337,9 +353,7 @@ def _run_projection(
     count = len(first) if rows is None else len(rows)
     losses = torch.zeros(count, dtype=torch.float32, device=first.device)
     size = chunk_tokens(count, vocab * 10, first.device)
-    grads = _allocate(
-        student, rows, needs or (False,) * 3, torch.float32 if size < count else first.dtype
-    )
+    grads = room(student, rows, needs, torch.float32 if size < count else first.dtype)
     for start in range(0, count, size):
         stop = min(start + size, count)
         index = slice(start, stop) if rows is None else rows[start:stop]
@@ -357,6 +371,22 @@ def _run_projection(
             _accumulate(student, grads, inputs, dlogits, start, rows)
         del logits, dlogits
     return _scatter_rows(losses, rows, len(first)), grads
+
+
+def room(
+    student: Projection, rows: Tensor | None, needs: Needs | None, dtype: torch.dtype
+) -> Gradients:
+    """Room for the gradients that are wanted, and for no others: a frozen lm_head gets none."""
+    grads = Gradients()
+    if needs is None:
+        return Gradients(inputs=[None] * len(student.pairs), weights=[None] * len(student.pairs))
+    for pair, x, w in zip(student.pairs, needs.inputs, needs.weights, strict=True):
+        one = _allocate(dataclasses.replace(student, pairs=(pair,)), rows, (x, w, False), dtype)
+        grads.inputs += one.inputs
+        grads.weights += one.weights
+    grads.bias = _allocate(dataclasses.replace(student, pairs=student.pairs[:1]), rows,
+                           (False, False, needs.bias), dtype).bias  # fmt: skip
+    return grads
 
 
 def _accumulate(

@@ -28,8 +28,11 @@ CHUNK_BYTES_CPU = 64 << 20
 def project(pairs: tuple, bias: Tensor | None, vocab: int) -> Tensor:
     """Sum of matmuls plus bias, [R, vocab], float32 out of bf16 where torch can."""
     (x, w), *more = pairs
-    wide = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_out_dtype()
-    kind = {"out_dtype": torch.float32} if wide else {}
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    kind = {"out_dtype": torch.float32} if narrow and x.is_cuda and has_out_dtype() else {}
+    if narrow and not x.is_cuda:  # the interpreter: the float32 logits that a GPU would have
+        pairs = tuple((x.float(), w.float()) for x, w in pairs)
+        (x, w), *more = pairs
     out = torch.mm(x, w[:vocab].T, **kind)
     for x, w in more:
         out = torch.addmm(out, x, w[:vocab].T, **kind)
