@@ -107,4 +107,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     with _quiet():
         trainer.train(resume_from_checkpoint=True)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = [dict(entry) for entry in trainer.state.log_history if "loss" in entry]
+    for entry in log:
+        entry.pop("peak_memory_gib", None)  # of the process, whatever else it did
+    return log
