@@ -1,17 +1,17 @@
 """Reading speed, capture overhead and the share of a training step, measured on this machine.
 
-    python benchmarks/bench_cache.py --model FOLDER    with capture overhead on that model
+    python benchmarks/bench_cache.py --model FOLDER    with capture and training steps of it
     python benchmarks/bench_cache.py                   reading alone
 
-Prints Markdown. torch runs on one thread; build_cache encodes and writes shards in one of its own.
-Timings are the median of repeated runs; overhead compares build_cache, opening and closing
-included, with the bare forward of the same batches, interleaved.
+Prints Markdown (`--output FILE` also writes it). build_cache encodes and writes shards in a thread
+of its own beside torch's `--threads`. Reading is the median of repeated runs. Overhead compares
+build_cache, opening and closing included, with the model's bare forward of the same batches:
+pairs run right after one another, and the median of the pairs' ratios counts, with their quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import tempfile
@@ -41,16 +41,18 @@ def median(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(timed(function) for _ in range(repeats))
 
 
-def make_cache(path: Path, codec: str, count: int, length: int, k: int) -> list[np.ndarray]:
-    """A cache of power-law rows at random Qwen ids; returns its sequences."""
+def make_cache(
+    path: Path, codec: str, count: int, length: int, k: int, live: int = QWEN
+) -> list[np.ndarray]:
+    """A cache of power-law rows at random ids; returns its sequences."""
     rng = np.random.default_rng(0)
-    meta = CacheMeta({"id": "simulated"}, {}, QWEN, QWEN, top_k=k, codec=codec)
+    meta = CacheMeta({"id": "simulated"}, {}, live, live, top_k=k, codec=codec)
     sequences = []
     with CacheWriter(path, meta) as writer:
         for _ in range(count):
-            tokens = rng.integers(0, QWEN, length).astype(np.int32)
-            ids = np.argsort(rng.random((length, 4 * k)), 1)[:, :k] * (QWEN // (4 * k))
-            ids += rng.integers(0, QWEN // (4 * k), ids.shape)
+            tokens = rng.integers(0, live, length).astype(np.int32)
+            ids = np.argsort(rng.random((length, 4 * k)), 1)[:, :k] * (live // (4 * k))
+            ids += rng.integers(0, live // (4 * k), ids.shape)
             exponent = rng.uniform(1.1, 2.2, (length, 1))
             logits = -exponent * np.log(np.arange(1, k + 1))
             log_p = logits - np.logaddexp.reduce(logits, 1, keepdims=True) + np.log(0.95)
@@ -60,7 +62,7 @@ def make_cache(path: Path, codec: str, count: int, length: int, k: int) -> list[
 
 
 def reading(repeats: int) -> None:
-    print("\n| codec | batch | tokens/s/core, k=64 | bytes/token |\n|---|---|---|---|")
+    say("\n| codec | batch | tokens/s/core, k=64 | bytes/token |\n|---|---|---|---|")
     for codec in ("compact", "log8", "float32"):
         with tempfile.TemporaryDirectory() as folder:
             sequences = make_cache(Path(folder), codec, 64, 512, 64)
@@ -71,10 +73,10 @@ def reading(repeats: int) -> None:
                 chosen = [sequences[i] for i in order[:batch]]
                 seconds = median(lambda c=chosen, t=cache: t.batch(c, 512), repeats)
                 rate = batch * 512 / seconds
-                print(f"| {codec} | {batch} x 512, padded | {rate:,.0f} | {size:.1f} |")
+                say(f"| {codec} | {batch} x 512, padded | {rate:,.0f} | {size:.1f} |")
             packs = [[sequences[i] for i in order[j : j + 4]] for j in (0, 4)]
             seconds = median(lambda c=packs, t=cache: t.packed(c, 2048), repeats)
-            print(f"| {codec} | 2 x 2048, packed | {2 * 2048 / seconds:,.0f} | {size:.1f} |")
+            say(f"| {codec} | 2 x 2048, packed | {2 * 2048 / seconds:,.0f} | {size:.1f} |")
 
 
 def capture(model_folder: str, repeats: int) -> None:
@@ -102,48 +104,93 @@ def capture(model_folder: str, repeats: int) -> None:
                 live_vocab=len(tokenizer), progress=False,
             )  # fmt: skip
 
-    bare()
-    times: dict[str, list[float]] = {"bare forward": [], "k=32": [], "k=64": []}
-    for _ in range(repeats):
-        times["bare forward"].append(timed(bare))
-        times["k=32"].append(timed(lambda: whole(32)))
-        times["k=64"].append(timed(lambda: whole(64)))
-    base = statistics.median(times["bare forward"])
-    print(f"\n| capture of {TOKENS:,} tokens | seconds | tokens/s | overhead |\n|---|---|---|---|")
-    for name, values in times.items():
-        seconds = statistics.median(values)
-        extra = 100 * (seconds / base - 1)
-        print(f"| {name} | {seconds:.2f} | {TOKENS / seconds:,.0f} | {extra:+.1f} % |")
-    step(model)
-
-
-def step(model: torch.nn.Module) -> None:
-    """A training step's forward and backward beside reading its batch."""
-    with tempfile.TemporaryDirectory() as folder:
-        sequences = make_cache(Path(folder), "compact", 8, 256, 64)
-        cache = TeacherCache(folder)
-        read = median(lambda: cache.batch(sequences[:4], 256), 5)
-    ids = torch.zeros(4, 256, dtype=torch.long)
-    model.train()
-    seconds = timed(lambda: model(input_ids=ids, labels=ids).loss.backward())
-    print(
-        f"\nReading a batch of 4 x 256 takes {1e3 * read:.1f} ms, {100 * read / seconds:.2f} % of "
-        f"a plain training step's {seconds:.2f} s."
+    bare(), whole(64)
+    say(
+        f"\n| capture of {TOKENS:,} tokens | bare forward, s | build_cache, s | overhead: median "
+        "(quartiles; all) |\n|---|---|---|---|"
     )
+    for k in (32, 64):
+        pairs = []
+        for number in range(repeats):  # each goes first in turn
+            if number % 2:
+                pairs.append((timed(bare), timed(lambda k=k: whole(k))))
+            else:
+                after = timed(lambda k=k: whole(k))
+                pairs.append((timed(bare), after))
+        extra = sorted(100 * (b / a - 1) for a, b in pairs)
+        low, middle, high = np.percentile(extra, (25, 50, 75))
+        base, mine = (statistics.median(column) for column in zip(*pairs, strict=True))
+        shown = ", ".join(f"{value:+.1f}" for value in extra)
+        say(f"| k={k} | {base:.2f} | {mine:.2f} | {middle:+.1f} % ({low:+.1f} to {high:+.1f}; "
+            f"{shown}) |")  # fmt: skip
+
+
+def step(model_folder: str, repeats: int) -> None:
+    """A student's training step (forward, sparse loss on hidden states, backward, AdamW) beside
+    reading its batch from the cache; the student is the model, and its first two layers."""
+    from transformers import AutoModelForCausalLM
+
+    import kd
+
+    say(
+        "\n| student | batch | step, ms | reading its targets, ms | reading / step |\n"
+        "|---|---|---|---|---|"
+    )
+    for layers in (None, 2):
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).train()
+        if layers is not None:
+            model.model.layers = model.model.layers[:layers]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        vocabulary = model.config.vocab_size
+        with tempfile.TemporaryDirectory() as folder:
+            sequences = make_cache(Path(folder), "compact", 16, 256, 64, vocabulary)
+            cache = TeacherCache(folder)
+            tokens = torch.from_numpy(np.stack(sequences[:4])).long()
+
+            def train(model=model, optimizer=optimizer, cache=cache, tokens=tokens) -> None:
+                found = cache.batch(list(tokens), 256)
+                hidden = model.model(input_ids=tokens).last_hidden_state
+                teacher = kd.TopK(found.ids, found.logprobs, found.tail, found.temperature)
+                loss = kd.distillation_loss(kd.Hidden(hidden, model.lm_head.weight), teacher)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            whole = median(train, repeats)
+            read = median(lambda c=cache, t=tokens: c.batch(list(t), 256), 5 * repeats)
+        name = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
+        say(f"| {name} | 4 x 256 | {1e3 * whole:,.0f} | {1e3 * read:.2f} | {read / whole:.2%} |")
+
+
+LINES: list[str] = []
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+    LINES.append(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of a causal LM, such as SmolLM2-135M-Instruct")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--skip-reading", action="store_true", help="capture alone")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--only", choices=["reading", "capture", "step"])
+    parser.add_argument("--output", type=Path, help="also write the Markdown there")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread")
-    if not args.skip_reading:
+    torch.set_num_threads(args.threads)
+    from kd.bench import machine
+
+    say(f"{machine.line_of(machine.machine_info('cpu'))}")
+    if args.only in (None, "reading"):
         reading(args.repeats)
-    if args.model:
-        capture(args.model, max(1, args.repeats // 2))
+    if args.model and args.only in (None, "capture"):
+        capture(args.model, args.repeats)
+    if args.model and args.only in (None, "step"):
+        step(args.model, max(1, args.repeats // 2))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text("\n".join(LINES) + "\n")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ class Renderer:
                 "Set tokenizer.eos_token to the token that ends a turn."
             )
         self.turn_end = self._turn_end()
-        tokens = sorted(_control_tokens(tokenizer, tags), key=len, reverse=True)
+        template = str(self.options.get("chat_template") or tokenizer.chat_template)
+        tokens = sorted(_control_tokens(tokenizer, tags, template), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, tokens)))
 
     def __call__(self, trace: Trace, *, check: bool = True) -> Rendered:
@@ -273,11 +274,12 @@ def _canonical(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def _control_tokens(tokenizer: Any, tags: Tags) -> set[str]:
-    """Tokens a text must not contain: every special one, and the tags of the thought."""
+def _control_tokens(tokenizer: Any, tags: Tags, template: str) -> set[str]:
+    """Tokens a text must not contain: every special one, the tags of the thought, and what the
+    template writes that is one token (R1-Distill's ``<｜User｜>`` is added, but not special)."""
     special = {str(token) for token in tokenizer.all_special_tokens}
     for token in getattr(tokenizer, "added_tokens_decoder", {}).values():
-        if token.special:
+        if token.special or str(token.content) in template:
             special.add(str(token.content))
     for part in (tags.start, tags.middle):
         special.update(part.split())
