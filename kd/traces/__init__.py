@@ -8,6 +8,7 @@ Example:
     (1, {'unknown: no reference': 1})
 """
 
+from kd.traces.agreement import compare
 from kd.traces.decontaminate import Evaluations, decontaminate
 from kd.traces.dedupe import exact_duplicates, near_duplicates
 from kd.traces.files import write_traces
@@ -66,6 +67,7 @@ __all__ = [
     "best_of_n",
     "by_difficulty",
     "collate_packs",
+    "compare",
     "decontaminate",
     "diverse",
     "efficiency",

@@ -11,7 +11,7 @@ from kd.traces.columns import ShapeError
 from kd.traces.files import BadRecord, expand, read_records
 from kd.traces.shapes import every_sample, normalise
 from kd.traces.trace import Trace
-from kd.traces.yields import Yield
+from kd.traces.yields import Tally, Yield, metered
 
 _HUB = re.compile(r"^[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:@[\w.\[\]:%-]+)?$")
 
@@ -40,10 +40,21 @@ def load(
             ``generations``, an API response's choices) instead of the one it recommends.
         columns: your column names to known ones, such as ``{"my_q": "prompt"}``.
 
-    Yields:
-        The traces; ``metadata`` says the record's "index" and "shape".
+    Returns:
+        An iterator over the traces; ``metadata`` says the record's "index" and "shape".
     """
     tally = (report if report is not None else Yield()).stage(stage)
+    labels = {"source": name, "domain": domain}
+    return metered(tally, _load(source, tally, labels, all_samples, columns))
+
+
+def _load(
+    source: str | Path | Iterable[Any],
+    tally: Tally,
+    defaults: Mapping[str, str],
+    all_samples: bool,
+    columns: Mapping[str, str] | None,
+) -> Iterator[Trace]:
     shapes: dict[str, int] = tally.notes.setdefault("shapes", {})
     for origin, index, record in _records(source):
         where = {"index": index, **({"file": origin} if origin else {})}
@@ -65,7 +76,10 @@ def load(
             shape = str(trace.metadata.get("shape", "kd"))
             shapes[shape] = shapes.get(shape, 0) + 1
             tally.keep()
-            labels = {"source": trace.source or name or origin, "domain": trace.domain or domain}
+            labels = {
+                "source": trace.source or defaults["source"] or origin,
+                "domain": trace.domain or defaults["domain"],
+            }
             if "index" not in trace.metadata:
                 trace = trace.note(index=index)
             yield trace.replace(**labels)

@@ -12,7 +12,7 @@ from typing import Any, overload
 from kd.traces.files import _parse
 from kd.traces.shapes import normalise
 from kd.traces.trace import Trace
-from kd.traces.yields import Yield
+from kd.traces.yields import Tally, Yield, metered
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,25 @@ def mix(
     """
     if reasoning_share is not None and not 0 <= reasoning_share <= 1:
         raise ValueError(f"mix: reasoning_share must lie in [0, 1], got {reasoning_share}.")
+    tally = report.stage(stage)
+    chosen = _mixed(sources, total, reasoning_share, seed, tally, count_tokens)
+    return metered(tally, chosen)
+
+
+def _mixed(
+    sources: Sequence[Source],
+    total: int | None,
+    reasoning_share: float | None,
+    seed: int,
+    tally: Tally,
+    count_tokens: Callable[[Trace], int] | None,
+) -> Iterator[Trace]:
     rng = random.Random(f"mix-{seed}")
     plan = [
         (which, index)
         for which, wanted in enumerate(_shares(sources, total))
         for index in _draw(len(sources[which].traces), wanted, rng)
     ]
-    tally = report.stage(stage)
     if reasoning_share is not None:
         plan = _balance(plan, sources, reasoning_share, rng, tally)
     rng.shuffle(plan)

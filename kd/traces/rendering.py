@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kd.traces.generation import ends_in_open_thought, messages
 from kd.traces.trace import R1, Tags, Trace
-from kd.traces.yields import Yield
+from kd.traces.yields import Tally, Yield, metered
 
 IGNORE = -100
 CHATML = (
@@ -251,6 +251,16 @@ def render_stream(
         check: the round trip of every trace.
     """
     tally = report.stage(stage)
+    return metered(tally, _rendered(traces, renderer, tally, max_tokens, check))
+
+
+def _rendered(
+    traces: Iterable[Trace],
+    renderer: Renderer,
+    tally: Tally,
+    max_tokens: int | None,
+    check: bool,
+) -> Iterator[tuple[Trace, Rendered]]:
     notes = tally.notes
     for key in ("tokens", "trained_tokens"):
         notes.setdefault(key, 0)

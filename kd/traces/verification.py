@@ -12,7 +12,7 @@ from typing import Any
 
 from kd.traces.trace import Trace
 from kd.traces.verifiers.verdict import CORRECT, ERROR, Verdict, Verifier
-from kd.traces.yields import Yield
+from kd.traces.yields import Tally, Yield, metered
 
 
 def verify(
@@ -60,9 +60,17 @@ def verify_stream(
 ) -> Iterator[Trace]:
     """``verify`` one trace at a time, in order, holding only a few in memory."""
     tally = report.stage(stage)
+    judged = judge_all(traces, verifier, workers=workers, journal=journal)
+    return metered(tally, _kept(judged, keep, tally))
+
+
+def _kept(
+    judged: Iterator[tuple[Trace, Verdict]], keep: Collection[str], tally: Tally
+) -> Iterator[Trace]:
     statuses: dict[str, int] = tally.notes.setdefault("statuses", {})
-    for trace, verdict in judge_all(traces, verifier, workers=workers, journal=journal):
-        tally.seconds += verdict.seconds
+    for trace, verdict in judged:
+        spent = tally.notes.get("verifier_seconds", 0.0) + verdict.seconds
+        tally.notes["verifier_seconds"] = round(spent, 6)
         statuses[verdict.status] = statuses.get(verdict.status, 0) + 1
         if verdict.status in keep:
             tally.keep()

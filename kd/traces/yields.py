@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import html
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from kd.traces.trace import Trace
+
+T = TypeVar("T")
 
 EXAMPLES = 3
 EXCERPT = 400
@@ -61,7 +64,9 @@ class Tally:
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - started
+            took = time.perf_counter() - started
+            self.seconds += took
+            _INNER.seconds += took
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold."""
@@ -167,6 +172,34 @@ class Yield:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
+
+
+class _Inner(threading.local):
+    seconds = 0.0  # measured by the stages that the one being timed reads from
+
+
+_INNER = _Inner()
+
+
+def metered(tally: Tally, stream: Iterable[T]) -> Iterator[T]:
+    """Pass a stage's output on, and count the time that it takes to make it.
+
+    Stages are generators that read one another, so that the time of a step holds those of all
+    stages before it: what they have counted themselves is taken off.
+    """
+    iterator = iter(stream)
+    while True:
+        outer, _INNER.seconds = _INNER.seconds, 0.0
+        started = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            took = time.perf_counter() - started
+            tally.seconds += max(0.0, took - _INNER.seconds)
+            _INNER.seconds = outer + took
+        yield item
 
 
 def _add_notes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,310 @@
+"""What the verbs of ``kd traces`` do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kd.traces.trace import Trace
+from kd.traces.yields import Yield
+
+
+def _counts(args: argparse.Namespace) -> Yield:
+    path = Path(args.report) if args.report else None
+    if path is not None and path.exists():
+        return Yield.from_dict(json.loads(path.read_text()))
+    return Yield()
+
+
+def _finish(args: argparse.Namespace, report: Yield, rows: Iterable[Any], write: Any = None) -> int:
+    """Write the rows, print the table, save the counts."""
+    from kd.traces.files import write_traces
+
+    if args.output:
+        count = (write or write_traces)(args.output, rows)
+        print(report.table())
+        print(f"wrote {count:,} rows to {args.output}")
+    else:
+        for _ in rows:
+            pass
+        print(report.table())
+    if args.report:
+        Path(args.report).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.report).write_text(json.dumps(report.to_dict(), indent=1))
+    return 0
+
+
+def _read(args: argparse.Namespace, report: Yield, **options: Any) -> Iterator[Trace]:
+    from kd.traces.loading import load
+
+    for source in args.input:
+        yield from load(source, report=report, **options)
+
+
+def _again(args: argparse.Namespace) -> Iterator[Trace]:
+    """Read what an earlier verb wrote, without counting it a second time."""
+    return _read(args, Yield())
+
+
+def run_load(args: argparse.Namespace) -> int:
+    report = _counts(args)
+    options = {"all_samples": args.all_samples, "name": args.source, "domain": args.domain}
+    return _finish(args, report, _read(args, report, **options))
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from kd.traces.columns import ShapeError
+    from kd.traces.files import expand, read_records
+    from kd.traces.generation import Sampling, generate_local
+    from kd.traces.server import generate_server
+    from kd.traces.shapes import problem
+    from kd.traces.yields import metered
+
+    report = _counts(args)
+    tally = report.stage("generate")
+    problems = []
+    for path in (file for source in args.input for file in expand(source)):
+        for index, record in enumerate(read_records(path)):
+            try:
+                problems.append(problem(record))
+            except ShapeError as error:
+                tally.drop(error.reason, {"index": index}, error.detail)
+    sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
+    if args.server:
+        server, told = _server(args), {"journal": args.journal, "report": report}
+        stream = generate_server(server, problems, sampling=sampling, n=args.n, **told)
+        return _finish(args, report, stream)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model)
+
+    def made() -> Iterator[Trace]:
+        options: dict[str, Any] = {"n": args.n, "batch_size": args.batch_size}
+        answers = generate_local(model, tokenizer, problems, sampling=sampling, **options)
+        for trace in metered(tally, answers):
+            tally.keep()
+            for key in ("prompt_tokens", "completion_tokens"):
+                tally.notes[key] = tally.notes.get(key, 0) + trace.metadata[key]
+            yield trace
+
+    return _finish(args, report, made())
+
+
+def _server(args: argparse.Namespace) -> Any:
+    from kd.traces.server import Server
+
+    return Server(
+        args.server, args.model, key_variable=args.key_variable, concurrency=args.concurrency
+    )
+
+
+def _verifier(name: str, args: argparse.Namespace) -> Any:
+    from kd.traces.verifiers import Choice, Exact, Maths, Numeric, ReasoningGym, final_answer
+    from kd.traces.verifiers.code import Code
+    from kd.traces.verifiers.judge import Judge
+
+    makers: dict[str, Any] = {
+        "choice": Choice,
+        "code": lambda: Code(_backend(args.run_code)),
+        "exact": lambda: Exact(final_answer, normalised=True),
+        "gym": ReasoningGym,
+        "judge": lambda: Judge(_server(args)),
+        "maths": Maths,
+        "numeric": Numeric,
+    }
+    return makers[name]()
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    return _verified(args, args.verifier)
+
+
+def run_judge(args: argparse.Namespace) -> int:
+    args.workers = args.concurrency
+    return _verified(args, ["judge", *args.beside])
+
+
+def _verified(args: argparse.Namespace, names: list[str]) -> int:
+    from kd.traces.agreement import compare
+    from kd.traces.verification import verify_stream
+
+    report, stage = _counts(args), f"verify {' '.join(names)}"
+    options: dict[str, Any] = {
+        "keep": args.keep,
+        "workers": args.workers,
+        "journal": args.journal,
+        "report": report,
+        "stage": stage,
+    }
+    verifiers = {name: _verifier(name, args) for name in names}
+    if len(verifiers) == 1:
+        stream = verify_stream(_again(args), verifiers[names[0]], **options)
+    else:
+        stream = compare(_again(args), verifiers, decide=args.decide, **options)
+    return _finish(args, report, stream)
+
+
+def run_select(args: argparse.Namespace) -> int:
+    from kd.traces.selecting import best_of_n, by_difficulty, diverse
+
+    if args.difficulty is None and args.best is None and args.diverse is None:
+        raise ValueError(
+            "kd traces select: one of --difficulty, --best, --diverse must be given, got none."
+        )
+    report = _counts(args)
+    chosen = list(_again(args))
+    if args.difficulty is not None:
+        least, most = args.difficulty
+        chosen = by_difficulty(chosen, least=least, most=most, report=report)
+    if args.best is not None:
+        options = {"keep": args.best, "prefer": args.prefer, "seed": args.seed}
+        chosen = best_of_n(chosen, report=report, **options)
+    if args.diverse is not None:
+        chosen = diverse(chosen, args.diverse, by=args.by, seed=args.seed, report=report)
+    return _finish(args, report, chosen)
+
+
+def run_sandbox(args: argparse.Namespace) -> int:
+    from kd.traces.verifiers.hostile import table
+    from kd.traces.verifiers.sandbox import Bubblewrap, Limits
+
+    text, contained = table(Bubblewrap(Limits(seconds=3.0)))
+    print(text)
+    return 0 if contained else 1
+
+
+def _backend(name: str) -> Any:
+    from kd.traces.verifiers.sandbox import Bubblewrap, UnsafeSubprocess
+
+    if name == "no":
+        return None
+    return Bubblewrap() if name == "sandbox" else UnsafeSubprocess()
+
+
+def run_filter(args: argparse.Namespace) -> int:
+    from kd.traces.decontaminate import Evaluations, decontaminate
+    from kd.traces.dedupe import exact_duplicates, near_duplicates
+    from kd.traces.files import expand, read_records, write_rows
+    from kd.traces.filters import Filter, Lint, OneLanguage, Tokens, filter_stream
+    from kd.traces.shapes import problem
+
+    report = _counts(args)
+    checks: list[Filter] = [] if args.no_lint else [Lint(need_think=args.need_think)]
+    if args.one_language:
+        checks.append(OneLanguage())
+    if args.max_tokens or args.min_tokens:
+        if not args.tokenizer:
+            raise ValueError(
+                "kd traces filter: --max-tokens must come with --tokenizer, got none. "
+                "Name the student's."
+            )
+        checks.append(Tokens(_tokenizer(args.tokenizer), args.min_tokens, args.max_tokens))
+    # a stage enters the report when it first runs, and the last of a chain runs first
+    wanted = {
+        "filter": True,
+        "dedupe exact": args.dedupe != "no",
+        "dedupe near": args.dedupe == "near",
+        "decontaminate": bool(args.against),
+    }
+    for name, used in wanted.items():
+        if used:
+            report.stage(name)
+    stream = filter_stream(_again(args), checks, report=report)
+    if args.dedupe != "no":
+        stream = exact_duplicates(stream, report=report)
+    if args.dedupe == "near":
+        stream = near_duplicates(stream, report=report)
+    evidence: list[dict[str, Any]] = []
+    if args.against:
+        evaluations = Evaluations()
+        for source in args.against:
+            for path in expand(source):
+                evaluations.add(path.stem, [problem(r).prompt for r in read_records(path)])
+        stream = decontaminate(stream, evaluations, report=report, evidence=evidence)
+    done = _finish(args, report, stream)
+    if args.evidence:
+        write_rows(args.evidence, evidence)
+    return done
+
+
+def run_mix(args: argparse.Namespace) -> int:
+    from kd.traces.loading import load
+    from kd.traces.mixing import JsonlTraces, Source, mix
+
+    sources = []
+    for given in args.input:
+        path, weight, epochs = given, 1.0, 1.0
+        if not Path(given).exists():
+            if "=" in given:
+                path, _, number = given.rpartition("=")
+                weight = float(number)
+            elif "@" in given:
+                path, _, number = given.rpartition("@")
+                epochs = float(number)
+        held: Any = JsonlTraces(path) if path.endswith(".jsonl") else list(load(path))
+        sources.append(Source(Path(path).stem, held, weight, epochs))
+    report = _counts(args)
+    stream = mix(
+        sources,
+        total=args.total,
+        reasoning_share=args.reasoning_share,
+        seed=args.seed,
+        report=report,
+    )
+    return _finish(args, report, stream)
+
+
+def run_render(args: argparse.Namespace) -> int:
+    from kd.traces.files import write_rows
+    from kd.traces.packing import pack
+    from kd.traces.rendering import Renderer, render_stream
+
+    report = _counts(args)
+    most = min((n for n in (args.max_tokens, args.pack) if n), default=None)
+    renderer = Renderer(_tokenizer(args.tokenizer))
+    stream = render_stream(_again(args), renderer, report=report, max_tokens=most)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        if not args.pack:
+            for _, (input_ids, labels) in stream:
+                yield {"input_ids": input_ids, "labels": labels}
+            return
+        used = packs = 0
+        for made in pack((rendered for _, rendered in stream), args.pack):
+            used, packs = used + len(made.input_ids), packs + 1
+            yield dict(vars(made))
+        fullness = round(used / max(1, packs * args.pack), 4)
+        report["render"].notes |= {"packs": packs, "fullness": fullness}
+        print(f"packed into {packs:,} rows of {args.pack:,}, {100 * fullness:.1f} % full")
+
+    return _finish(args, report, rows(), write_rows)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    from kd.traces.report import write_report
+
+    if not args.report or not Path(args.report).exists():
+        raise ValueError(
+            "kd traces report: --report must name the counts that other verbs saved, got "
+            f"{args.report}. Give the same --report to each verb."
+        )
+    print(write_report(args.output, _counts(args), _again(args), title=args.title))
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from kd.traces.demo import run_demo
+
+    page = run_demo(args.output or "runs/traces-demo", problems=args.problems, steps=args.steps)
+    print(page)
+    return 0
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
