@@ -6,7 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from kd.traces import Sampling, Trace, Yield, verify
+from kd.cli.main import main
+from kd.traces import Sampling, Trace, Yield, load, verify, write_traces
 from kd.traces.server import Server, generate_server
 from kd.traces.verifiers.judge import Judge
 
@@ -150,3 +151,15 @@ def test_wrong_settings_are_refused_with_the_fix():
         Server("host:8000", "x")
     with pytest.raises(ValueError, match="key_variable must name a set environment variable"):
         Server("http://host/v1", "x", key_variable="KD_NO_SUCH_KEY")
+
+
+def test_the_judge_on_the_command_line_beside_another_verifier(teacher, tmp_path, capsys):
+    _, address = teacher
+    traces = [Trace("2+2?", "t", "four", reference="4"), Trace("1+1?", "t", "2", reference="2")]
+    write_traces(tmp_path / "in.jsonl", traces)
+    options = ["--server", address, "--model", "m", "--beside", "numeric"]
+    out = ["-o", str(tmp_path / "out.jsonl")]
+    assert main(["traces", "judge", str(tmp_path / "in.jsonl"), *out, *options]) == 0
+    shown = capsys.readouterr().out
+    assert "judge / numeric agree, %" in shown and "unknown: judge undecided" in shown
+    assert [trace.answer for trace in load(tmp_path / "out.jsonl")] == ["four"]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kd.traces.agreement import compare
 from kd.traces.dedupe import exact_duplicates
 from kd.traces.files import write_traces
 from kd.traces.filters import Lint, filter_stream
@@ -17,8 +18,7 @@ from kd.traces.rendering import Renderer, render_stream
 from kd.traces.report import write_report
 from kd.traces.selecting import best_of_n
 from kd.traces.trace import COMPACT, Trace
-from kd.traces.verification import verify
-from kd.traces.verifiers.process import ReasoningGym, gym_problems
+from kd.traces.verifiers import Maths, Numeric, ReasoningGym, Verifier, gym_problems
 from kd.traces.yields import Yield
 
 TEMPLATE = (
@@ -57,7 +57,8 @@ def run_demo(folder: str | Path, *, problems: int = 400, steps: int = 600, seed:
     stage.keep(len(answered))
     stage.seconds = time.perf_counter() - started
     linted = list(filter_stream(answered, [Lint(need_think=True)], report=report, stage="lint"))
-    correct, _ = verify(linted, ReasoningGym(), workers=2, report=report, stage="verify (gym)")
+    verifiers: dict[str, Verifier] = {"gym": ReasoningGym(), "numeric": Numeric(), "maths": Maths()}
+    correct = compare(linted, verifiers, workers=2, report=report)
     unique = list(exact_duplicates(correct, report=report))
     chosen = best_of_n(unique, report=report)
     renderer = Renderer(tokenizer, tags=COMPACT)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kd.traces.trace import Trace
-from kd.traces.yields import Yield
+from kd.traces.verifiers.verdict import STATUSES
+from kd.traces.yields import Yield, agreed
 
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d2433; max-width: 54rem;
@@ -60,7 +62,7 @@ def write_report(
         parts.append("<h2>Lengths of the final set, in characters</h2>")
         parts.append(_histogram("thought", [think for think, _ in lengths]))
         parts.append(_histogram("answer", [answer for _, answer in lengths]))
-    parts += [_dropped(report), _samples(samples)]
+    parts += [_disagreement(report), _dropped(report), _samples(samples)]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
@@ -146,18 +148,54 @@ def _histogram(name: str, values: Sequence[int], bins: int = 24) -> str:
     )
 
 
+def _disagreement(report: Yield) -> str:
+    """How several verifiers judged the same traces, and some that they judged differently."""
+    parts = []
+    for name, tally in report.stages.items():
+        notes = tally.notes
+        if not notes.get("agreement"):
+            continue
+        parts.append(f"<h2>Verifiers compared: {html.escape(name)}</h2>")
+        for pair, counts in notes["agreement"].items():
+            parts.append(_agreement(pair, counts))
+        shown = "".join(f"<pre class=d>{_lines(row)}</pre>" for row in notes["disagreements"])
+        if shown:
+            summary = "traces that one calls correct and another wrong"
+            parts.append(f"<details open><summary>{summary}</summary>{shown}</details>")
+    return "".join(parts)
+
+
+def _agreement(pair: str, counts: Mapping[str, int]) -> str:
+    """One pair's statuses against each other, as a table."""
+    left, _, right = pair.partition(" / ")
+    cells: dict[tuple[str, str], int] = {}
+    for statuses, count in counts.items():
+        mine, _, other = statuses.partition(" / ")
+        cells[mine, other] = count
+    columns = [status for status in STATUSES if any(key[1] == status for key in cells)]
+    rows = [status for status in STATUSES if any(key[0] == status for key in cells)]
+    head = f"<th>{html.escape(left)} \\ {html.escape(right)}</th>"
+    head += "".join(f"<th>{status}</th>" for status in columns)
+    body = ""
+    for status in rows:
+        numbers = (f'<td class="n">{cells.get((status, other), 0):,}</td>' for other in columns)
+        body += f"<tr><td>{status}</td>{''.join(numbers)}</tr>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    total = sum(counts.values())
+    return f"<p>They agree on {100 * agreed(counts):.1f} % of {total:,} traces.</p>{table}"
+
+
+def _lines(row: Mapping[str, Any]) -> str:
+    return html.escape("\n".join(f"{key}: {value}" for key, value in row.items() if value))
+
+
 def _dropped(report: Yield) -> str:
     parts = ["<h2>Examples of what was dropped</h2>"]
     for name, tally in report.stages.items():
         for reason, examples in tally.examples.items():
             count = tally.dropped.get(reason, 0)
             label = html.escape(f"{name}: {reason} ({count:,})")
-            rows = "".join(
-                "<pre class=d>"
-                + html.escape("\n".join(f"{key}: {value}" for key, value in row.items() if value))
-                + "</pre>"
-                for row in examples
-            )
+            rows = "".join(f"<pre class=d>{_lines(row)}</pre>" for row in examples)
             parts.append(f"<details><summary>{label}</summary>{rows}</details>")
     return "".join(parts) if len(parts) > 1 else ""
 

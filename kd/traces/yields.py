@@ -165,6 +165,8 @@ class Yield:
             lines.append(f"{name:<34}{tally.seen:>9,}{tally.kept:>9,}{gone:>9,}{share:>8}{rate:>9}")
             for reason, count in tally.to_dict()["dropped"].items():
                 lines.append(f"  - {reason:<48}{count:>9,}")
+            for pair, counts in tally.notes.get("agreement", {}).items():
+                lines.append(f"  = {pair + ' agree, %':<48}{100 * agreed(counts):>9.1f}")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -172,6 +174,12 @@ class Yield:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(self.table())}</pre>"
+
+
+def agreed(counts: Mapping[str, int]) -> float:
+    """The share of traces that two verifiers give one status, of ``compare``'s counts."""
+    same = sum(n for pair, n in counts.items() if len(set(pair.split(" / "))) == 1)
+    return same / max(1, sum(counts.values()))
 
 
 class _Inner(threading.local):
