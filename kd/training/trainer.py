@@ -200,9 +200,20 @@ class DistillationTrainer(Trainer):
             skipped = getattr(getattr(self.data_collator, "cache", None), "skipped", 0)
             if skipped:
                 logs["skipped_sequences"] = skipped
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss()
         super().log(logs, start_time)
         if self.args.should_save:
             append_metrics(Path(self.args.output_dir), self.state.log_history[-1])
+
+    def _mean_loss(self) -> float:
+        """Over all steps of the run, also those before a resume."""
+        total, last = float(getattr(self, "_tr_loss", 0.0)), 0
+        for entry in self.state.log_history:
+            if "loss" in entry:
+                total += entry["loss"] * (entry["step"] - last)
+                last = entry["step"]
+        return total / max(self.state.global_step, 1)
 
     def _sum_over_ranks(self, sums: Tensor) -> Tensor:
         return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
