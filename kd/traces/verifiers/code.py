@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import secrets
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kd.traces.trace import Trace
+from kd.traces.verifiers.asserts import RUNNER, Asserts, read_asserts, same
 from kd.traces.verifiers.sandbox import Run
 from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, WRONG, Verdict
 
@@ -44,8 +46,9 @@ class Code:
 
     Tests are ``{"inputs": [...], "outputs": [...]}`` (stdin and stdout; with ``"fn_name"`` the
     arguments and results of a function), or a list of ``{"input": ..., "output": ...}``, as
-    objects or JSON text. Expected results never enter the sandbox, so that a program cannot
-    print its own verdict.
+    objects or JSON text; or ``assert`` statements: a list of them in ``test_list`` or ``tests``
+    (MBPP), or ``test`` and ``entry_point`` (HumanEval). Expected results never enter the sandbox,
+    so that a program cannot print its own verdict; asserts.py says where that cannot be had.
 
     Args:
         backend: runs (program, stdin) and returns a ``Run``: ``Bubblewrap()``, your own callable
@@ -66,13 +69,16 @@ class Code:
     def __call__(self, trace: Trace) -> Verdict:
         if self.backend is None:
             return Verdict(UNKNOWN, "code verification is off")
-        tests = read_tests(trace.metadata)
-        if not tests or not tests["inputs"]:
+        tests, asserted = read_tests(trace.metadata), read_asserts(trace.metadata)
+        if asserted is None and (not tests or not tests["inputs"]):
             return Verdict(UNKNOWN, "no tests")
         program = extract_program(trace.answer)
         if program is None:
             fenced = "```" in trace.answer
             return Verdict(WRONG, "unterminated code fence" if fenced else "no code in the answer")
+        if asserted is not None:
+            return self._asserts(program, asserted)
+        assert tests is not None
         inputs, outputs = tests["inputs"][: self.most], tests["outputs"][: self.most]
         if tests.get("fn_name"):
             return self._calls(program, str(tests["fn_name"]), inputs, outputs)
@@ -102,6 +108,30 @@ class Code:
         if len(lines) == len(outputs) and run.status == "done":
             return Verdict(CORRECT, seconds=run.seconds, extra={"tests": len(outputs)})
         failed = _failure(run) or (WRONG, "stopped early", f"{len(lines)} of {len(outputs)} tests")
+        return Verdict(failed[0], failed[1], run.seconds, failed[2])
+
+    def _asserts(self, program: str, asserted: Asserts) -> Verdict:
+        asserted = dataclasses.replace(asserted, tests=asserted.tests[: self.most])
+        request, nonce = asserted.request(program)
+        run = self._run(RUNNER, request)
+        lines = [line for line in run.stdout.splitlines() if line.startswith(nonce)]
+        for test, line in zip(asserted.tests, lines, strict=False):
+            try:
+                kind, said = json.loads(line.removeprefix(nonce))
+            except (ValueError, TypeError):
+                kind, said = "raised", "not JSON"
+            if kind == "held" if test.inside else kind == "value" and same(said, test.wanted):
+                continue
+            detail = f"{test.source[:120]}: {said!s:.120}"
+            if not test.inside and kind == "value":
+                detail += f", not {test.wanted!r:.80}"
+            return Verdict(WRONG, "assertion failed", run.seconds, detail)
+        if len(lines) == len(asserted.tests) and run.status == "done":
+            inside = sum(test.inside for test in asserted.tests)
+            extra = {"tests": len(lines), **({"asserted_inside": inside} if inside else {})}
+            return Verdict(CORRECT, seconds=run.seconds, extra=extra)
+        counted = f"{len(lines)} of {len(asserted.tests)} tests"
+        failed = _failure(run) or (WRONG, "stopped early", counted)
         return Verdict(failed[0], failed[1], run.seconds, failed[2])
 
     def _run(self, program: str, stdin: str) -> Run:
