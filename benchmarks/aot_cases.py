@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from kd_kernels import shards
 from kd_kernels.dense import dense_losses, head_logits
 from kd_kernels.rows import Logits, RowLoss
 from kd_kernels.selection import sample, select_top
@@ -44,10 +45,12 @@ class Case:
     one_read_bytes: float  # the same where the launcher takes the cluster schedule
     floor: float
     read_bytes: float  # read an element in one pass
-    which: int = -1  # of the launches that the launcher makes
+    kernel: str = ""  # start of the name of the launch to look at; the last one's where empty
     aligned: bool = True
     bounded: bool = True  # whether it must be memory-bound by the counts
     arches: tuple[str, ...] | None = None
+    loop_bytes: tuple[float, ...] = ()  # read_bytes of each loop, where they differ
+    bulk: int = 64  # bits from which an access outside a loop is one of the row's
 
     def runs_on(self, arch: str) -> bool:
         return self.arches is None or arch in self.arches
@@ -99,7 +102,7 @@ def loss_is_mixed(options: dict) -> bool:
 
 
 def sparse_case(divergence: str, kind: str, vocab: int, stored: int, **options) -> Case:
-    """A sparse teacher, two passes, gradient written."""
+    """A sparse teacher, gradient written, on the schedule that the launcher takes."""
     dtype = DTYPES[kind]
     size = dtype.itemsize
 
@@ -117,9 +120,11 @@ def sparse_case(divergence: str, kind: str, vocab: int, stored: int, **options) 
         f"sparse {divergence} {kind} {vocab} k={stored}",
         launch,
         bytes=3 * size,
-        one_read_bytes=2 * size,
+        one_read_bytes=2 * size + 0.25,  # an eighth of a byte of marks, zeroed and read
         floor=2 * size,
         read_bytes=size,
+        kernel="sparse_rows",
+        bulk=128,  # marks are 64 bits a thread
     )
 
 
@@ -167,6 +172,55 @@ def head_case(kind: str, vocab: int) -> Case:
     )
 
 
+def shard_case(part: str, divergence: str, kind: str, live: int) -> Case:
+    """One kernel of a vocabulary shard: "statistics", "sums", "gradient", or "tail" statistics."""
+    dtype = DTYPES[kind]
+    size, sides = dtype.itemsize, 1 if part == "tail" else 2
+    loss = RowLoss(divergence, live, **DIVERGENCES.get(divergence, {}))
+
+    def launch() -> None:
+        student, teacher = (Logits(empty(ROWS, live, dtype=dtype)) for _ in range(2))
+        weights, numbers = (empty(*s, dtype=torch.float32) for s in ((ROWS,), (ROWS, 7)))
+        if part == "statistics":
+            gap = {"forward_kl": "forward", "reverse_kl": "reverse"}.get(divergence, "neither")
+            shards.shard_statistics(student, teacher, weights, loss, gap=gap)
+        elif part == "tail":
+            ids = empty(ROWS, 64, dtype=torch.int64)
+            shards.shard_statistics(student, None, weights, loss, ids=ids)
+        elif part == "sums":
+            shards.shard_sums(student, teacher, numbers, weights, loss)
+        else:
+            gradient = empty(ROWS, live, dtype=dtype)
+            shards.shard_gradient_(gradient, student, teacher, numbers, weights, loss)
+
+    moved = sides * size + (size if part == "gradient" else 0)
+    return Case(
+        f"shard {part} {divergence} {kind} {live}",
+        launch,
+        bytes=moved,
+        one_read_bytes=moved,
+        floor=moved,
+        read_bytes=sides * size,
+        bounded=part != "tail",  # 2 bytes: the histogram is what it costs
+    )
+
+
+def shard_cases() -> list[Case]:
+    """Eighths of the vocabularies."""
+    found = []
+    for live in (vocab // 8 for vocab in VOCABULARIES):
+        for kind in DTYPES:
+            found += [
+                shard_case("statistics", d, kind, live) for d in ("forward_kl", "reverse_kl", "jsd")
+            ]
+            found += [shard_case("sums", d, kind, live) for d in ("jsd", "skew_reverse_kl")]
+            found += [
+                shard_case("gradient", d, kind, live) for d in ("forward_kl", "reverse_kl", "jsd")
+            ]
+            found.append(shard_case("tail", "forward_kl", kind, live))
+    return found
+
+
 def cases(subset: bool) -> list[Case]:
     """Every variant, or the representative ones that the test suite checks."""
     if subset:
@@ -177,6 +231,8 @@ def cases(subset: bool) -> list[Case]:
             selection_case("top", "bf16", 151_936, 64, live=151_665),
             selection_case("sample", "bf16", 151_936, 64, live=151_665),
             dense_case("forward_kl", "bf16", 262_144),
+            shard_case("statistics", "reverse_kl", "bf16", 18_992),
+            shard_case("gradient", "jsd", "bf16", 18_992),
             *(dense_case(d, "bf16", 32_000) for d in ("forward_kl", "jsd")),
             dense_case("skew_reverse_kl", "bf16", 151_936, live=151_665),
             sparse_case("forward_kl_raw", "bf16", 151_936, 1024),
@@ -196,5 +252,6 @@ def cases(subset: bool) -> list[Case]:
         for k in DTYPES
     ]
     found += [dense_case("none", k, 151_936, live=151_665, ce=1.0) for k in DTYPES]
+    found += shard_cases()
     hard = dict(live=151_665, ce=1.0, temperature=2.0)
     return found + [dense_case(d, k, 151_936, **hard) for d in DIVERGENCES for k in DTYPES]

@@ -4,6 +4,8 @@
     python benchmarks/aot_table.py --subset        # the ones the test suite checks
     python benchmarks/aot_table.py --check FILE    # fail where a variant exceeds its budget
     python benchmarks/aot_table.py --record FILE   # write budgets from what is found
+    python benchmarks/aot_table.py --peers DIR     # peers' kernels beside ours (aot_peers.py)
+    python benchmarks/aot_table.py --write FILE    # the table as FILE.csv and FILE.md too
 
 The launchers themselves run, on meta tensors, and their launches are compiled as they stand: same
 tile shapes, same alignment of arguments. SASS and MUFU per element are static counts over the loops
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -33,6 +36,7 @@ sys.path[:0] = [str(ROOT / "kernels")]
 import torch  # noqa: E402
 import triton  # noqa: E402
 from aot_cases import Case, cases  # noqa: E402
+from aot_report import COLUMNS, row, write  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
@@ -83,7 +87,8 @@ def capture(case: Case, target: Target) -> tuple[Any, dict[str, Any], dict[str, 
             case.launch()
     finally:
         JITFunction.run = original
-    kernel, args, kwargs = launches[case.which]
+    named = [launch for launch in launches if launch[0].fn.__name__.startswith(case.kernel)]
+    kernel, args, kwargs = named[-1]
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
     return kernel, values, {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
@@ -173,13 +178,15 @@ def _count(report: Report, text: str, case: Case, patterns: tuple[str, ...], bit
             loops.append(code[labels[found[1]] : end + 1])
     loops = [loop for loop in loops if any(bits(line, LOAD) >= 32 for line in loop)]
     widths = []
+    uneven = len(case.loop_bytes) == len(loops)
+    sizes = iter(case.loop_bytes) if uneven and loops else itertools.repeat(case.read_bytes)
     for region in loops or [code]:
         loads = [b for b in (bits(line, LOAD) for line in region) if b]
-        bulk = [b for b in loads if b >= (32 if loops else 64)] or loads
+        bulk = [b for b in loads if b >= (32 if loops else case.bulk)] or loads
         widths += bulk + [
             b for b in (bits(line, STORE) for line in region) if b > (32 if loops else 64)
         ]
-        elements = sum(bulk) / 8 / case.read_bytes
+        elements = sum(bulk) / 8 / next(sizes)
         report.sass += len([line for line in region if "NOP" not in line]) / elements
         report.mufu += sum("MUFU" in line for line in region) / elements
     report.width = min(widths, default=0)
@@ -216,27 +223,47 @@ def fingerprint() -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def reports(wanted: list[tuple[Case, str]], cache: pathlib.Path) -> dict[str, Report]:
-    """Every case on every arch, from the cache where the sources have not changed."""
+def reports(
+    wanted: list[tuple[Case, str]], cache: pathlib.Path, *, lenient: bool = False
+) -> dict[str, Report]:
+    """Every case on every arch, from the cache where the sources have not changed.
+
+    lenient: what does not compile is left out, and not an error.
+    """
     mark, stored = fingerprint(), {}
     if cache.exists():
         held = json.loads(cache.read_text())
         stored = held["reports"] if held["fingerprint"] == mark else {}
     found = {}
-    for case, arch in wanted:
+
+    def keep() -> None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps({"fingerprint": mark, "reports": stored}))
+
+    for count, (case, arch) in enumerate(wanted):
+        if count % 50 == 0:
+            keep()
         name = f"{case.name} {arch}"
         if name not in stored:
-            stored[name] = dataclasses.asdict(measure(case, arch))
+            try:
+                stored[name] = dataclasses.asdict(measure(case, arch))
+            except Exception:
+                if not lenient:
+                    raise
+                continue
         found[name] = Report(**stored[name])
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps({"fingerprint": mark, "reports": stored}))
+    keep()
     return found
+
+
+def cost(report: Report) -> float:
+    """The slowest of bytes, instructions and MUFU, in bytes an element."""
+    return max(report.bytes, report.sass / SASS_PER_BYTE, report.mufu / MUFU_PER_BYTE)
 
 
 def share_of_floor(case: Case, report: Report) -> float:
     """Share of the memory floor that the counts allow."""
-    cost = max(report.bytes, report.sass / SASS_PER_BYTE, report.mufu / MUFU_PER_BYTE)
-    return case.floor / cost
+    return case.floor / cost(report)
 
 
 def faults(case: Case, arch: str, report: Report, budget: dict[str, float] | None) -> list[str]:
@@ -262,43 +289,48 @@ def write_budgets(path: pathlib.Path, kept: dict[str, dict[str, float]]) -> None
     path.write_text(f'{{"triton": "{triton.__version__}", "variants": {{\n{lines}\n}}}}\n')
 
 
-def main() -> None:
+def chosen(options: argparse.Namespace) -> list[Case]:
+    if options.peers is None:
+        found = cases(options.subset)
+    else:
+        from aot_peers import peer_cases
+
+        found = peer_cases(options.peers)
+    return [c for c in found if options.only in c.name]
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subset", action="store_true", help="the variants the tests check")
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--check", type=pathlib.Path, help="fail where a budget is exceeded")
     parser.add_argument("--record", type=pathlib.Path, help="write budgets")
+    parser.add_argument("--peers", type=pathlib.Path, help="folder of peers' wheels: compare")
+    parser.add_argument("--write", type=pathlib.Path, help="write FILE.csv and FILE.md")
     default = ROOT / "runs" / "aot.json"
     parser.add_argument("--cache", type=pathlib.Path, default=default, help="where results lie")
-    options = parser.parse_args()
-    chosen = [c for c in cases(options.subset) if options.only in c.name]
-    wanted = [(c, a) for c in chosen for a in ARCHES if c.runs_on(a)]
-    found = reports(wanted, options.cache)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    wanted = [(c, a) for c in chosen(options) for a in ARCHES if c.runs_on(a)]
+    found = reports(wanted, options.cache, lenient=options.peers is not None)
     budgets = json.loads(options.check.read_text())["variants"] if options.check else {}
-    columns = (
-        "kernel",
-        "arch",
-        "CTAs",
-        "regs",
-        "spill",
-        "smem",
-        "CTA/SM",
-        "bits",
-        "SASS/el",
-        "MUFU/el",
-    )
     print(f"triton {triton.__version__}")
-    print(("{:58s} {:7s}" + " {:>7s}" * 10).format(*columns, "B/el", "floor"))
-    bad = 0
+    line = "{:58s} {:7s}" + " {:>9s}" * (len(COLUMNS) - 2)
+    print(line.format(*COLUMNS))
+    bad, rows = 0, []
     for case, arch in wanted:
-        r = found[f"{case.name} {arch}"]
-        share = f"{share_of_floor(case, r):.0%}" if arch == "sm_90" and case.bounded else ""
-        numbers = (r.clusters, r.registers, r.spills, r.shared, r.blocks, r.width)
-        print(
-            f"{case.name:58s} {arch:7s}" + "".join(f" {n:7d}" for n in numbers)
-            + (f" {r.sass:7.1f} {r.mufu:7.2f}" if r.sass else f" {'-':>7s} {'-':>7s}")
-            + f" {r.bytes:7.2f} {share:>7s}"
-        )  # fmt: skip
+        r = found.get(f"{case.name} {arch}")
+        if r is None:
+            print(f"{case.name:58s} {arch:7s} does not compile")
+            continue
+        shown = arch == "sm_90" and case.bounded and options.peers is None
+        rows.append(row(case, arch, r, share_of_floor(case, r) if shown else None))
+        print(line.format(*rows[-1]))
+        if options.peers is not None:
+            continue
         for fault in faults(case, arch, r, budgets.get(f"{case.name} {arch}")):
             bad += 1
             print(f"  FAULT {fault}")
@@ -306,7 +338,15 @@ def main() -> None:
         kept = {n: {k: round(getattr(r, k), 2) for k in ("registers", "sass", "mufu")}
                 for n, r in found.items()}  # fmt: skip
         write_budgets(options.record, kept)
-    print(f"{len(wanted)} variants, {bad} faults")
+    if options.write:
+        title, notes = "Every kernel variant", ""
+        if options.peers is not None:
+            from aot_peers import summary
+
+            title = "Beside peers' kernels"
+            notes = summary(found, "sm_90", 128_256, cost)
+        write(options.write, f"{title}, compiled by Triton {triton.__version__}", rows, notes)
+    print(f"{len(rows)} variants, {bad} faults")
     sys.exit(1 if bad else 0)
 
 

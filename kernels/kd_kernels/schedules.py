@@ -1,4 +1,18 @@
-"""Which schedule a launch takes, by vocabulary, architecture and Triton version."""
+"""Which schedule a launch takes, by vocabulary, architecture and Triton version.
+
+S1, one read: the row in the registers of a thread-block cluster. sm_90 and later, Triton 3.8, rows
+of whole 16-byte vectors, to 163,840 columns of a row pair and 262,144 of one row.
+S2, two passes: everything else.
+
+A third (S3), rows split over blocks whose second phase finds them in the cache behind tickets, is
+not here. What it could save: an H100 holds 2 to 4 rows of S2 a multiprocessor, 276 to 550 MB in
+flight at 262,144 columns in bf16 on two sides, against 50 MB of L2, so that S2's second pass finds
+9 to 18 % of a row there; S3 would keep 13 MB in flight and find it all, 6 bytes an element for 9.3
+to 9.6. What it costs: blocks of one launch that wait for each other on a counter at every 32 kB,
+which no count of instructions weighs and which the interpreter, running blocks in order, cannot
+fault. Only Gemma's vocabulary with two dense sides, and GPUs before sm_90, would take it. It waits
+for a GPU to be measured on.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +50,7 @@ _forced: list[OneRead | None] = []  # tests: a schedule in place of the choice
 
 def one_read_shape(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     gradient: Tensor | None,
     vocab: int,
     target: Target,
@@ -45,6 +59,7 @@ def one_read_shape(
 ) -> OneRead | None:
     """The cluster for a row of ``vocab`` columns, or None where two passes must do.
 
+    teacher: None where the row is the student's alone, which takes half the registers.
     crowded: the row needs more registers than a second segment leaves (hard labels at another
     temperature, with adaptive_kl or float32 logits).
     """
@@ -59,7 +74,7 @@ def one_read_shape(
     if not all(_whole_vectors(t) for t in (student, teacher, gradient) if t is not None):
         _say_once("rows are not aligned to 16 bytes: two passes")
         return None
-    shape = cluster_shape(vocab)
+    shape = single_shape(vocab) if teacher is None else cluster_shape(vocab)
     return None if shape is not None and shape.second and crowded else shape
 
 
@@ -73,6 +88,16 @@ def cluster_shape(vocab: int) -> OneRead | None:
         first = max(COLUMNS, triton.next_power_of_2(vocab))
         return OneRead(first // COLUMNS, 8, first)
     return OneRead(16, 8, 131_072, 32_768) if vocab <= 163_840 else None
+
+
+def single_shape(vocab: int) -> OneRead | None:
+    """The same for one row: 64 columns a thread, 80 with a second segment."""
+    if vocab <= 131_072:
+        first = max(COLUMNS, triton.next_power_of_2(vocab))
+        return OneRead(max(1, first // (2 * COLUMNS)), 8, first)
+    if vocab <= 163_840:
+        return OneRead(8, 8, 131_072, 32_768)
+    return OneRead(16, 8, 262_144) if vocab <= 262_144 else None
 
 
 def _whole_vectors(tensor: Tensor) -> bool:

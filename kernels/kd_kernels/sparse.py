@@ -15,7 +15,8 @@ from kd_kernels.rows import (
     row_limit,
     target_of,
 )
-from kd_kernels.schedules import two_pass_shape, zero_padding
+from kd_kernels.schedules import one_read_shape, two_pass_shape, zero_padding
+from kd_kernels.sparse_one_read import mark_rows, sparse_rows_one_read, store_slots
 from kd_kernels.sparse_two_pass import sparse_rows_two_pass
 
 
@@ -49,13 +50,9 @@ def sparse_losses(
     hard = 0 if labels is None or loss.ce == 0 else (1 if loss.temperature == 1 else 2)
     written = student.tensor if gradient is None else gradient
     target = target_of(student.tensor.device)
-    block, group, warps = two_pass_shape(student.tensor, student.tensor, target)
-    width = loss.vocab if gradient is None else zero_padding(gradient, loss.vocab, block)
-    limit = row_limit(student.tensor, loss.vocab)
-    sparse_rows_two_pass[(rows,)](
-        student.tensor,
-        packed_ids,
-        packed,
+    shape = one_read_shape(student.tensor, None, gradient, loss.vocab, target)
+    tensors = (student.tensor, packed_ids, packed)
+    rest = (
         written,
         losses,
         weights,
@@ -63,10 +60,9 @@ def sparse_losses(
         weights if heads is None else heads * LOG2E,
         student.tensor.stride(0),
         written.stride(0),
-        stored,
-        loss.vocab,
-        limit,
-        width,
+    )
+    limit = row_limit(student.tensor, loss.vocab)
+    numbers = (
         *student.to_log2(loss.temperature),
         loss.temperature,
         loss.alpha,
@@ -75,6 +71,11 @@ def sparse_losses(
         loss.kd,
         loss.ce,
         student.scale,
+    )
+    block, group, warps = two_pass_shape(student.tensor, student.tensor, target)
+    covered = block if shape is None else shape.first + shape.second
+    width = loss.vocab if gradient is None else zero_padding(gradient, loss.vocab, covered)
+    options = dict(
         DIVERGENCE=loss.divergence,
         STUDENT_CAP=student.cap is not None,
         STUDENT_EXACT=student.cap is None and limit == width == loss.vocab,
@@ -83,13 +84,37 @@ def sparse_losses(
         GRADIENT=gradient is not None,
         CUDA=target.kind == "cuda",
         SLOTS=slots,
-        BLOCK=block,
-        GROUP=group,
-        num_warps=warps,
         num_stages=1,
-        # Left alone, ptxas for sm_100 stops at 48 registers and spills two.
-        **({"maxnreg": 128} if target.kind == "cuda" else {}),
     )
+    if shape is None:
+        # Left alone, ptxas for sm_100 stops at 48 registers and spills two.
+        options |= {"maxnreg": 128} if target.kind == "cuda" else {}
+        options |= dict(BLOCK=block, GROUP=group, num_warps=warps)
+        sparse_rows_two_pass[(rows,)](
+            *tensors, *rest, stored, loss.vocab, limit, width, *numbers, **options
+        )
+        return losses
+    marks = packed_ids.new_zeros((rows, -(-covered // 32)))
+    values = packed if gradient is None else torch.empty_like(packed)
+    mark_rows[(rows,)](packed_ids, marks, marks.shape[1], SLOTS=slots)
+    options |= dict(FIRST=shape.first, SECOND=shape.second)
+    sparse_rows_one_read[(rows,)](
+        *tensors,
+        marks.view(torch.uint8),
+        values,
+        *rest,
+        4 * marks.shape[1],
+        stored,
+        loss.vocab,
+        limit,
+        width,
+        *numbers,
+        num_warps=shape.warps,
+        num_ctas=shape.blocks,
+        **options,
+    )
+    if gradient is not None:
+        store_slots[(rows,)](packed_ids, values, gradient, weights, gradient.stride(0), SLOTS=slots)
     return losses
 
 
