@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses.torch_backend import Gradients, Problem, Projection, run
+from kd.losses.torch_backend import Gradients, Needs, Problem, Projection, run
 
 
 def _rebuild(problem: Problem, tensors: tuple[Tensor | None, ...]) -> Problem:
@@ -43,12 +43,6 @@ def _in_order(grads: Gradients, student: Tensor | Projection) -> list[Tensor | N
     return [*(g for pair in pairs for g in pair), grads.bias]
 
 
-def _needs(problem: Problem, needed: tuple[bool, ...]) -> tuple[bool, bool, bool]:
-    if isinstance(problem.student, Tensor):
-        return needed[0], False, False
-    return any(needed[0:-1:2]), any(needed[1:-1:2]), needed[-1]
-
-
 def _keeps_graph() -> bool:
     """Whether this backward may be followed by another over the same graph."""
     keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
@@ -62,7 +56,7 @@ class ReducedLoss(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, weight: Tensor, *tensors: Tensor | None) -> Tensor:
         problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
         needed = ctx.needs_input_grad[2:]
-        losses, grads = run(problem, weight, _needs(problem, needed) if any(needed) else None)
+        losses, grads = run(problem, weight, Needs.of(problem.student, needed))
         if any(needed):
             ordered = _in_order(grads, problem.student)
             ctx.gradients = [g if n else None for g, n in zip(ordered, needed, strict=True)]
@@ -119,7 +113,7 @@ class TokenLoss(torch.autograd.Function):
         problem = dataclasses.replace(ctx.problem, student=student)
         problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
         needed = ctx.needs_input_grad[1:]
-        _, grads = run(problem, upstream, _needs(problem, needed))
+        _, grads = run(problem, upstream, Needs.of(problem.student, needed))
         ordered = _in_order(grads, problem.student)
         return (
             None,

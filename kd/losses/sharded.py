@@ -22,13 +22,14 @@ from kd.losses.shards import Tile
 from kd.losses.torch_backend import (
     CHUNK_BYTES,
     Gradients,
+    Needs,
     Projection,
     _chunk_rows,
     _scatter_rows,
     _take,
     compute_dtype,
+    room,
 )
-from kd.losses.triton_backend import Needs, room
 
 
 def run(

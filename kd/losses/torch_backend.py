@@ -62,21 +62,37 @@ class Gradients:
     bias: Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Which tensors of the student want gradients; of a projection, pair by pair."""
+
+    inputs: tuple[bool, ...]
+    weights: tuple[bool, ...] = ()
+    bias: bool = False
+
+    @classmethod
+    def of(cls, student: Tensor | Projection, needed: tuple[bool, ...]) -> Needs | None:
+        """From what autograd needs of ``kd.losses.autograd.leaves``; None where it is nothing."""
+        if not any(needed):
+            return None
+        if isinstance(student, Tensor):
+            return cls((needed[0],))
+        return cls(tuple(needed[0:-1:2]), tuple(needed[1:-1:2]), needed[-1])
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays; everything narrower is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def run(
-    problem: Problem, weight: Tensor, needs: tuple[bool, bool, bool] | None
-) -> tuple[Tensor, Gradients]:
+def run(problem: Problem, weight: Tensor, needs: Needs | None) -> tuple[Tensor, Gradients]:
     """Row losses [N], unweighted, and the gradient of sum(weight * losses).
 
-    weight [N]. needs: whether the inputs, the weights and the bias want gradients (for a logits
-    student the first alone counts); None computes losses only. Rows that do not count give zero.
+    weight [N]. needs: the tensors that want gradients; None computes losses only. Rows that do
+    not count give zero.
     """
     if isinstance(problem.student, Tensor):
-        return _run_logits(problem, problem.student, weight, needs is not None and needs[0])
+        return _run_logits(problem, problem.student, weight, needs is not None)
     return _run_projection(problem, problem.student, weight, needs)
 
 
@@ -245,7 +261,7 @@ def _run_projection(
     problem: Problem,
     student: Projection,
     weight: Tensor,
-    needs: tuple[bool, bool, bool] | None,
+    needs: Needs | None,
 ) -> tuple[Tensor, Gradients]:
     vocab, rows = problem.objective.vocab_size, problem.rows
     first_input = student.pairs[0][0]
@@ -254,7 +270,7 @@ def _run_projection(
     dtype = compute_dtype(narrow)
     losses = torch.zeros(count, dtype=dtype, device=first_input.device)
     size = _chunk_rows(count, vocab * narrow.itemsize, CHUNK_BYTES)
-    grads = _allocate(student, rows, needs or (False,) * 3, dtype if size < count else narrow)
+    grads = room(student, rows, needs, dtype if size < count else narrow)
     buffer = _empty((size, vocab), narrow, first_input.device)
     step = _block_rows(vocab, first_input.device)
     scratch = None if narrow == dtype else buffer.new_empty((min(step, size), vocab), dtype=dtype)
@@ -302,22 +318,25 @@ def _project(student: Projection, inputs: list[Tensor], out: Tensor) -> Tensor:
     return out
 
 
-def _allocate(
-    student: Projection, rows: Tensor | None, needs: tuple[bool, ...], dtype: torch.dtype
+def room(
+    student: Projection, rows: Tensor | None, needs: Needs | None, dtype: torch.dtype
 ) -> Gradients:
-    """Room for the gradients; those of the weights [V, H] in ``dtype``, made by the first chunk."""
-    wants_x, wants_w, wants_b = needs
-    contiguous = torch.contiguous_format
+    """Room for the gradients that are wanted and for no others: a frozen lm_head gets none.
+
+    Those of the weights [V, H] are in ``dtype``, filled by the first chunk.
+    """
+    count = len(student.pairs)
+    needs = needs or Needs((False,) * count, (False,) * count)
     make = torch.empty_like if rows is None else torch.zeros_like
     empty = len(student.pairs[0][0]) == 0 or (rows is not None and len(rows) == 0)
     make_weight = torch.zeros if empty else torch.empty
     grads = Gradients()
-    for x, w in student.pairs:
-        grads.inputs.append(make(x, memory_format=contiguous) if wants_x else None)
+    for (x, w), wants_x, wants_w in zip(student.pairs, needs.inputs, needs.weights, strict=True):
+        grads.inputs.append(make(x, memory_format=torch.contiguous_format) if wants_x else None)
         grads.weights.append(
             make_weight(w.shape, dtype=dtype, device=w.device) if wants_w else None
         )
-    if wants_b and student.bias is not None:
+    if needs.bias and student.bias is not None:
         wide = compute_dtype(student.bias.dtype)
         grads.bias = torch.zeros(student.bias.shape, dtype=wide, device=student.bias.device)
     return grads

@@ -20,7 +20,15 @@ from kd.losses.autograd import _in_order, _keeps_graph, _rebuild, _without_tenso
 from kd.losses.divergences import Divergence, head_mask
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import Objective, SparseRows, canonical_sparse, densify
-from kd.losses.torch_backend import Gradients, Problem, Projection, _allocate, _scatter_rows, _take
+from kd.losses.torch_backend import (
+    Gradients,
+    Needs,
+    Problem,
+    Projection,
+    _scatter_rows,
+    _take,
+    room,
+)
 
 
 def chosen(where: str, backend: str, like: Tensor) -> bool:
@@ -70,24 +78,6 @@ def loss(problem: Problem, weight: Tensor, scale: Tensor | float | None, *leaves
     if scale is None:
         return TokenLoss.apply(problem, weight, *leaves) * weight
     return ReducedLoss.apply(problem, weight * scale, *leaves)
-
-
-@dataclasses.dataclass(frozen=True)
-class Needs:
-    """Which tensors of the student want gradients; of a projection, pair by pair."""
-
-    inputs: tuple[bool, ...]
-    weights: tuple[bool, ...] = ()
-    bias: bool = False
-
-    @classmethod
-    def of(cls, student: Tensor | Projection, needed: tuple[bool, ...]) -> Needs | None:
-        """From what autograd needs of ``kd.losses.autograd.leaves``; None where it is nothing."""
-        if not any(needed):
-            return None
-        if isinstance(student, Tensor):
-            return cls((needed[0],))
-        return cls(tuple(needed[0:-1:2]), tuple(needed[1:-1:2]), needed[-1])
 
 
 class ReducedLoss(torch.autograd.Function):
@@ -371,22 +361,6 @@ def _run_projection(
             _accumulate(student, grads, inputs, dlogits, start, rows)
         del logits, dlogits
     return _scatter_rows(losses, rows, len(first)), grads
-
-
-def room(
-    student: Projection, rows: Tensor | None, needs: Needs | None, dtype: torch.dtype
-) -> Gradients:
-    """Room for the gradients that are wanted, and for no others: a frozen lm_head gets none."""
-    grads = Gradients()
-    if needs is None:
-        return Gradients(inputs=[None] * len(student.pairs), weights=[None] * len(student.pairs))
-    for pair, x, w in zip(student.pairs, needs.inputs, needs.weights, strict=True):
-        one = _allocate(dataclasses.replace(student, pairs=(pair,)), rows, (x, w, False), dtype)
-        grads.inputs += one.inputs
-        grads.weights += one.weights
-    grads.bias = _allocate(dataclasses.replace(student, pairs=student.pairs[:1]), rows,
-                           (False, False, needs.bias), dtype).bias  # fmt: skip
-    return grads
 
 
 def _accumulate(
