@@ -2,7 +2,8 @@
 
     python benchmarks/bench_traces.py --records 100000
 
-Synthetic bulk over real shapes; prints records a second by stage, the total, and peak memory.
+Synthetic bulk over real shapes; prints records a second by stage, the total, and peak memory, as
+Markdown (`--output FILE` also writes it). One thread.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from kd.bench import machine
 from kd.traces import (
     CHATML,
     Evaluations,
@@ -91,7 +93,7 @@ def write_bulk(path: Path, count: int, seed: int = 0) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def run(count: int, folder: Path) -> None:
+def run(count: int, folder: Path) -> list[str]:
     raw, clean = folder / "raw.jsonl", folder / "clean.jsonl"
     write_bulk(raw, count)
     rng = random.Random(1)
@@ -113,19 +115,41 @@ def run(count: int, folder: Path) -> None:
     for made in pack((ids for _, ids in stream2), CAPACITY, window=4000):
         used, rows = used + len(made.input_ids), rows + 1
     ended = time.perf_counter()
-    print(report.table())
-    print(f"load to decontaminate, written: {middle - started:.1f} s")
-    print(f"mix, render with round trip, pack: {ended - middle:.1f} s")
-    print(f"all: {ended - started:.1f} s, {count / (ended - started):,.0f} records/s")
-    print(f"tokens: {used:,}; rows of {CAPACITY:,} are {100 * used / (rows * CAPACITY):.1f} % full")
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    total = ended - started
+    lines = [
+        f"{machine.line_of(machine.machine_info('cpu'))}",
+        "",
+        "| stage | in | kept | records/s | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, tally in report.stages.items():
+        rate = tally.seen / max(tally.seconds, 1e-9)
+        lines.append(
+            f"| {name} | {tally.seen:,} | {tally.kept:,} | {rate:,.0f} | {tally.seconds:.1f} |"
+        )
+    counted = sum(tally.seconds for tally in report.stages.values())
+    lines += [
+        f"| writing in the middle, packing | | | | {total - counted:.1f} |",
+        f"| **all** | {count:,} | {report.kept:,} | {count / total:,.0f} | {total:.1f} |",
+        "",
+        f"{used:,} tokens; rows of {CAPACITY:,} are {100 * used / (rows * CAPACITY):.1f} % full; "
+        f"load to decontaminate {middle - started:.1f} s; peak memory "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB.",
+    ]
+    print("\n".join(lines))
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=100_000)
+    parser.add_argument("--output", type=Path, help="also write the Markdown there")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run(parser.parse_args().records, Path(folder))
+        lines = run(args.records, Path(folder))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

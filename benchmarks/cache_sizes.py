@@ -22,6 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kd.cache import compact  # noqa: E402
+from kd.cache.bits import width_of  # noqa: E402
 from kd.cache.codecs import Layout, Rows, Side  # noqa: E402
 from kd.cache.registry import CODECS  # noqa: E402
 from kd.cache.shards import Block, encode_shard  # noqa: E402
@@ -106,6 +108,35 @@ def ours(ids, logprobs, live: int, codec: str, k: int) -> tuple[float, float, fl
     return size / n, float(kl.mean()), float(kl.max())
 
 
+def entropy(values: np.ndarray, given: np.ndarray | None = None) -> float:
+    """Empirical entropy in bytes, summed over all values, each given its class."""
+    given = np.zeros(len(values), np.int64) if given is None else given.astype(np.int64)
+    _, pairs = np.unique(given << 32 | values.astype(np.int64), return_counts=True)
+    _, classes = np.unique(given, return_counts=True)
+    bits = (classes * np.log2(classes)).sum() - (pairs * np.log2(pairs)).sum()
+    return float(bits) / 8
+
+
+def ideal(ids, logprobs, live: int, k: int) -> float:
+    """bytes/token of an ideal order-0 coder of what "compact" stores: gaps between ranks, levels
+    given the row's least level, tails and floors, with input tokens and keys as they are."""
+    n = len(ids) // 256 * 256
+    counts = np.full(n, k, np.int32)
+    rows = Rows(counts, ids[:n, :k].reshape(-1).astype(np.int32), logprobs[:n, :k].reshape(-1))
+    side = Side({"live_vocab": live})
+    order = compact.encode_ids(rows, Layout.of(np.full(n // 256, 256), counts), side)[1]
+    rank = compact.ranking(side.tables["ranks"], live)[1][rows.ids]
+    p = np.exp(rows.logprobs[order].astype(np.float64)).reshape(n, k)
+    level = np.rint(np.sqrt(p) * compact.LEVELS).astype(np.int64)
+    least = level.min(1)
+    mean = np.where(level == 0, p, 0).sum(1) / np.maximum((level == 0).sum(1), 1)
+    floors = np.rint(-np.log(mean[least == 0]) / compact.FLOOR_STEP)
+    total = entropy(compact.gaps_of(rank[order], counts)) + 4 * len(side.tables["ranks"])
+    total += entropy((level - least[:, None]).reshape(-1), np.repeat(least, k))
+    total += entropy(compact.encode_tail(p.sum(1))) + entropy(least) + entropy(floors)
+    return total / n + width_of(live - 1) / 8 + 20 / 256
+
+
 def theirs(logprobs: np.ndarray, live: int, setting: str) -> tuple[float, float, float]:
     """bytes/token and KL of one of DistillKit's settings (no rows above one in sum are mended)."""
     k, exact, width, terms, delta = DISTILLKIT[setting]
@@ -152,10 +183,19 @@ def floor_bits(k: int, live: int) -> float:
     return choose / math.log(2) / 8
 
 
+LINES: list[str] = []
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+    LINES.append(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder of a causal LM, such as SmolLM2-135M-Instruct")
     parser.add_argument("--blocks", type=int, default=32, help="blocks of 256 tokens")
+    parser.add_argument("--output", type=Path, help="also write the Markdown there")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
@@ -171,30 +211,35 @@ def main() -> None:
             ("sharpened (T = 0.6), uniform ids", uniform, sharpened(logprobs, 0.6), QWEN),
         ]
     cases.append(("simulated power law, uniform ids", *simulated_rows(2048), QWEN))
-    print(f"numpy {np.__version__}, torch {torch.__version__}\n")
-    print("| rows | stored | bytes/token | added KL, mean | added KL, max |")
-    print("|---|---|---|---|---|")
+    say(f"numpy {np.__version__}, torch {torch.__version__}\n")
+    say("| rows | stored | bytes/token | added KL, mean | added KL, max |")
+    say("|---|---|---|---|---|")
     for name, ids, logprobs, live in cases:
         mass, best = np.exp(logprobs[:, :64]).sum(1).mean(), np.exp(logprobs[:, 0]).mean()
-        print(f"| **{name}** (top-64 holds {mass:.3f}, top-1 {best:.2f}) | | | | |")
+        say(f"| **{name}** (top-64 holds {mass:.3f}, top-1 {best:.2f}) | | | | |")
         for codec in ("compact", "log8", "float32"):
             size, mean, most = ours(ids, logprobs, live, codec, 64)
-            print(f"| | kd {codec}, k=64 | {size:.1f} | {mean:.1e} | {most:.1e} |")
+            say(f"| | kd {codec}, k=64 | {size:.1f} | {mean:.1e} | {most:.1e} |")
+        size = ideal(ids, logprobs, live, 64)
+        say(f"| | an ideal order-0 coder of what compact stores | {size:.1f} | as compact | |")
         size, mean, most = ours(ids, logprobs, live, "compact", 128)
-        print(f"| | kd compact, k=128 | {size:.1f} | {mean:.1e} | {most:.1e} |")
+        say(f"| | kd compact, k=128 | {size:.1f} | {mean:.1e} | {most:.1e} |")
         for setting in DISTILLKIT:
             size, mean, most = theirs(logprobs, live, setting)
-            print(f"| | DistillKit {setting} | {size:.1f} | {mean:.1e} | {most:.1e} |")
+            say(f"| | DistillKit {setting} | {size:.1f} | {mean:.1e} | {most:.1e} |")
     if args.model:
         live = whole.shape[1]
-        print("\n| sampled (`counts`) | draws | distinct ids | bytes/token |\n|---|---|---|---|")
+        say("\n| sampled (`counts`) | draws | distinct ids | bytes/token |\n|---|---|---|---|")
         wide = torch.full((len(whole), QWEN), -torch.inf)
         wide[:, torch.randperm(QWEN, generator=torch.Generator().manual_seed(0))[:live]] = whole
         for name, rows, vocabulary in (("real", whole, live), ("random Qwen ids", wide, QWEN)):
             for draws in (25, 50, 100):
                 size, distinct = sampled(rows, vocabulary, draws)
-                print(f"| {name} | {draws} | {distinct:.1f} | {size:.1f} |")
-    print(f"\nFloor for 64 uniform ids of {QWEN:,}: {floor_bits(64, QWEN):.1f} bytes, ids alone.")
+                say(f"| {name} | {draws} | {distinct:.1f} | {size:.1f} |")
+    say(f"\nFloor for 64 uniform ids of {QWEN:,}: {floor_bits(64, QWEN):.1f} bytes, ids alone.")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text("\n".join(LINES) + "\n")
 
 
 if __name__ == "__main__":

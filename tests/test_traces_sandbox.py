@@ -17,7 +17,7 @@ from kd.traces.verifiers.hostile import HOSTILE
 from kd.traces.verifiers.sandbox import Bubblewrap, Limits, Run, SandboxClosed, UnsafeSubprocess
 
 try:
-    SANDBOX = Bubblewrap(Limits(seconds=3.0))
+    SANDBOX = Bubblewrap(Limits(seconds=2.0))
     CLOSED = ""
 except OSError as error:
     SANDBOX, CLOSED = None, str(error)
@@ -28,7 +28,7 @@ needs_sandbox = pytest.mark.skipif(SANDBOX is None, reason=CLOSED)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_programs_are_contained(name):
     run = SANDBOX(HOSTILE[name].program)
-    assert HOSTILE[name].contained(run) and run.seconds < 4.5, run
+    assert HOSTILE[name].contained(run) and run.seconds < 3.5, run
 
 
 @needs_sandbox
