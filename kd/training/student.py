@@ -38,9 +38,9 @@ def prepare_student(model: Any) -> Any:
         TypeError: the model has no decoder or no output embeddings.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(causal, "_kd_prepared", False):
-        return model
     head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
+    if getattr(head, "_kd_original_forward", None) is not None:
+        return model
     decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
     if head is None or decoder is None or decoder is causal:
         raise TypeError(
@@ -48,12 +48,15 @@ def prepare_student(model: Any) -> Any:
             f"{type(model).__name__}. Load it with AutoModelForCausalLM."
         )
     scale, softcap = head_options(causal.config)
-    causal._kd_original_forward = causal.forward
+    if getattr(causal, "_kd_original_forward", None) is None:
+        causal._kd_original_forward = causal.forward
+        causal.forward = types.MethodType(_forward, causal)
+    for inner in head.modules():  # peft may have put a layer of its own around a prepared head
+        if getattr(inner, "_kd_original_forward", None) is not None:
+            inner.forward, inner._kd_original_forward = inner._kd_original_forward, None
     head._kd_original_forward = head.forward
     head._kd_scale, head._kd_softcap = scale, softcap
-    causal.forward = types.MethodType(_forward, causal)
     head.forward = types.MethodType(_head_forward, head)
-    causal._kd_prepared = True
     return model
 
 
@@ -85,7 +88,12 @@ def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) ->
 
 def as_hidden(head: Any, hidden: Tensor) -> Hidden:
     """Hidden states and the lm_head that would have read them, as a ``kd.Hidden``."""
-    base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
+    if hasattr(head, "modules_to_save"):  # peft trains a whole copy of the head
+        active = head.active_adapters[0] if head.active_adapters else None
+        copies = {} if head.disable_adapters else head.modules_to_save
+        base = copies[active] if active in copies else head.original_module
+    else:
+        base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     return Hidden(
         hidden,
         base.weight,
@@ -111,6 +119,17 @@ def _lora(head: Any) -> tuple[Tensor, Tensor, float] | None:
             "Activate one with set_adapter, or leave lm_head out of target_modules."
         )
     name = active[0]
+    dropout = getattr(head.lora_dropout[name], "p", 0.0) if name in head.lora_dropout else 0.0
+    if dropout and head.training:
+        raise ValueError(
+            f"prepare_student: the LoRA of the lm_head must have lora_dropout=0, got {dropout}: "
+            "its input is the loss's own. Set it to 0, or leave lm_head out of target_modules."
+        )
+    if name in getattr(head, "lora_magnitude_vector", {}):
+        raise ValueError(
+            "prepare_student: the LoRA of the lm_head must be a plain one, got DoRA. Use "
+            "use_dora=False, or leave lm_head out of target_modules."
+        )
     return (
         head.lora_A[name].weight,
         head.lora_B[name].weight,
