@@ -7,9 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd.cli.main import main
+from kd.evaluation import texts
 from kd.recipe import models, read_json
-from kd_recipes import _texts, heal
+from kd_recipes import heal
 from kd_recipes._pruning import block_influence, least_influential, without_layers
+from kd_recipes._random_model import random_model
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_a_rerun_skips_and_one_more_seed_trains_only_that(finished, capsys):
 
 def test_a_pruned_model_still_generates_with_a_cache(tmp_path):
     """Layers carry their number into the key-value cache: a gap would break decoding."""
-    _texts.random_model(tmp_path)
+    random_model(tmp_path)
     model = without_layers(AutoModelForCausalLM.from_pretrained(tmp_path), [1, 3]).eval()
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
@@ -65,7 +67,7 @@ def test_a_pruned_model_still_generates_with_a_cache(tmp_path):
 
 
 def test_the_layer_that_does_nothing_has_no_influence(tmp_path):
-    _texts.random_model(tmp_path)
+    random_model(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.zero_()
@@ -81,13 +83,13 @@ def test_the_layer_that_does_nothing_has_no_influence(tmp_path):
 def test_text_of_ones_own(tmp_path):
     (tmp_path / "a.txt").write_text("one two three")
     (tmp_path / "b.jsonl").write_text('{"text": "four"}\n\n{"text": "five"}\n')
-    assert _texts.documents(tmp_path) == ["one two three"]
-    assert sorted(_texts.documents(tmp_path / "b.jsonl")) == ["five", "four"]
+    assert texts.documents(tmp_path) == ["one two three"]
+    assert sorted(texts.documents(tmp_path / "b.jsonl")) == ["five", "four"]
     (tmp_path / "c.jsonl").write_text('{"content": "four"}\n')
     with pytest.raises(ValueError, match='must be an object with "text"'):
-        _texts.documents(tmp_path / "c.jsonl")
+        texts.documents(tmp_path / "c.jsonl")
     with pytest.raises(ValueError, match="must be a file or a folder, got .*missing"):
-        _texts.documents(tmp_path / "d.txt")
+        texts.documents(tmp_path / "d.txt")
 
 
 def test_too_little_text_says_how_much_is_needed(tmp_path, capsys):

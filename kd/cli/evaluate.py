@@ -1,4 +1,4 @@
-"""``kd evaluate``: generate answers to a file of problems and score them."""
+"""``kd evaluate``: models side by side on problems, on text, and beside a teacher's cache."""
 
 from __future__ import annotations
 
@@ -7,88 +7,101 @@ import json
 from pathlib import Path
 from typing import Any
 
+VERIFIERS = ("exact", "numeric", "maths", "choice", "gym")
+EXAMPLES = """\
+examples:
+  kd evaluate Qwen/Qwen2.5-0.5B-Instruct --problems gym:gsm_symbolic --limit 100
+  kd evaluate before=Qwen/Qwen2.5-7B after=runs/mine/model --problems tests.jsonl --samples 4
+  kd evaluate my-model --problems tests.jsonl --server http://localhost:8000/v1
+  kd evaluate before=Qwen/Qwen2.5-7B after=runs/mine/model --text docs.txt     # what was forgotten
+  kd evaluate student --traces traces.jsonl --cache cache        # agreement with the teacher
+  kd evaluate Qwen/Qwen2.5-0.5B --problems lm-eval:gsm8k         # needs pip install lm-eval
+"""
+
 
 def add_parser(subparsers: Any) -> None:
     """Add ``kd evaluate``."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="score a model on a file of problems",
+        help="score models on problems, on text, and beside a teacher",
         description=(
-            "Generates an answer to every problem and compares the text behind </think> with the "
-            "reference. PROBLEMS is a JSON-lines file of {prompt, reference}."
+            "Asks every MODEL the same problems and reports pass@1 with its 95 % interval; "
+            "measures perplexity on a text, where the first model is what the others are compared "
+            "with; and measures agreement and calibration against a teacher's cache."
         ),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="a transformers model: a folder or a hub id")
-    parser.add_argument("problems", type=Path, help="JSON lines of {prompt, reference}")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=4096)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--limit", type=int, help="only the first so many problems")
-    parser.add_argument("--no-chat", action="store_true", help="prompts are raw text, no template")
-    parser.add_argument("--output", type=Path, help="write every completion as JSON lines here")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="[label=]folder or hub id")
+    what = parser.add_argument_group("what to measure (at least one)")
+    what.add_argument(
+        "--problems", help="a .jsonl of {prompt, reference}, gym:NAME[:k=v,...] or lm-eval:TASK"
+    )
+    what.add_argument("--text", type=Path, help="perplexity on a .txt, a .jsonl or a folder")
+    what.add_argument("--traces", type=Path, help="traces the cache was built from (with --cache)")
+    what.add_argument("--cache", type=Path, help="a teacher's cache of these traces")
+    how = parser.add_argument_group("how answers are drawn and judged")
+    how.add_argument("--verifier", choices=VERIFIERS, help="default: gym for gym:, else exact")
+    how.add_argument("--samples", type=int, default=1, help="answers to each problem (1)")
+    how.add_argument("--pass-at", default="1", help="such as 1,4; at most --samples (1)")
+    how.add_argument("--temperature", type=float, help="0 is greedy; default 0, or 0.6 for several")
+    how.add_argument("--top-p", type=float, default=0.95)
+    how.add_argument("--max-new-tokens", type=int, default=4096)
+    how.add_argument("--batch-size", type=int, default=16)
+    how.add_argument("--limit", type=int, default=0, help="only the first so many problems")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--no-chat", action="store_true", help="prompts are raw text, no template")
+    how.add_argument("--server", help="ask this OpenAI-compatible server; MODEL is its name there")
+    how.add_argument("--key-variable", default="", help="environment variable with the API key")
+    parser.add_argument("--output", type=Path, help="folder for report.html and results.json")
     parser.set_defaults(run=run)
 
 
-def read_problems(path: Path, limit: int | None = None) -> list[dict[str, str]]:
-    """The problems of a JSON-lines file.
-
-    Raises:
-        ValueError: a line is not an object with a prompt and a reference.
-    """
-    problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            problems.append({"prompt": row["prompt"], "reference": str(row["reference"])})
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"kd evaluate: every line of PROBLEMS must be an object with prompt and reference, "
-                f"got {line[:60]!r} in {path}:{number}. Rename the fields or drop the line."
-            ) from None
-    if not problems:
-        raise ValueError(
-            f"kd evaluate: PROBLEMS must hold at least one problem, got none in {path}."
-        )
-    return problems[:limit]
-
-
 def run(args: argparse.Namespace) -> int:
-    """Evaluate and print accuracy with its 95 % interval."""
-    problems = read_problems(args.problems, args.limit)
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from kd.evaluation import generate, score
-    from kd.recipe.progress import Progress
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
-    with Progress("answering", len(problems)) as bar:
-        completions = generate(
-            model,
-            tokenizer,
-            [problem["prompt"] for problem in problems],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            batch_size=args.batch_size,
-            chat=not args.no_chat,
-            progress=bar.to,
+    """Measure what was asked for, print it, and write the page."""
+    if not (args.problems or args.text or args.cache):
+        raise ValueError(
+            "kd evaluate: something to measure must be given, got none. Add --problems, --text, "
+            "or --traces with --cache."
         )
-    result = score(completions, [problem["reference"] for problem in problems])
-    if args.output is not None:
-        with args.output.open("w", encoding="utf-8") as file:
-            for problem, completion, right in zip(
-                problems, completions, result.correct, strict=True
-            ):
-                row = {**problem, "completion": completion, "correct": right}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    low, high = result.interval
-    print(
-        f"{100 * result.accuracy:.1f} % of {len(problems)} right "
-        f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-    )
+    if bool(args.cache) != bool(args.traces):
+        raise ValueError("kd evaluate: --cache and --traces must be given together, got one.")
+    if args.server and (args.text or args.cache):
+        raise ValueError(
+            "kd evaluate: --server must be used with --problems alone, got --text or --cache too. "
+            "They need the model's own probabilities: give a local model."
+        )
+    labels = dict(_label(name) for name in args.models)
+    if len(labels) < len(args.models):
+        raise ValueError("kd evaluate: models must have different labels. Write label=model.")
+    if (args.problems or "").startswith("lm-eval:"):
+        return _lm_eval(args, labels)
+
+    from kd.cli.measure import Measured, measure, write_page
+
+    found: dict[str, Measured] = {}
+    for label, model in labels.items():
+        found[label] = measure(label, model, args)
+    text = write_page(found, args)
+    print(text)
+    return 0
+
+
+def _label(name: str) -> tuple[str, str]:
+    label, equals, model = name.partition("=")
+    return (label, model) if equals and label else (Path(name).name or name, name)
+
+
+def _lm_eval(args: argparse.Namespace, labels: dict[str, str]) -> int:
+    from kd.evaluation.problems import run_lm_eval
+
+    task = args.problems.removeprefix("lm-eval:")
+    found = {label: run_lm_eval(task, model, args.limit) for label, model in labels.items()}
+    for label, figures in found.items():
+        print(label)
+        for name, value in figures.items():
+            print(f"  {name:<32} {value:.4f}")
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "results.json").write_text(json.dumps(found, indent=1))
     return 0

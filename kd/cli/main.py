@@ -14,6 +14,7 @@ Distil large language models: reasoning traces, cached teacher logits, students,
 
 Start here:
   kd run quickstart               distil a tiny reasoning model on this machine (about 3 minutes)
+  kd run heal                     prune a real model and heal it by KD (minutes on a CPU)
   kd recipes                      what else there is, with hardware and time
   kd run quickstart --help        every setting of a recipe, with its meaning
   kd doctor                       what this machine has, and what kd will use
@@ -24,9 +25,10 @@ EPILOG = "Errors are one line with the fix; --debug (anywhere) shows the traceba
 AREAS = {
     "cache": ("kd.teachers.cli", "build, verify and convert caches of teacher log-probabilities"),
     "traces": ("kd.traces.cli", "load, verify, filter, mix and render reasoning traces"),
-    "evaluate": ("kd.cli.evaluate", "score a model on a file of problems"),
+    "evaluate": ("kd.cli.evaluate", "score models on problems, on text, and beside a teacher"),
     "bench": ("kd.bench.cli", "measure the losses on this machine, peers beside them"),
     "doctor": ("kd.cli.doctor", "what this machine has, and what kd will use"),
+    "completion": ("kd.cli.completion", "print a script that completes kd's words with Tab"),
 }
 # Errors a user can mend: their message says how, so their type is left out.
 PLAIN_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
@@ -122,7 +124,9 @@ def _recipes(args: argparse.Namespace) -> int:
             print(f"{recipe.name:<14} {recipe.summary}")
         for preset, (summary, _) in recipe.presets.items():
             print(f"  {preset:<12} {summary}")
-    print(f"\nRun one: kd run {found[0].name if found else 'NAME'} [PRESET] [--field value ...]")
+    names = [recipe.name for recipe in found]
+    first = "quickstart" if "quickstart" in names else (names or ["NAME"])[0]
+    print(f"\nRun one: kd run {first} [PRESET] [--field value ...]")
     return 0
 
 

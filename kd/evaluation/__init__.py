@@ -1,5 +1,6 @@
 """Evaluation: generate, score with intervals, compare with standard errors, and report."""
 
+from kd.evaluation.answers import Evaluation, evaluate, pass_at_k
 from kd.evaluation.arms import (
     ACCURACY,
     NATS,
@@ -9,11 +10,13 @@ from kd.evaluation.arms import (
     arms_rows,
     compare_arms,
     compare_runs,
+    intervals_figure,
     percent,
     text_table,
 )
 from kd.evaluation.generate import generate
 from kd.evaluation.likelihood import Closeness, Likelihood, closeness, likelihood
+from kd.evaluation.problems import read_problems
 from kd.evaluation.report import Report, open_page
 from kd.evaluation.scores import Comparison, Score, compare, final_answer, score, spread
 
@@ -23,6 +26,7 @@ __all__ = [
     "PERPLEXITY",
     "Closeness",
     "Comparison",
+    "Evaluation",
     "Likelihood",
     "Metric",
     "Report",
@@ -33,11 +37,15 @@ __all__ = [
     "compare",
     "compare_arms",
     "compare_runs",
+    "evaluate",
     "final_answer",
     "generate",
+    "intervals_figure",
     "likelihood",
     "open_page",
+    "pass_at_k",
     "percent",
+    "read_problems",
     "score",
     "spread",
     "text_table",

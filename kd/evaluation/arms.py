@@ -174,3 +174,20 @@ def arms_figure(
     axes.set_ylabel(metric.label)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def intervals_figure(found: Mapping[str, tuple[float, float, float]]) -> Any:
+    """Models beside each other: value, and the ends of its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 0.8 + 0.5 * len(found)))
+    axes = figure.subplots()
+    for i, (label, (value, low, high)) in enumerate(found.items()):
+        axes.plot([low, high], [i, i], lw=2, color=COLOURS[i % len(COLOURS)])
+        axes.plot([value], [i], "o", color=COLOURS[i % len(COLOURS)])
+        axes.annotate(f"{label}: {percent(value)}", (value, i), (0, 8), textcoords="offset points")
+    axes.set_ylim(len(found) - 0.5, -0.7)
+    axes.set_yticks([])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure

@@ -45,8 +45,6 @@ from kd.recipe.models import (
     packaged_smollm2,
     unpack_gguf,
 )
-from kd_recipes import _texts
-from kd_recipes._pruning import block_influence, least_influential, without_layers
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,9 @@ def run_stages(config: Config) -> Stage:
 def get_model(folder: Path, source: str) -> dict[str, Any]:
     """A folder transformers can load: the user's, the hub's, or made from the PyPI package."""
     if source == "random":
-        _texts.random_model(folder / "model")
+        from kd_recipes._random_model import random_model
+
+        random_model(folder / "model")
         return {"path": str(folder / "model"), "name": "a tiny random model"}
     if source:
         load_tokenizer(source)  # a wrong name is an error now, not after the text was cut
@@ -204,18 +204,20 @@ def cut_text(
     """Blocks of text to train on, to score on, and of another kind to score on."""
     from safetensors.torch import save_file
 
+    from kd.evaluation import texts
+
     tokenizer = load_tokenizer(model.result["path"])
-    blocks = _texts.blocks(tokenizer, _texts.documents(text), length)
+    blocks = texts.blocks(tokenizer, texts.documents(text), length)
     wanted = -(-tokens // length)
     if len(blocks) < wanted + test_blocks:
         raise ValueError(
             f"heal: text must hold at least {wanted + test_blocks} blocks of {length} tokens, got "
             f"{len(blocks)}. Lower --tokens or --test-blocks, or give more text."
         )
-    story = _texts.story() if other == Path() else _texts.documents(other)
+    story = texts.story() if other == Path() else texts.documents(other)
     parts = {"train": blocks[:wanted], "test": blocks[-test_blocks:]}
     if story:
-        parts["other"] = _texts.blocks(tokenizer, story, length)[:test_blocks]
+        parts["other"] = texts.blocks(tokenizer, story, length)[:test_blocks]
     save_file({name: part.contiguous() for name, part in parts.items()}, folder / "blocks")
     return {name: len(part) for name, part in parts.items()} | {"length": length}
 
@@ -229,6 +231,8 @@ def blocks_of(text: Path, part: str) -> list[Any]:
 
 def prune(folder: Path, model: Stage, text: Stage, drop_layers: int) -> dict[str, Any]:
     """Measure every layer's influence on training text, and save the model without the least."""
+    from kd_recipes._pruning import block_influence, least_influential, without_layers
+
     teacher = load_model(model.result["path"]).eval()
     with mixed_precision():
         influence = block_influence(teacher, blocks_of(text.path, "train")[:16])

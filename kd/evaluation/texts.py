@@ -1,4 +1,4 @@
-"""Plain text for recipes: from files, from Python's own documentation, and as blocks of tokens."""
+"""Plain text: from files, from Python's own documentation, and as blocks of tokens."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ def documents(path: Path) -> list[str]:
     elif path.is_file():
         found = [path.read_text(encoding="utf-8")]
     else:
-        raise ValueError(f"heal: text must be a file or a folder, got {path}, which is missing.")
+        raise ValueError(
+            f"documents: text must be a file or a folder, got {path}, which is missing."
+        )
     found = [text for text in found if text.strip()]
     if not found:
-        raise ValueError(f"heal: text must hold some text, got none in {path}. Look for *.txt.")
+        raise ValueError(
+            f"documents: text must hold some text, got none in {path}. Look for *.txt."
+        )
     random.Random(0).shuffle(found)
     return found
 
@@ -45,7 +49,7 @@ def _text(line: str, path: Path) -> str:
         return str(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(
-            f'heal: every line of text must be an object with "text", got {line[:60]!r} in {path}.'
+            f'documents: every line must be an object with "text", got {line[:60]!r} in {path}.'
         ) from None
 
 
@@ -66,34 +70,3 @@ def blocks(tokenizer: Any, texts: Sequence[str], length: int) -> Tensor:
         ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids + end
     count = len(ids) // length
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
-
-
-def random_model(folder: Path) -> None:
-    """A tiny Llama with random weights and a tokenizer of bytes, for trying things offline."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *letters])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

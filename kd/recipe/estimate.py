@@ -1,0 +1,207 @@
+"""What a recipe will need before anything starts: memory, time and disk, with its assumptions.
+
+These are estimates from arithmetic, not measurements: a training token costs 6 floating-point
+operations per parameter (8 with recomputed activations) and attention's share on top; hardware is
+taken to reach a stated part of its peak.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+GIB = 2**30
+UTILISATION = 0.35
+# Vendors' dense bf16 figures, in TFLOP/s.
+PEAKS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+    "A10": 125.0,
+}
+UNKNOWN = "A100"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a recipe may use.
+
+    Attributes:
+        gpus: their number; 0 is a CPU.
+        memory: of one, in GiB.
+        name: what they are; decides the peak.
+        assumed: the user named it, or the name is a guess.
+    """
+
+    gpus: int
+    memory: float
+    name: str = UNKNOWN
+    assumed: bool = False
+
+    @property
+    def peak(self) -> float:
+        """Dense bf16 TFLOP/s of one."""
+        return next((peak for key, peak in PEAKS.items() if key in self.name), PEAKS[UNKNOWN])
+
+    def __str__(self) -> str:
+        if not self.gpus:
+            return f"a CPU with {self.memory:.0f} GiB of memory"
+        kind = f"{self.name} ({self.peak:.0f} TFLOP/s bf16)"
+        note = ", assumed" if self.assumed else ""
+        return f"{self.gpus} x {kind} with {self.memory:.0f} GiB each{note}"
+
+
+def find_hardware(gpus: int = 0, gpu_memory: float = 0.0, gpu: str = "") -> Hardware:
+    """What is here, or what the user named.
+
+    Args:
+        gpus: the number to assume; 0 looks.
+        gpu_memory: GiB of each; 80 when only ``gpus`` is given.
+        gpu: a name such as "H100".
+    """
+    import torch
+
+    if gpus:
+        return Hardware(gpus, gpu_memory or 80.0, gpu or UNKNOWN, assumed=True)
+    if torch.cuda.is_available():
+        first = torch.cuda.get_device_properties(0)
+        memory = gpu_memory or first.total_memory / GIB
+        return Hardware(torch.cuda.device_count(), memory, gpu or first.name)
+    from kd.recipe.memory import total_memory
+
+    return Hardware(0, total_memory(), "CPU")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Qwen-like decoder.
+
+    Attributes:
+        hidden: width.
+        layers: depth.
+        heads: of the queries.
+        kv_heads: of the keys and values.
+        feed_forward: width inside the MLP.
+        rows: of the lm_head.
+        tied: embedding and lm_head are one matrix.
+        context: positions.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    feed_forward: int
+    rows: int
+    tied: bool
+    context: int = 32_768
+
+    @property
+    def body(self) -> int:
+        """Parameters of the layers."""
+        kv = self.hidden * self.kv_heads // self.heads
+        attention = 2 * self.hidden**2 + 2 * self.hidden * kv + self.hidden + 2 * kv
+        return self.layers * (attention + 3 * self.hidden * self.feed_forward + 2 * self.hidden)
+
+    @property
+    def parameters(self) -> int:
+        return self.body + self.hidden + self.rows * self.hidden * (1 if self.tied else 2)
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """From a transformers config."""
+        return cls(
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            getattr(config, "num_key_value_heads", config.num_attention_heads),
+            config.intermediate_size,
+            config.vocab_size,
+            bool(getattr(config, "tie_word_embeddings", False)),
+            config.max_position_embeddings,
+        )
+
+
+QWEN25 = {
+    "0.5B": Shape(896, 24, 14, 2, 4864, 151_936, True),
+    "1.5B": Shape(1536, 28, 12, 2, 8960, 151_936, True),
+    "7B": Shape(3584, 28, 28, 4, 18_944, 152_064, False),
+    "14B": Shape(5120, 48, 40, 8, 13_824, 152_064, False),
+    "32B": Shape(5120, 64, 40, 8, 27_648, 152_064, False),
+}
+
+
+def training_memory(shape: Shape, length: int, gpus: int, micro_batch: int = 1) -> dict[str, float]:
+    """GiB on one GPU: fully sharded float32 weights, gradients and Adam; recomputed activations.
+
+    Args:
+        shape: of the student.
+        length: tokens in the longest sequence.
+        gpus: over which everything is sharded.
+        micro_batch: sequences at a time.
+    """
+    tokens = length * micro_batch
+    gathered = 2 * (2 * shape.body / shape.layers) + 2 * shape.rows * shape.hidden
+    boundaries = 2 * shape.layers * tokens * shape.hidden
+    kv = shape.hidden * shape.kv_heads // shape.heads
+    one_layer = 2 * tokens * (8 * shape.hidden + 4 * kv + 6 * shape.feed_forward)
+    head = 4 * tokens * shape.hidden * 3 + 4 * 1024 * shape.rows  # hidden, its gradient, one chunk
+    parts = {
+        "weights, gradients, Adam (sharded)": 16 * shape.parameters / gpus,
+        "gathered layers and lm_head": gathered,
+        "kept activations": boundaries,
+        "one layer's activations": one_layer,
+        "loss": head,
+    }
+    return {name: value / GIB for name, value in parts.items()}
+
+
+def full_logits(shape: Shape, length: int, micro_batch: int = 1) -> float:
+    """GiB that student and teacher logits and their gradient would add in float32."""
+    return 3 * 4 * length * micro_batch * shape.rows / GIB
+
+
+def training_hours(shape: Shape, tokens: float, length: int, hardware: Hardware) -> float:
+    """Hours for so many tokens, activations recomputed."""
+    attention = 4 * shape.layers * length / 2 * shape.hidden  # causal, forward, per token
+    per_token = 8 * (shape.body + shape.rows * shape.hidden) + 4 * attention
+    return tokens * per_token / _speed(hardware) / 3600
+
+
+def forward_hours(shape: Shape, tokens: float, length: int, hardware: Hardware) -> float:
+    """Hours for a forward pass over so many tokens."""
+    attention = 4 * shape.layers * length / 2 * shape.hidden
+    per_token = 2 * (shape.body + shape.rows * shape.hidden) + attention
+    return tokens * per_token / _speed(hardware) / 3600
+
+
+def least_gpus(shape: Shape, length: int, memory: float, share: float = 0.92) -> int:
+    """The fewest GPUs of that many GiB on which training fits; 0 where more do not help."""
+    for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+        if sum(training_memory(shape, length, gpus).values()) <= share * memory:
+            return gpus
+    return 0
+
+
+def show_hours(hours: float) -> str:
+    """Hours as text, in the unit that reads best."""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    if hours < 1.5:
+        return f"{60 * hours:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def show_bytes(size: float) -> str:
+    """Bytes as text."""
+    power = min(4, int(math.log(max(size, 1), 1000)))
+    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _speed(hardware: Hardware) -> float:
+    peak = hardware.peak * 1e12 * hardware.gpus if hardware.gpus else 1e11
+    return UTILISATION * peak

@@ -1,0 +1,81 @@
+"""A teacher's cache in the student's ids, for a pair whose special tokens or templates differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kd.cache import CacheWriter, TeacherCache
+from kd.vocab import Aligner, VocabularyContract, place_rows, tokenizer_fingerprint
+
+
+class Pair(NamedTuple):
+    """One trace as both sides see it; ``*_start`` is where the completion begins."""
+
+    teacher_ids: Any
+    teacher_start: int
+    student_ids: Any
+    student_start: int
+
+
+def translate_cache(
+    cache: TeacherCache,
+    pairs: Iterable[Pair],
+    path: str | Path,
+    *,
+    teacher: Any,
+    student: Any,
+    contract: VocabularyContract,
+    padded_vocab: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write a cache for the student's sequences from one of the teacher's; a rerun continues.
+
+    A token of a completion takes the teacher's row at the same bytes of text. Where the teacher
+    has no such row (the pieces of ``<think>``), the row stays empty and adds nothing to the loss.
+
+    Args:
+        cache: of the teacher's sequences.
+        pairs: every trace once.
+        path: the new cache's folder.
+        teacher: the teacher's tokenizer.
+        student: the student's.
+        contract: between the two.
+        padded_vocab: rows of the student's lm_head.
+        progress: called with the number of traces done.
+
+    Returns:
+        {"tokens": completion tokens, "covered": those that have a row, "mass": the mean
+        probability a covered row keeps in the student's vocabulary}.
+    """
+    align = Aligner(teacher, student, contract)
+    meta = dataclasses.replace(
+        cache.meta,
+        teacher={**cache.meta.teacher, "translated": contract.to_dict()},
+        tokenizer=tokenizer_fingerprint(student),
+        live_vocab=contract.student_live,
+        padded_vocab=padded_vocab,
+    )
+    tokens = covered = done = 0
+    mass = 0.0
+    with CacheWriter(path, meta) as writer:
+        for pair in pairs:
+            theirs, ours = list(map(int, pair.teacher_ids)), list(map(int, pair.student_ids))
+            places = align(theirs[pair.teacher_start :], ours[pair.student_start :])
+            found = cache.lookup(torch.tensor(theirs))
+            rows = contract.translate(found.ids, found.logprobs)
+            ids, logprobs = place_rows(*rows, places, pair.teacher_start, pair.student_start)
+            input_ids = torch.tensor(ours)
+            if input_ids not in writer:
+                writer.add(input_ids, ids, logprobs)
+            here = places >= 0
+            tokens, covered = tokens + len(places), covered + int(here.sum())
+            mass += float(logprobs.exp().sum())
+            done += 1
+            if progress is not None:
+                progress(done)
+    return {"tokens": tokens, "covered": covered, "mass": mass / max(covered, 1)}

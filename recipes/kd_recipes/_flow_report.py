@@ -1,0 +1,113 @@
+"""The page at the end of a Qwen recipe: arms with their spread, counts, settings and samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kd.recipe import Stage
+
+
+def write_report(
+    folder: Path,
+    config: Any,
+    traces: Stage,
+    rows: Stage,
+    targets: Stage,
+    arms: Stage,
+    scores: Stage,
+) -> dict[str, Any]:
+    """The table, the plot, the plain words and some samples on one page."""
+    from kd.evaluation import Report, arms_figure, arms_rows, text_table
+
+    found = scores.result
+    labels = _labels(config)
+    names = {arm: [f"{arm}-{i}" for i in range(len(arms.result[arm]))] for arm in labels}
+    values = {label: [found[n]["accuracy"] for n in names[arm]] for arm, label in labels.items()}
+    ends: dict[str, float] = {
+        name: found[name]["accuracy"] for name in ("before", "teacher") if name in found
+    }
+    verdict = _verdict(config, labels, values, found, names)
+    header, table = arms_rows(values, config.seeds, ends)
+    page = Report(config.title)
+    page.verdict(verdict).table(header, table)
+    page.plot(
+        arms_figure(values, ends),
+        "accuracy",
+        "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
+    )
+    page.text(_what_was_done(config, rows.result))
+    if "bytes" in targets.result:
+        page.text(_targets(config, targets.result))
+    page.heading("Traces kept and dropped").code(traces.result["table"])
+    page.code(rows.result["table"])
+    page.heading("Samples").text("The first seed of each arm, before and the teacher.")
+    shown: dict[str, str] = {
+        "before": "before",
+        **{names[arm][0]: label for arm, label in labels.items()},
+    }
+    for name, label in {**shown, "teacher": "teacher"}.items():
+        if name in found:
+            page.text(label).samples([_sample(*row) for row in found[name]["samples"][:4]])
+    page.save(folder)
+    return {"verdict": verdict, "table": text_table(header, table), "arms": values, **ends}
+
+
+def _labels(config: Any) -> dict[str, str]:
+    if not config.kd.epochs:
+        return {"sft": "SFT"}
+    if not config.sft.epochs:
+        return {"sft": "SFT alone" if config.control else "before", "kd": "KD"}
+    return {"sft": "SFT alone", "kd": "SFT + KD"}
+
+
+def _verdict(config: Any, labels: Any, values: Any, found: Any, names: Any) -> str:
+    from kd.evaluation import compare_arms, compare_runs
+
+    if len(labels) == 1:
+        before, after = found["before"]["correct"], found[names["sft"][0]]["correct"]
+        return compare_runs("before", "SFT", before, after)
+    if len(config.seeds) > 1:
+        return compare_arms(values, labels["sft"], labels["kd"])
+    first, second = (found[names[arm][0]]["correct"] for arm in labels)
+    return compare_runs(labels["sft"], labels["kd"], first, second)
+
+
+def _what_was_done(config: Any, rows: Any) -> str:
+    said = [
+        f"{rows['rows']:,} traces of {rows['tokens']:,} tokens, {rows['trained']:,} of them "
+        "trained on."
+    ]
+    if config.sft.epochs:
+        said.append(
+            f"SFT: {config.sft.epochs:g} epochs at a peak rate of {config.sft.learning_rate:g}."
+        )
+    kd = config.kd
+    if kd.epochs:
+        alone = "as much SFT again in the first arm" if config.control else "nothing more"
+        said.append(
+            f"Then {alone}; in the other, {kd.epochs:g} epochs with {kd.kd_weight:g} times the "
+            f"divergence at temperature {kd.temperature:g} and {kd.ce_weight:g} times "
+            f"cross-entropy, {'the teacher in memory' if config.online else 'from a cache'}."
+        )
+    said.append(
+        f"{len(config.seeds)} seed(s); greedy answers to {config.test_problems} problems. "
+        f"Hyper-parameters: {config.source}."
+    )
+    return " ".join(said)
+
+
+def _targets(config: Any, targets: Any) -> str:
+    from kd.evaluation import percent
+
+    return (
+        f"The teacher's top-{config.top_k} take {targets['bytes']:,} bytes. "
+        f"{percent(targets['covered'] / max(targets['tokens'], 1))} of the student's completion "
+        "tokens have a row of the teacher; the rest (tags that the two write differently) are "
+        "trained by cross-entropy alone."
+    )
+
+
+def _sample(question: str, think: str, answer: str, right: bool) -> tuple[str, str, bool]:
+    thought = f"<think>\n{think}\n</think>\n\n" if think else ""
+    return f"{question}\n", thought + answer, right

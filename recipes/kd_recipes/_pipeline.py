@@ -1,0 +1,493 @@
+"""The stages that the Qwen recipes share: models, traces, rows, training, evaluation.
+
+Each function is a stage of ``kd.recipe.Run``: it gets its folder, its settings and the stages it
+reads, and returns what the later ones need. A recipe file lists them; nothing here knows a recipe.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd.recipe import Progress, Stage, read_json, run_jobs, write_json
+from kd.recipe.models import device, fast_bf16, load_config, load_model, load_tokenizer
+from kd_recipes import _arithmetic as arithmetic
+
+OFFLINE, OFFLINE_QWEN = "offline", "offline-qwen"
+VERIFIERS = ("", "exact", "numeric", "maths", "gym")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a student is trained; the same class for SFT and for KD."""
+
+    epochs: float = 3.0
+    """Passes over the traces."""
+    learning_rate: float = 1e-5
+    """Peak."""
+    min_rate: float = 0.0
+    """Share of the peak that the cosine ends at."""
+    warmup: float = 0.1
+    """Share of the steps."""
+    batch: int = 96
+    """Traces in an optimiser step, over all GPUs."""
+    micro_batch: int = 1
+    """Traces on one GPU at a time."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to it."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    adam_beta2: float = 0.999
+    """Of AdamW."""
+    train_embeddings: bool = True
+    """Train the embedding and the lm_head too."""
+    kd_weight: float = 0.0
+    """Weight of the divergence from the teacher."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy on the trace."""
+    temperature: float = 1.0
+    """Softens teacher and student in the divergence."""
+    checkpoints: int = 4
+    """Written over the run; a killed run continues from the last whole one."""
+
+
+def verifier_of(name: str) -> Any:
+    """A verifier of ``kd.traces`` by name."""
+    from kd import traces
+
+    made = {
+        "exact": traces.Exact,
+        "numeric": traces.Numeric,
+        "maths": traces.Maths,
+        "gym": traces.ReasoningGym,
+    }
+    if name not in made:
+        raise ValueError(f"recipe: verifier must be one of {', '.join(made)}, got {name!r}.")
+    return made[name]()
+
+
+# --- models and vocabulary ------------------------------------------------------------------------
+
+
+def get_models(folder: Path, student: str, teacher: str, max_length: int) -> dict[str, Any]:
+    """Where both models are, and the contract between their vocabularies.
+
+    Everything that could make a long run fail late is checked here: tokenizers that differ,
+    lm_heads that are too narrow, and a context shorter than the traces may be.
+    """
+    from kd.vocab import R1_TO_QWEN, check_width, vocabulary_contract
+
+    paths = {"student": student, "teacher": teacher}
+    for side, name in paths.items():
+        if name in (OFFLINE, OFFLINE_QWEN):
+            from kd_recipes import _offline_qwen
+
+            made = "qwen-teacher" if name == OFFLINE_QWEN else side
+            _offline_qwen.write_model(made, folder / side)
+            paths[side] = str(folder / side)
+    found: dict[str, Any] = dict(paths)
+    tokenizers = {}
+    for side, path in paths.items():
+        if not path:
+            continue
+        tokenizers[side], config = load_tokenizer(path), load_config(path)
+        found[f"{side}_live"] = check_width(tokenizers[side], config.vocab_size, side)
+        found[f"{side}_rows"] = config.vocab_size
+        if max_length > config.max_position_embeddings:
+            raise ValueError(
+                f"recipe: max_length must be at most the {side}'s context of "
+                f"{config.max_position_embeddings} tokens, got {max_length}. Lower --max-length, "
+                "or choose a model with a longer context."
+            )
+    if teacher:
+        contract = vocabulary_contract(
+            tokenizers["teacher"], tokenizers["student"], special=R1_TO_QWEN
+        )
+        found["contract"] = contract.to_dict()
+        found["one_to_one"] = contract.trivial
+    return found
+
+
+def contract_of(models: Stage) -> Any:
+    """The vocabulary contract that the ``models`` stage settled."""
+    from kd.vocab import VocabularyContract
+
+    plain = models.result["contract"]
+    return VocabularyContract(
+        plain["teacher_live"],
+        plain["student_live"],
+        {int(a): b for a, b in plain["remap"].items()},
+        frozenset(plain["masked"]),
+    )
+
+
+# --- traces ---------------------------------------------------------------------------------------
+
+
+def get_traces(
+    folder: Path,
+    models: Stage,
+    source: str,
+    verifier: str,
+    limit: int,
+    held_out: int,
+) -> dict[str, Any]:
+    """Traces of a file or a data set, or of the offline teacher; verified, and counted."""
+    from kd.traces import Lint, Yield, exact_duplicates, filter_stream, verify_stream, write_traces
+
+    report = Yield()
+    found = (
+        _offline_traces(models, limit, held_out, report)
+        if source == OFFLINE
+        else _limited(_load(source, report), limit)
+    )
+    stream = filter_stream(found, [Lint(need_think=True)], report=report, stage="lint")
+    if verifier:
+        journal = folder / "verdicts.jsonl"
+        stream = verify_stream(stream, verifier_of(verifier), journal=journal, report=report)
+    count = write_traces(folder / "traces.jsonl", exact_duplicates(stream, report=report))
+    if not count:
+        raise ValueError(
+            f"recipe: traces must leave at least one after filtering, got none of {source}. "
+            f"Counts:\n{report.table()}"
+        )
+    return {"table": report.table(), "kept": count}
+
+
+def _load(source: str, report: Any) -> Any:
+    from kd.traces import load
+
+    try:
+        yield from load(source, report=report)
+    except (OSError, ConnectionError) as error:
+        raise OSError(
+            f"recipe: traces must be a readable file or data set, got {source} "
+            f"({str(error).strip().splitlines()[0][:120]}). Check the name and the network, or "
+            "give a JSON-lines file with --traces."
+        ) from error
+
+
+def _limited(stream: Any, limit: int) -> Any:
+    for number, trace in enumerate(stream):
+        if limit and number >= limit:
+            return
+        yield trace
+
+
+def _offline_traces(models: Stage, count: int, held_out: int, report: Any) -> Any:
+    """The offline teacher solves sums, once each, at temperature 1."""
+    from kd.traces import Sampling, Trace, generate_local
+
+    excluded = set(arithmetic.problems(max(held_out, 1), seed=0))
+    questions = arithmetic.problems(count, seed=1, exclude=excluded)
+    asked = [Trace(q, reference=arithmetic.answer(q), domain="math") for q in questions]
+    path = models.result["teacher"]
+    tally = report.stage("generate")
+    with Progress("the teacher solves problems", len(asked)) as bar:
+        for trace in generate_local(
+            load_model(path),
+            load_tokenizer(path),
+            asked,
+            sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=40),
+            batch_size=64,
+            progress=bar.to,
+        ):
+            tally.keep()
+            yield trace
+
+
+def render_rows(
+    folder: Path, models: Stage, traces: Stage, max_length: int, tags: str
+) -> dict[str, Any]:
+    """Every trace in the student's template and, where there is one, in the teacher's."""
+    from datasets import Dataset
+
+    from kd.traces import COMPACT, R1, SKY_T1, Renderer, Yield, load
+
+    forms = {"r1": R1, "compact": COMPACT, "sky_t1": SKY_T1}
+    if tags not in forms:
+        raise ValueError(f"recipe: tags must be one of {', '.join(forms)}, got {tags!r}.")
+    student = Renderer(load_tokenizer(models.result["student"]), tags=forms[tags])
+    teacher_path = models.result["teacher"]
+    teacher = Renderer(load_tokenizer(teacher_path), tags=forms[tags]) if teacher_path else None
+    report, totals = Yield(), {"rows": 0, "tokens": 0, "trained": 0}
+
+    def rows() -> Any:
+        tally = report.stage("render")
+        with Progress("rendering", traces.result["kept"]) as bar:
+            for trace in load(traces.path / "traces.jsonl"):
+                bar.advance()
+                row = _render(trace, student, teacher, max_length, tally)
+                if row is not None:
+                    totals["rows"] += 1
+                    totals["tokens"] += len(row["input_ids"])
+                    totals["trained"] += len(row["input_ids"]) - row["start"]
+                    yield row
+
+    # written in batches: reasoning traces need not fit into memory
+    cache = str(folder / "arrow")
+    Dataset.from_generator(rows, cache_dir=cache, fingerprint="rows").save_to_disk(folder / "rows")
+    shutil.rmtree(cache)
+    return {**totals, "table": report.table()}
+
+
+def _render(
+    trace: Any, student: Any, teacher: Any, max_length: int, tally: Any
+) -> dict[str, Any] | None:
+    from kd.traces import RenderError
+
+    try:
+        ours = student(trace)
+        theirs = teacher(trace) if teacher is not None else None
+    except RenderError as error:
+        tally.drop(error.reason, trace, str(error))
+        return None
+    longest = max(len(ours.input_ids), len(theirs.input_ids) if theirs else 0)
+    if longest > max_length:
+        tally.drop(f"longer than {max_length} tokens", trace, f"{longest} tokens")
+        return None
+    tally.keep()
+    row = {"input_ids": ours.input_ids, "labels": ours.labels, "start": _start(ours.labels)}
+    if theirs is not None:
+        row |= {"teacher_ids": theirs.input_ids, "teacher_start": _start(theirs.labels)}
+    return row
+
+
+def _start(labels: list[int]) -> int:
+    return next((i for i, label in enumerate(labels) if label != -100), len(labels))
+
+
+def rows_of(rows: Path) -> Any:
+    """The rows of a finished ``rows`` stage."""
+    from datasets import load_from_disk
+
+    return load_from_disk(rows / "rows")
+
+
+# --- teacher targets ------------------------------------------------------------------------------
+
+
+def cache_teacher(
+    folder: Path, models: Stage, rows: Stage, top_k: int, batch_tokens: int
+) -> dict[str, Any]:
+    """The teacher's top-k on its own rendering of every trace."""
+    from kd.teachers import build_cache
+
+    path = models.result["teacher"]
+    dtype = {"dtype": "auto"} if device().type == "cuda" else {}
+    column = rows_of(rows.path).with_format("torch")
+    cache = build_cache(
+        load_model(path, **dtype).eval(),
+        (row["teacher_ids"] for row in column),
+        folder / "cache",
+        tokenizer=load_tokenizer(path),
+        top_k=top_k,
+        batch_tokens=batch_tokens,
+    )
+    size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
+    return {"path": str(folder / "cache"), "bytes": size, "sequences": len(cache)}
+
+
+def translate_targets(folder: Path, models: Stage, rows: Stage, cache: Stage) -> dict[str, Any]:
+    """The teacher's targets at the student's tokens; nothing to do where both are the same."""
+    from kd.cache import TeacherCache
+    from kd.recipe.translate import Pair, translate_cache
+
+    found = rows_of(rows.path)
+    same = models.result["one_to_one"] and all(
+        list(row["input_ids"]) == list(row["teacher_ids"]) for row in found.select(range(1))
+    )
+    if same:
+        return {**cache.result, "covered": 1, "tokens": 1}
+    with Progress("translating targets to the student's ids", len(found)) as bar:
+        result = translate_cache(
+            TeacherCache(cache.result["path"]),
+            (
+                Pair(row["teacher_ids"], row["teacher_start"], row["input_ids"], row["start"])
+                for row in found
+            ),
+            folder / "cache",
+            teacher=load_tokenizer(models.result["teacher"]),
+            student=load_tokenizer(models.result["student"]),
+            contract=contract_of(models),
+            padded_vocab=models.result["student_rows"],
+            progress=bar.to,
+        )
+    return {**cache.result, "path": str(folder / "cache"), **result}
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of one student."""
+
+    folder: Path
+    start: str
+    tokenizer: str
+    rows: Path
+    training: Training
+    seed: int
+    targets: str = ""
+    online: str = ""
+
+
+def train_all(jobs: list[Job], description: str, workers: int) -> list[dict[str, Any]]:
+    """Several trainings, side by side on a CPU; finished ones are not trained again."""
+    return run_jobs(train, jobs, description, 1 if device().type == "cuda" else workers)
+
+
+def train(job: Job, report: Any) -> dict[str, Any]:
+    """Train one student and keep its model, continuing from its last whole checkpoint."""
+    done = read_json(job.folder / "result.json")
+    if done:
+        return done
+
+    from kd.cache import TeacherCache
+    from kd.training import DistillationCollator, Objective, fit
+
+    settings, rows = job.training, rows_of(job.rows).select_columns(["input_ids", "labels"])
+    tokenizer = load_tokenizer(job.tokenizer)
+    targets = TeacherCache(job.targets) if job.targets and settings.kd_weight else None
+    _check_coverage(targets, rows)
+    teacher = None
+    if job.online and settings.kd_weight:
+        dtype = {"dtype": "auto"} if device().type == "cuda" else {}
+        teacher = load_model(job.online, **dtype).eval()
+    objective = Objective(
+        kd_weight=settings.kd_weight,
+        ce_weight=settings.ce_weight,
+        temperature=settings.temperature,
+        vocab_size=len(tokenizer),
+        teacher=targets if targets is not None else teacher,
+    )
+    model = load_model(job.start)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight.requires_grad_(settings.train_embeddings)
+    log = fit(
+        model,
+        rows.with_format("torch"),
+        job.folder,
+        collator=DistillationCollator(tokenizer.pad_token_id or 0, targets, attention_mask=False),
+        objective=objective,
+        steps=max(1, round(settings.epochs * len(rows) / settings.batch)),
+        learning_rate=settings.learning_rate,
+        seed=job.seed,
+        warmup=settings.warmup,
+        report=report,
+        **_arguments(settings),
+    )
+    result = {
+        "seed": job.seed,
+        "folder": str(job.folder),
+        "model": str(job.folder / "model"),
+        "log": log,
+    }
+    _save(model, tokenizer, job.folder / "model")
+    write_json(job.folder / "result.json", result)
+    for checkpoint in job.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)  # the model is kept, its optimiser is not
+    return result
+
+
+def _check_coverage(targets: Any, rows: Any) -> None:
+    """A cache that does not cover the data is refused before a model is loaded."""
+    if targets is None:
+        return
+    missing = [i for i, ids in enumerate(rows["input_ids"]) if list(ids) not in targets]
+    if missing:
+        raise ValueError(
+            f"recipe: cache must cover every training row, got none of {len(missing)} of "
+            f"{len(rows)} rows (the first is row {missing[0]}) in {targets.path}. Build the cache "
+            "from the same traces, template and tokenizer; --fresh does everything again."
+        )
+
+
+def _arguments(settings: Training) -> dict[str, Any]:
+    import os
+
+    gpu = device().type == "cuda"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = settings.micro_batch if gpu else settings.batch
+    found: dict[str, Any] = {
+        "batch_size": micro,
+        "gradient_accumulation_steps": max(1, settings.batch // (micro * world)),
+        "max_grad_norm": settings.max_grad_norm,
+        "weight_decay": settings.weight_decay,
+        "adam_beta2": settings.adam_beta2,
+        "checkpoints": settings.checkpoints,
+        "use_cpu": not gpu,
+    }
+    if settings.min_rate:
+        found["lr_scheduler_type"] = "cosine_with_min_lr"
+        found["lr_scheduler_kwargs"] = {"min_lr_rate": settings.min_rate}
+    if gpu:
+        found |= {"bf16": fast_bf16(), "gradient_checkpointing": True}
+    return found
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The whole model from rank 0, also where its weights are sharded."""
+    import torch
+
+    state = None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+        )
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        if torch.distributed.get_rank() != 0:
+            return
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def problems_of(source: str, count: int) -> list[Any]:
+    """Problems as traces to be answered: the offline sums, or what ``kd evaluate`` reads."""
+    from kd.traces import Trace
+
+    if source == OFFLINE:
+        questions = arithmetic.problems(count, seed=0)
+        return [Trace(q, reference=arithmetic.answer(q)) for q in questions]
+    from kd.evaluation.problems import read_problems
+
+    return read_problems(source, count)
+
+
+def answer_problems(job: Any, report: Any) -> dict[str, Any]:
+    """One model answers every problem; kept on disk, so that a rerun does not ask again."""
+    folder, path, source, count, verifier, max_new_tokens = job
+    file = Path(folder) / "answers.json"
+    done = read_json(file)
+    if done:
+        return done
+
+    from kd.traces import Sampling, generate_local
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    problems = [t.note(number=i) for i, t in enumerate(problems_of(source, count))]
+    model = load_model(path, **({"dtype": "auto"} if device().type == "cuda" else {}))
+    answered = generate_local(
+        model,
+        load_tokenizer(path),
+        problems,
+        sampling=Sampling(temperature=0, max_new_tokens=max_new_tokens),
+        batch_size=64,
+        progress=lambda done: report(done / len(problems)),
+    )
+    judge, rows = verifier_of(verifier), []
+    for trace in sorted(answered, key=lambda t: t.metadata["number"]):
+        rows.append([trace.prompt, trace.think, trace.answer, judge(trace).correct])
+    accuracy = sum(row[3] for row in rows) / len(rows)
+    result = {"accuracy": accuracy, "correct": [r[3] for r in rows], "samples": rows[:8]}
+    write_json(file, result)
+    return result

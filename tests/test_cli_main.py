@@ -1,0 +1,117 @@
+"""The command line: help that teaches, errors in one line, completion, doctor."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from kd.cli import doctor
+from kd.cli.completion import words
+from kd.cli.main import AREAS, main, one_line
+
+
+def test_help_teaches_the_first_steps(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("kd run quickstart", "kd run heal", "kd doctor", "--debug", *AREAS):
+        assert expected in printed
+
+
+@pytest.mark.parametrize("command", sorted(AREAS))
+def test_every_area_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"usage: kd {command}" in capsys.readouterr().out
+
+
+def test_recipes_are_listed_with_their_presets(capsys):
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("quickstart", "heal", "r1_to_qwen", "stratos", "sky_t1", "logit_kd"):
+        assert f"\n{name}" in "\n" + printed
+    assert "32B" in printed and "kd run quickstart" in printed
+    assert main(["recipes", "r1_to_qwen"]) == 0
+    assert "--dry-run" in capsys.readouterr().out
+
+
+def test_every_setting_of_a_recipe_is_explained(capsys):
+    assert main(["run", "heal", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "--drop-layers" in printed and "Layers taken out" in printed and "All presets" in printed
+
+
+def test_errors_are_one_line_and_a_traceback_on_request(capsys, monkeypatch):
+    assert main(["run", "no_such_recipe"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "List them with: kd recipes" in error
+    assert main(["run", "heal", "no_such_preset"]) == 1
+    assert "PRESET must be one of default" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="NAME must be one of"):
+        main(["run", "no_such_recipe", "--debug"])
+    monkeypatch.setenv("KD_DEBUG", "1")
+    with pytest.raises(ValueError, match="NAME must be one of"):
+        main(["run", "no_such_recipe"])
+
+
+def test_one_line_names_the_fix_or_the_type():
+    assert one_line(ValueError("a\n  b")) == "error: a b"
+    missing = ModuleNotFoundError("No module named 'tyro'", name="tyro")
+    assert "pip install tyro" in one_line(missing) and "kd-llm[recipes]" in one_line(missing)
+    assert one_line(KeyError("x")).startswith("error: KeyError: ")
+
+
+def test_interrupted_says_how_to_go_on(capsys, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["kd.cli.main"], "_dispatch", interrupt)
+    assert main(["doctor"]) == 130
+    assert "run the same command again to continue" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_status_two(capsys):
+    assert main(["doctor", "--no-such-option"]) == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_completion_knows_commands_recipes_presets_and_options():
+    known = words()
+    assert {"run", "recipes", "cache", "evaluate", "completion"} <= set(known[""])
+    assert {"heal", "quickstart"} <= set(known["run"])
+    assert {"offline", "7B", "--dry-run", "--kd.learning-rate"} <= set(known["run r1_to_qwen"])
+    assert "verify" in known["cache"] and "--teacher" in known["cache build"]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_bash_script_completes(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "kd.sh").write_text(capsys.readouterr().out)
+    script = (
+        f"source {tmp_path}/kd.sh\n"
+        't() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _kd; echo "${COMPREPLY[@]}"; }\n'
+        "t kd ev; t kd run hea; t kd run r1_to_qwen off; t kd run heal --drop; t kd cache veri\n"
+    )
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["evaluate", "heal", "offline", "--drop-layers", "verify"]
+    for shell, mark in (("zsh", "bashcompinit"), ("fish", "complete -c kd")):
+        assert main(["completion", shell]) == 0
+        assert mark in capsys.readouterr().out
+
+
+def test_doctor_says_what_will_be_used_and_why(capsys):
+    status = main(["doctor"])
+    printed = capsys.readouterr().out
+    assert status in (0, 1)
+    for expected in ("cores", "memory", "torch", "losses", "precision"):
+        assert expected in printed
+    assert main(["doctor", "--json"]) == status
+    assert '"will use"' in capsys.readouterr().out
+
+
+def test_doctor_finds_what_is_missing_or_too_old(monkeypatch, capsys):
+    real, changed = doctor._version, {"tyro": None, "torch": "2.1.0"}
+    monkeypatch.setattr(doctor, "_version", lambda n: changed[n] if n in changed else real(n))
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "torch 2.1.0 is too old. Fix: pip install 'torch>=2.6'" in printed
+    assert "tyro is not installed. Fix:" in printed
