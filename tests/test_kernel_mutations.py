@@ -10,6 +10,7 @@ import test_kernel_dense as dense
 import test_kernel_linear as linear_tests
 import test_kernel_one_read as one_read
 import test_kernel_selection as selected
+import test_kernel_shards as shard_tests
 import test_kernel_sparse as sparse_tests
 import test_kernel_sparse_one_read as sparse_one_read_tests
 from loss_mutations import Mutation
@@ -24,6 +25,7 @@ from kd_kernels import (
     linear,
     scale,
     selection,
+    shard_rows,
     sparse_one_read,
     sparse_two_pass,
 )
@@ -97,6 +99,23 @@ KERNEL_DEFECTS = {
     "upstream gradient ignored": (
         scale.scale_in_place, "if scale == 1.0:", "if scale != 0.0:",
         linear_tests.test_reduced, "logits", {},
+    ),
+    "a shard's gap not rescaled": (
+        shard_rows.fold_gap, "times(shrink, acc +", "(acc +",
+        shard_tests.test_one_shard_is_the_plain_loss, "reverse_kl", "dense",
+    ),
+    "a shard's gradient without its shift": (
+        shard_rows.shard_gradient_rows, "s - t - shift", "s - t",
+        shard_tests.test_one_shard_is_the_plain_loss, "reverse_kl", "dense",
+    ),
+    "a shard's label not subtracted": (
+        shard_rows.shard_gradient_rows, "tl.where(columns == label, hard - 1.0, hard)", "hard",
+        shard_tests.test_one_shard_is_the_plain_loss, "jsd", "dense",
+    ),
+    "a shard's stored columns in the tail": (
+        shard_rows.shard_statistics_rows, "if SLOTS > 0:\n            s = ",
+        "if SLOTS < 0:\n            s = ",
+        shard_tests.test_one_shard_is_the_plain_loss, "forward_kl", "sparse",
     ),
     "top k one slot late": (
         selection.select_top_rows, "tl.cumsum(is_larger, 0) - 1", "tl.cumsum(is_larger, 0)",

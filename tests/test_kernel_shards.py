@@ -3,6 +3,7 @@
 Values, gradients, and the number of collectives.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 
+import kernel_cases  # noqa: F401  before any kernel
 import pytest
 import shard_cases
 import torch
@@ -103,13 +105,22 @@ def test_collectives(ranks, name):
             assert len(backward) == (hidden if later else 0)
 
 
+@contextlib.contextmanager
+def group_of_one():
+    with tempfile.TemporaryDirectory() as folder:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
-def one_rank(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
+def one_rank():
+    with group_of_one():
+        yield
 
 
 def test_refusals(one_rank):
@@ -131,15 +142,31 @@ def test_refusals(one_rank):
         kd.vocab_parallel_loss(z, kd.TopK(ids, ids.float()))
 
 
-def test_one_rank_is_the_plain_loss(one_rank):
-    """A shard that is everything; and a rank whose columns are all padding adds nothing."""
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_one_shard_is_the_plain_loss(name, form):
+    """The shards' kernels on the whole vocabulary, in this process: defects are planted here."""
     g = torch.Generator().manual_seed(3)
-    z, t = (torch.randn(3, WIDTH, generator=g) for _ in range(2))
-    z.requires_grad_(True)
-    losses = kd.vocab_parallel_loss(z, t, reduction="none"), kd.forward_kl(z, t, reduction="none")
-    torch.testing.assert_close(losses[0], losses[1], rtol=2e-6, atol=2e-7)
-    nothing = kd.vocab_parallel_loss(z, t, first_token=WIDTH, vocab_size=WIDTH, ce_weight=0.0)
-    nothing.backward()
+    z, t = (2 * torch.randn(3, 150, generator=g) for _ in range(2))
+    logprobs, ids = torch.log_softmax(t, -1).topk(4)
+    teacher = t if form == "dense" else kd.TopK(ids, logprobs)
+    labels = torch.tensor([0, -100, 149])
+    options = dict(divergence=name, temperature=2.0, labels=labels, ce_weight=0.5)
+    found = []
+    with group_of_one():
+        for loss in (kd.vocab_parallel_loss, kd.distillation_loss):
+            leaf = z.clone().requires_grad_(True)
+            value = loss(leaf, teacher, backend="triton", **options)
+            value.backward()
+            found.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_shard_of_padding(one_rank):
+    """A rank without live columns adds nothing and gets a gradient of zero."""
+    z = torch.randn(3, WIDTH, requires_grad=True)
+    t = torch.randn(3, WIDTH)
+    kd.vocab_parallel_loss(z, t, first_token=WIDTH, vocab_size=WIDTH).backward()
     assert (z.grad == 0).all()
 
 
