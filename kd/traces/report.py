@@ -28,7 +28,9 @@ details { margin: .4rem 0; } summary { cursor: pointer; }
 .a { border-left: 3px solid #2e7d32; } .d { border-left: 3px solid #b3261e; }
 """
 KEPT, DROPPED = "#3465a4", "#d9776f"
+DROPPED_TEXT = "#a33a31"
 SAMPLES = 8
+SHOWN = 3  # reasons named beside a bar of the funnel
 
 
 def write_report(
@@ -88,7 +90,11 @@ def _funnel(report: Yield) -> str:
     parts, y = [], 0
     for name, tally in stages:
         kept = 640 * tally.kept / widest
-        parts.append(f'<text x="0" y="{y + 12}">{html.escape(name)}: {tally.kept:,} kept</text>')
+        lost = sorted(tally.dropped.items(), key=lambda item: -item[1])[:SHOWN]
+        gone = "; ".join(f"{count:,} {reason}" for reason, count in lost)
+        gone = f'<tspan fill="{DROPPED_TEXT}" dx="14">{html.escape(gone[:90])}</tspan>'
+        label = f"{html.escape(name)}: {tally.kept:,} kept"
+        parts.append(f'<text x="0" y="{y + 12}">{label}{gone}</text>')
         parts.append(
             f'<rect x="0" y="{y + 17}" width="{kept:.1f}" height="16" fill="{KEPT}">'
             f"<title>{tally.kept:,} kept</title></rect>"
@@ -114,7 +120,7 @@ def _table(report: Yield) -> str:
         cells = (f"{tally.seen:,}", f"{tally.kept:,}", f"{tally.seen - tally.kept:,}", rate)
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
         reasons = ", ".join(
-            f"{reason} {count:,}" for reason, count in tally.to_dict()["dropped"].items()
+            f"{count:,} {reason}" for reason, count in tally.to_dict()["dropped"].items()
         )
         rows.append(
             f"<tr><td>{html.escape(name)}</td>{numbers}<td>{html.escape(reasons)}</td></tr>"
