@@ -20,7 +20,7 @@ from torch import Tensor
 
 NAMES = ("top_k", "top_p", "sampled", "hybrid")
 METHODS = ("independent", "systematic")
-BLOCK = 64
+PILE = 32
 CACHED_BYTES = 2 * 1024 * 1024  # of float32 log-probs that are worked on at a time
 
 
@@ -148,34 +148,47 @@ def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, 
         ids [C, k] int64, -1 where fewer than k tokens have a probability; log-probs [C, k]
         float32, in descending order.
     """
-    rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
-    if logits.device.type == "cpu" and len(logits) > rows:  # each part stays in the CPU's cache
-        parts = [top_k_rows(part, top_k, temperature) for part in logits.split(rows)]
-        return torch.cat([ids for ids, _ in parts]), torch.cat([values for _, values in parts])
-    scaled = logits.float() if temperature == 1 else logits.float() / temperature
-    logp = torch.log_softmax(scaled.contiguous(), 1)
-    logprobs, ids = top_entries(logp, min(top_k, logp.shape[1]))
+    logits, k = logits.detach(), min(top_k, logits.shape[1])
+    if logits.device.type != "cpu":
+        scaled = logits.float() if temperature == 1 else logits.float() / temperature
+        logprobs, ids = torch.log_softmax(scaled, 1).topk(k, dim=1)
+        return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs
+    total, width = logits.shape
+    rows = min(total, max(1, CACHED_BYTES // (4 * width)))
+    ids = torch.empty(total, k, dtype=torch.int64)
+    logprobs = torch.empty(total, k)
+    scaled, logp = torch.empty(rows, width), torch.empty(rows, width)  # fresh ones cost as much
+    for start in range(0, total, max(1, rows)):  # each part stays in the CPU's cache
+        part = logits[start : start + rows]
+        work, out = scaled[: len(part)].copy_(part), logp[: len(part)]
+        if temperature != 1:
+            work /= temperature
+        torch.ops.aten._log_softmax.out(work, 1, False, out=out)
+        found = top_entries(out, k)
+        logprobs[start : start + rows], ids[start : start + rows] = found
     return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs
 
 
 def top_entries(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``values.topk(k)`` of a contiguous [C, V], several times as fast on a CPU where V is large.
 
-    The k largest lie within the k blocks of 64 columns that have the largest maxima.
+    The columns are dealt out to n piles of 32, column j to pile j % n; the k largest lie within
+    the k piles that have the largest maxima.
     """
     rows, width = values.shape
-    blocks = width // BLOCK
-    if values.device.type != "cpu" or blocks < 4 * k:
+    piles = width // PILE
+    if piles < 4 * k:
         return values.topk(k, dim=1)
-    folded = values.as_strided((rows, blocks, BLOCK), (width, BLOCK, 1))
-    best = folded.amax(2).topk(k, dim=1, sorted=False).indices  # [C, k] blocks
-    inside = folded.gather(1, best[:, :, None].expand(-1, -1, BLOCK)).view(rows, -1)
-    candidates = torch.cat([inside, values[:, blocks * BLOCK :]], 1)  # and what fills no block
-    found = candidates.topk(k, dim=1)
+    folded = values.as_strided((rows, PILE, piles), (width, piles, 1))
+    best = folded.amax(1).topk(k, dim=1, sorted=False).indices  # [C, k] piles
+    inside = folded.gather(2, best[:, None, :].expand(-1, PILE, -1)).view(rows, -1)
+    rest = values[:, PILE * piles :]  # columns that make no pile
+    found = (torch.cat([inside, rest], 1) if rest.shape[1] else inside).topk(k, dim=1)
     place = found.indices
-    columns = best.gather(1, (place // BLOCK).clamp(max=k - 1)) * BLOCK + place % BLOCK
-    after = place - k * BLOCK + blocks * BLOCK
-    return found.values, torch.where(place < k * BLOCK, columns, after)
+    columns = best.gather(1, place % k) + place // k * piles
+    if rest.shape[1]:
+        columns = torch.where(place < PILE * k, columns, place + PILE * (piles - k))
+    return found.values, columns
 
 
 def bad_rows(logits: Tensor) -> Tensor:
