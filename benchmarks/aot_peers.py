@@ -23,6 +23,7 @@ TRL_COLUMNS = 32_768  # of its vocabulary tiles
 
 OPERATIONS = (  # (operation, package, kernels, bytes in torch around them, what those are)
     ("forward KL", "ours", ("dense forward_kl bf16 {v}",), 0, ""),
+    ("forward KL", "ours (float32)", ("dense forward_kl fp32 {v}",), 0, ""),
     ("forward KL", "liger kl_div", ("liger kl_div forward {v}", "liger kl_div backward {v}"), 14,
      "two log-softmax, one backward"),
     ("forward KL", "liger fused linear", ("liger fused_linear_kl_div {v}",), 4, "teacher softmax"),
@@ -30,9 +31,11 @@ OPERATIONS = (  # (operation, package, kernels, bytes in torch around them, what
     ("forward KL", "trl (float32)", ("trl statistics (float32 tiles) 32768",
      "trl forward_kl gradient (float32 tiles) 32768"), 0, "logits are projected twice"),
     ("reverse KL", "ours", ("dense reverse_kl bf16 {v}",), 0, ""),
+    ("reverse KL", "ours (float32)", ("dense reverse_kl fp32 {v}",), 0, ""),
     ("reverse KL", "trl (float32)", ("trl statistics (float32 tiles) 32768",
      "trl reverse_kl gradient (float32 tiles) 32768"), 0, "logits are projected twice"),
     ("JSD", "ours", ("dense jsd bf16 {v}",), 0, ""),
+    ("JSD", "ours (float32)", ("dense jsd fp32 {v}",), 0, ""),
     ("JSD", "liger jsd", ("liger jsd forward+backward {v}",), 26,
      "two log-softmax, one backward; a copy; a float32 loss tile zeroed and summed"),
     ("JSD", "trl (float32)", ("trl statistics (float32 tiles) 32768",
@@ -215,6 +218,7 @@ def peer_cases(folder: pathlib.Path) -> list[Case]:
     sys.path.append(str(folder))
     ours = ("forward_kl", "reverse_kl", "jsd", "total_variation")
     found = [dense_case(d, "bf16", vocab) for d in ours for vocab in VOCABULARIES]
+    found += [dense_case(d, "fp32", 128_256) for d in ours[:3]]  # beside TRL's float32 tiles
     found += [dense_case("none", "bf16", vocab, ce=1.0) for vocab in VOCABULARIES]
     for vocab in VOCABULARIES:
         found += liger_cases(vocab)
@@ -223,16 +227,23 @@ def peer_cases(folder: pathlib.Path) -> list[Case]:
     return found + trl_cases()
 
 
+def versions(folder: pathlib.Path) -> str:
+    """ "liger_kernel 0.8.5, trl 1.16.0, ...", as installed there."""
+    names = (p.name.removesuffix(".dist-info") for p in sorted(folder.glob("*.dist-info")))
+    kept = (name.replace("-", " ") for name in names if name.startswith(("liger", "trl", "fla")))
+    return ", ".join(kept)
+
+
 def summary(found: dict[str, Any], arch: str, vocab: int, cost: Callable[[Any], float]) -> str:
     """Value and gradient from logits in memory, each operation's kernels together.
 
     cost: of a report, in bytes an element, what its counts take at the machine's balance.
     """
     lines = [
-        f"Value and gradient from logits, {arch}, V = {vocab:,}, of all the operation's kernels. "
-        "B/el: theirs and torch's around them (read from source: a minimum, each torch pass at "
-        "its own floor). bound: bytes an element that would take as long as the slowest of bytes, "
-        "instructions and MUFU, so that the ratio of two bounds is the ratio of two best times.",
+        f"Value and gradient from logits, {arch}, V = {vocab:,}, of all the operation's kernels.",
+        "B/el: theirs and torch's beside them (read from source: a minimum, each torch pass at its",
+        "own floor). bound: bytes an element that take as long as the slowest of bytes,",
+        "instructions and MUFU: the ratio of two bounds is the ratio of two best times.",
         "",
         "| operation | package | kernels | spills | SASS/el | B/el | bound | in torch beside |",
         "|---|---|---:|---:|---:|---:|---:|---|",

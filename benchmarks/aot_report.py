@@ -13,11 +13,11 @@ COLUMNS = (
 )  # fmt: skip
 KEY = """\
 CTAs: thread blocks of a row's cluster. registers: a thread's. spills: bytes of stack (NVIDIA),
-spilled registers (AMD). shared: bytes. CTA/SM: resident by registers and shared memory. bits: the
-narrowest bulk load or store. SASS/el, MUFU/el: instructions an element over every pass, static
-counts. B/el: read and written an element. floor: the share of the memory floor that the counts
-allow on an H100 (3.0 TB/s, 9.87 instructions and 1.23 MUFU a byte). Bounds from machine code,
-not timings.
+spilled registers (AMD). shared: bytes. CTA/SM: resident by registers and shared memory (NVIDIA).
+bits: the narrowest bulk load or store. SASS/el, MUFU/el: instructions an element over every pass,
+static counts. B/el: read and written an element. floor: the share of the memory floor that the
+counts allow on an H100 (3.0 TB/s, 9.87 instructions and 1.23 MUFU a byte). Bounds from machine
+code, not timings.
 """
 
 

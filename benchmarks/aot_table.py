@@ -341,9 +341,9 @@ def main() -> None:
     if options.write:
         title, notes = "Every kernel variant", ""
         if options.peers is not None:
-            from aot_peers import summary
+            from aot_peers import summary, versions
 
-            title = "Beside peers' kernels"
+            title = f"Beside {versions(options.peers)}"
             notes = summary(found, "sm_90", 128_256, cost)
         write(options.write, f"{title}, compiled by Triton {triton.__version__}", rows, notes)
     print(f"{len(rows)} variants, {bad} faults")
