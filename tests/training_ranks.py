@@ -1,21 +1,60 @@
 """One rank of the data-parallel tests: torchrun training_ranks.py OUT MODE.
 
 Writes the gradients that an optimiser step would apply, gathered whole, from rank 0.
+
+    python tests/training_ranks.py --table        # every mode on 1, 2 and 4 processes, as a table
 """
 
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import training_cases as cases
 
-from kd.training import DistillationCollator, compute_loss, prepare_student
+from kd.training import DistillationCollator, Objective, compute_loss, prepare_student
 
 COUNT = 10
-# Rows of each rank's microbatches: uneven on purpose, and rank 1 has one fewer token-rich row.
+# Rows of each rank's microbatches on two processes: uneven on purpose.
 SPLITS = {0: [[0, 1, 2], [3]], 1: [[4, 5], [6, 7, 8, 9]]}
+MODES = ("ddp", "fsdp2", "zero3", "online-ddp", "online-fsdp2", "trainer-ddp", "trainer-fsdp2")
+MODES += ("trainer-online-ddp", "trainer-online-fsdp2")
+
+
+def parts_of(rank, world):
+    """The rows of a rank's two microbatches."""
+    if world == 2:
+        return SPLITS[rank]
+    mine = list(range(rank, COUNT, world))
+    return [mine[:-1], mine[-1:]]
+
+
+def objective_of(mode):
+    """Targets from a cache, or from a teacher in memory; and the collator they need."""
+    if "online" not in mode:
+        return cases.MIXED, DistillationCollator(0, cases.RandomCache())
+    teacher = cases.student(seed=7)
+    objective = Objective(
+        kd_weight=0.7,
+        ce_weight=0.3,
+        temperature=2.0,
+        vocab_size=cases.VOCABULARY,
+        teacher=teacher,
+    )
+    return objective, DistillationCollator(0)
+
+
+def whole_batch(mode):
+    """The gradient of the whole batch in one piece, on one process."""
+    objective, collate = objective_of(mode)
+    batch = collate(cases.rows(12 if mode.startswith("trainer") else COUNT, weights=True))
+    tokens = (batch["weights"] * (batch["labels"] != -100)).sum()
+    model = prepare_student(cases.student())
+    compute_loss(model, batch, objective, num_items=tokens).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def gradients(model):
@@ -31,7 +70,9 @@ def bare_loop(mode):
     """The ten lines of one's own loop, under DDP or FSDP2."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = prepare_student(cases.student())
-    if mode == "ddp":
+    if mode == "zero3":
+        return zero3(model, rank, world)
+    if mode.endswith("ddp"):
         model = torch.nn.parallel.DistributedDataParallel(model)
     else:
         from torch.distributed.device_mesh import init_device_mesh
@@ -41,14 +82,44 @@ def bare_loop(mode):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    rows, collate = cases.rows(COUNT, weights=True), DistillationCollator(0, cases.RandomCache())
-    batches = [collate([rows[i] for i in part]) for part in SPLITS[rank]]
-    tokens = sum((b["weights"] * (b["labels"] != -100)).sum() for b in batches)
-    dist.all_reduce(tokens)
+    objective, collate = objective_of(mode)
+    batches, tokens = share_of(rank, world, collate)
     for batch in batches:
-        loss = compute_loss(model, batch, cases.MIXED, num_items=tokens)
+        loss = compute_loss(model, batch, objective, num_items=tokens)
         (loss * world).backward()  # DDP and FSDP average over ranks; the sum is wanted
     return gradients(model)
+
+
+def share_of(rank, world, collate):
+    """A rank's microbatches, and the trained tokens of the whole step."""
+    rows = cases.rows(COUNT, weights=True)
+    batches = [collate([rows[i] for i in part]) for part in parts_of(rank, world)]
+    tokens = sum((b["weights"] * (b["labels"] != -100)).sum() for b in batches)
+    dist.all_reduce(tokens)
+    return batches, tokens
+
+
+def zero3(model, rank, world):
+    """DeepSpeed ZeRO-3: the weights are sharded, also the lm_head's, and gathered by its hooks."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    objective, collate = objective_of("zero3")
+    batches, tokens = share_of(rank, world, collate)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": len(batches),
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for batch in batches:
+        loss = compute_loss(engine, batch, objective, num_items=tokens)
+        engine.backward(loss * world * len(batches))  # it divides by the microbatches
+    named = [(name.removeprefix("module."), p) for name, p in engine.named_parameters()]
+    return {name: safe_get_full_grad(parameter) for name, parameter in named}
 
 
 def trainer(mode, folder):
@@ -65,7 +136,7 @@ def trainer(mode, folder):
 
     steps = 4 // int(os.environ["WORLD_SIZE"])
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": steps}
-    if mode == "trainer-fsdp2":
+    if mode.endswith("fsdp2"):
         options |= {
             "fsdp": True,
             "fsdp_config": {
@@ -75,19 +146,66 @@ def trainer(mode, folder):
             },
         }
     args = cases.arguments(folder, max_grad_norm=0.0, **options)
+    objective, collate = objective_of(mode)
     made = DistillationTrainer(
         cases.student(),
         args,
-        objective=cases.MIXED,
+        objective=objective,
         train_dataset=cases.rows(12, weights=True),
-        data_collator=DistillationCollator(0, cases.RandomCache()),
+        data_collator=collate,
         callbacks=[Catch()],
     )
     made.train()
     return caught
 
 
+def launch(out, mode, processes=2):
+    """The gradients of a mode on so many processes of this machine."""
+    root = Path(__file__).parents[1]
+    paths = [root, root / "kernels", root / "recipes", root / "tests"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "DS_ACCELERATOR": "cpu",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    command += [str(processes), str(Path(__file__)), str(out), mode]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return torch.load(out, weights_only=True)
+
+
+def difference(found, expected):
+    """The error of the whole gradient as one vector, relative to its length."""
+    assert found.keys() == expected.keys()
+    length = sum(value.double().square().sum() for value in expected.values()).sqrt()
+    error = sum((found[n] - expected[n]).double().square().sum() for n in expected).sqrt()
+    assert length > 1e-2
+    return float(error / length)
+
+
+def table():
+    print("relative difference from the whole batch's gradient on one process, float32\n")
+    print("| | 1 process | 2 processes | 4 processes |\n|---|---|---|---|")
+    for mode in MODES:
+        cells = []
+        for processes in (1, 2, 4):
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    found = launch(Path(folder) / "out.pt", mode, processes)
+                    cells.append(f"{difference(found, whole_batch(mode)):.1e}")
+                except RuntimeError as error:
+                    missing = "No module named 'deepspeed'" in str(error)
+                    cells.append("not installed" if missing else "failed")
+        print(f"| {mode} | {' | '.join(cells)} |", flush=True)
+
+
 def main():
+    if sys.argv[1:] == ["--table"]:
+        return table()
     out, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     if mode.startswith("trainer"):
