@@ -18,7 +18,7 @@ from kd.recipe.estimate import (
     training_hours,
     training_memory,
 )
-from kd_recipes import _pipeline, logit_kd, r1_to_qwen, sky_t1, stratos
+from kd_recipes import _pipeline, _training, logit_kd, r1_to_qwen, sky_t1, stratos
 from kd_recipes._flow import run_stages
 
 QWEN = pytest.mark.skipif(
@@ -132,8 +132,8 @@ def test_a_cache_that_does_not_cover_the_data_is_refused(tmp_path):
 
     rows = Dataset.from_list([{"input_ids": [1, 2]}, {"input_ids": [3]}])
     with pytest.raises(ValueError, match=r"got none of 1 of 2 rows \(the first is row 1\)"):
-        _pipeline._check_coverage(Cache(), rows)
-    _pipeline._check_coverage(Cache(), rows.select([0]))
+        _training._check_coverage(Cache(), rows)
+    _training._check_coverage(Cache(), rows.select([0]))
 
 
 def test_models_that_do_not_fit_are_refused_before_anything_runs(tmp_path):

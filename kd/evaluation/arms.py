@@ -164,6 +164,7 @@ def arms_figure(
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",
+            bbox={"facecolor": "white", "alpha": 0.7, "lw": 0, "pad": 1},
         )
     means = [metric.show(spread(values)[0]) for values in arms.values()]
     ticks = [f"{label}\n{mean}" for label, mean in zip(labels, means, strict=True)]

@@ -130,9 +130,15 @@ class Run:
     def wait(self) -> None:
         """Every process of a distributed run meets here; a single process goes on."""
         if self.world_size > 1:
+            from datetime import timedelta
+
+            import torch
             from accelerate import PartialState
 
-            PartialState().wait_for_everyone()
+            # Without cpu=True two processes without a GPU would be strangers to each other. The
+            # others wait here while the first renders or evaluates, which may take hours.
+            cpu = not torch.cuda.is_available()
+            PartialState(cpu=cpu, timeout=timedelta(days=2)).wait_for_everyone()
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:

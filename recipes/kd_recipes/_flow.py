@@ -14,9 +14,10 @@ from typing import Any
 
 from kd.recipe import Run, Stage, default_workers, one_thread, run_jobs, say
 from kd.recipe.estimate import QWEN25, Shape
-from kd_recipes import _dry_run, _pipeline
+from kd_recipes import _dry_run, _pipeline, _training
 from kd_recipes._flow_report import write_report
-from kd_recipes._pipeline import OFFLINE, OFFLINE_QWEN, Job, Training
+from kd_recipes._pipeline import OFFLINE, OFFLINE_QWEN
+from kd_recipes._training import Job, Training
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def train_sft(
     jobs = [
         Job(folder / f"seed-{seed}", student, student, rows.path, training, seed) for seed in seeds
     ]
-    return {"runs": _pipeline.train_all(jobs, f"SFT of {len(jobs)} students", workers)}
+    return {"runs": _training.train_all(jobs, f"SFT of {len(jobs)} students", workers)}
 
 
 def train_arms(
@@ -271,7 +272,7 @@ def train_arms(
         )
         jobs.append(replace(here, folder=folder / f"kd-{run['seed']}", **source))
     what = "KD, and SFT as control" if control else "KD"
-    done = _pipeline.train_all(jobs, f"{what}: {len(jobs)} students", workers)
+    done = _training.train_all(jobs, f"{what}: {len(jobs)} students", workers)
     found = {
         arm: [r for r in done if Path(r["folder"]).name.startswith(arm)] for arm in ("sft", "kd")
     }

@@ -45,6 +45,7 @@ from kd.recipe.models import (
     packaged_smollm2,
     unpack_gguf,
 )
+from kd_recipes._heal_report import ARMS, write_report
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,6 @@ PRESETS = {
         ),
     ),
 }
-ARMS = {"ce": "cross-entropy", "kd": "cross-entropy + KD"}
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -371,121 +371,6 @@ def score_ends(
             found[name] = scores_of(load_model(path), text.path, targets)
             bar.advance()
     return found
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-WHY = """The teacher's distribution says more about each token than the token alone: the less text
-there is, the more that is worth. With three times as much fresh text, seen once, the gap between
-the arms closes. Pure KD (--ce-weight 0 --kd-weight 1) copies a model that was itself trained on
-other text, and stays behind on text of its kind."""
-KINDS = {"test": "held-out text of the same kind", "other": "text of another kind"}
-
-
-def write_report(
-    folder: Path,
-    config: Config,
-    model: Stage,
-    text: Stage,
-    pruned: Stage,
-    cache: Stage,
-    students: Stage,
-    scores: Stage,
-) -> dict[str, Any]:
-    """Tables, plots and samples on one page."""
-    from kd.evaluation import (
-        NATS,
-        PERPLEXITY,
-        Report,
-        arms_figure,
-        arms_rows,
-        compare_arms,
-        compare_runs,
-        text_table,
-    )
-
-    page = Report("Heal: what do a model's own logits give back after pruning?")
-    lines, result, runs = [], {}, students.result
-    for part in [name for name in KINDS if name in text.result]:
-        ends = {name: scores.result[name][part]["perplexity"] for name in ("before", "teacher")}
-        arms = {label: [run[part]["perplexity"] for run in runs[a]] for a, label in ARMS.items()}
-        if len(config.seeds) > 1:
-            verdict = compare_arms(arms, ARMS["ce"], ARMS["kd"], PERPLEXITY)
-        else:
-            ce, kd = (runs[arm][0][part]["nats"] for arm in ARMS)
-            verdict = compare_runs(ARMS["ce"], ARMS["kd"], ce, kd, NATS, "blocks of text")
-        names = {"pruned, not healed": ends["before"], "whole model": ends["teacher"]}
-        header, rows = arms_rows(arms, config.seeds, names, PERPLEXITY)
-        page.heading(f"Perplexity on {KINDS[part]}").verdict(verdict).table(header, rows)
-        page.plot(
-            arms_figure(arms, {"whole model": ends["teacher"]}, PERPLEXITY),
-            f"perplexity-{part}",
-            "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
-        )
-        lines.append(f"perplexity on {KINDS[part]}\n{text_table(header, rows)}\n{verdict}")
-        result[part] = {**arms, **ends, "verdict": verdict}
-    _closeness(page, students.result, scores.result)
-    _settings(page, config, model.result, text.result, pruned.result, cache.result)
-    page.save(folder)
-    return {**result, "text": "\n\n".join(lines)}
-
-
-def _closeness(page: Any, runs: dict[str, Any], ends: dict[str, Any]) -> None:
-    from kd.evaluation import percent, spread
-
-    page.heading("Closeness to the whole model").text(
-        "On the held-out text: how often both like the same next token best, the divergence of "
-        "the healed model from the whole one in nats, and the gap between the student's "
-        "confidence in its likeliest token and the whole model's probability for that token."
-    )
-    rows = [["pruned, not healed", *_close(ends["before"])]]
-    for arm, label in ARMS.items():
-        mean = {key: spread([run[key] for run in runs[arm]])[0] for key in ("top1", "kl")}
-        gap = spread([run["calibration"] for run in runs[arm]])[0]
-        rows.append([label, percent(mean["top1"]), f"{mean['kl']:.3f}", percent(gap)])
-    page.table(["", "same top token", "KL", "calibration gap"], rows)
-
-
-def _close(found: dict[str, float]) -> list[str]:
-    from kd.evaluation import percent
-
-    return [percent(found["top1"]), f"{found['kl']:.3f}", percent(found["calibration"])]
-
-
-def _settings(page: Any, config: Config, model: Any, text: Any, pruned: Any, cache: Any) -> None:
-    from kd.evaluation import percent
-
-    page.heading("What was done")
-    before, after = pruned["parameters"]
-    page.text(
-        f"{model['name']} of {before / 1e6:.1f} million parameters lost its layers "
-        f"{', '.join(map(str, pruned['dropped']))} of {len(pruned['influence'])} and kept "
-        f"{after / 1e6:.1f} million. Each student saw {text['train'] * config.length:,} tokens "
-        f"{config.epochs} times, at a peak learning rate of {config.learning_rate:g}, with the "
-        f"embeddings {'trained' if config.train_embeddings else 'frozen'}. The cache of the "
-        f"top-{config.top_k} log-probabilities holds {percent(cache['mass'])} of the teacher's "
-        f"probability in {cache['bytes'] / cache['tokens']:.0f} bytes per token. The KD arm weighs "
-        f"cross-entropy with {config.ce_weight} and the divergence with {config.kd_weight}."
-    )
-    page.heading("Influence of the layers").text(
-        "1 - cosine between what goes into a layer and what comes out; the least go first."
-    )
-    page.plot(_influence_figure(pruned), "influence", "Grey layers were dropped.")
-    page.heading("When does KD help?").text(" ".join(WHY.split()))
-
-
-def _influence_figure(pruned: Any) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 2.4))
-    axes = figure.subplots()
-    dropped = set(pruned["dropped"])
-    colours = ["#c8ccd4" if i in dropped else "#3465a4" for i in range(len(pruned["influence"]))]
-    axes.bar(range(len(colours)), pruned["influence"], color=colours)
-    axes.set_xlabel("layer")
-    axes.set_yscale("log")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""Stages: done once, done again when something changed, shared by the ranks of a launch."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kd.recipe import Run, read_json, run_jobs
+
+ROOT = Path(__file__).parents[1]
+TWO_RANKS = """
+import sys, time
+from pathlib import Path
+from kd.recipe import Run
+
+def first(folder):
+    time.sleep(0.5)  # the others must wait for it
+    (folder / "made").write_text("x")
+    return {"made": 1}
+
+def each(folder, first):
+    assert (first.path / "made").is_file() and first.result == {"made": 1}
+    (folder / f"rank-{run.rank}").write_text("x")
+    return {"rank": run.rank}
+
+run = Run(sys.argv[1], "two")
+one = run.stage("first", first)
+two = run.stage("each", each, every_rank=True, first=one)
+assert two.result == {"rank": 0}  # the first process's, on both
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    rate: float = 0.1
+
+
+def count(calls, **result):
+    def function(folder, **inputs):
+        calls.append(sorted(inputs))
+        (folder / "file").write_text("x")
+        return result
+
+    return function
+
+
+def test_a_stage_is_done_once_and_again_when_its_inputs_change(tmp_path):
+    calls = []
+    for rate in (0.1, 0.1, 0.2, 0.1):
+        run = Run(tmp_path / "run", "demo")
+        first = run.stage("first", count(calls, value=1), config=Settings(rate))
+        run.stage("second", count(calls, value=2), first=first)
+    assert len(calls) == 6  # two stages, three changes; the second run skipped both
+    fresh = Run(tmp_path / "run", "demo", fresh=True)
+    assert not fresh.stage("first", count(calls, value=1), config=Settings(0.1)).skipped
+
+
+def test_a_file_counts_by_its_content(tmp_path):
+    calls, file = [], tmp_path / "data.txt"
+    for text in ("a", "a", "b"):
+        file.write_text(text)
+        Run(tmp_path / "run", "demo").stage("read", count(calls), data=file)
+    assert len(calls) == 2
+
+
+def test_an_interrupted_stage_finds_its_own_files_and_a_changed_one_does_not(tmp_path):
+    def interrupted(folder, rate):
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    found = []
+
+    def resumed(folder, rate):
+        found.append((folder / "half").exists())
+        return {}
+
+    for rate in (1, 2):
+        run = Run(tmp_path / "run", "demo")
+        with pytest.raises(KeyboardInterrupt):
+            run.stage("train", interrupted, rate=1)
+        run.stage("train", resumed, rate=rate)
+        run.stage("train", resumed, rate=3)
+    assert found == [True, False, False, False]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="must be numbers, text, lists, .*got object"):
+        Run(tmp_path / "run", "demo").stage("stage", count([]), thing=object())
+
+
+def test_two_processes_share_the_stages(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS)
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "recipes"))
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    subprocess.run(
+        [sys.executable, *command, "--standalone", str(script), str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
+    assert {f.name for f in (tmp_path / "run" / "each").glob("rank-*")} == {"rank-0", "rank-1"}
+    assert read_json(tmp_path / "run" / "first" / "stage.json")["result"] == {"made": 1}
+
+
+def square(job, report):
+    report(0.5)
+    if job < 0:
+        raise ValueError("job must be at least 0")
+    return job * job
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_keep_their_order_and_the_first_failure_is_raised(workers):
+    assert run_jobs(square, [3, 1, 2], "squares", workers, threads=1) == [9, 1, 4]
+    with pytest.raises(ValueError, match="must be at least 0"):
+        run_jobs(square, [1, -1], "squares", workers)
