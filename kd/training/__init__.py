@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kd.training.collator import DistillationCollator
-from kd.training.objective import Objective, compute_loss
+from kd.training.objective import Objective, compute_loss, trained_weight
 from kd.training.schedules import Schedule, cosine, linear
 from kd.training.student import prepare_student
 from kd.training.teachers import Teacher
@@ -39,6 +39,7 @@ __all__ = [
     "linear",
     "mark_complete",
     "prepare_student",
+    "trained_weight",
 ]
 
 
