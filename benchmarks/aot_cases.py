@@ -221,25 +221,37 @@ def shard_cases() -> list[Case]:
     return found
 
 
+def representative() -> list[Case]:
+    """A minute's worth: every kernel everywhere, every divergence and odd shape on sm_90."""
+    everywhere = [
+        *(dense_case(d, "bf16", 128_256) for d in ("forward_kl", "jsd", "adaptive_kl")),
+        sparse_case("forward_kl", "bf16", 128_256, 64),
+        head_case("bf16", 128_256),
+        selection_case("top", "bf16", 151_936, 64, live=151_665),
+        selection_case("sample", "bf16", 151_936, 64, live=151_665),
+        shard_case("statistics", "reverse_kl", "bf16", 18_992),
+        shard_case("gradient", "jsd", "bf16", 18_992),
+        dense_case("none", "bf16", 151_936, live=151_665, ce=1.0),
+    ]
+    named = {case.name for case in everywhere}
+    hopper = [
+        *(dense_case(d, "bf16", 128_256) for d in DIVERGENCES),
+        sparse_case("jsd", "bf16", 128_256, 64),
+        sparse_case("forward_kl_raw", "bf16", 151_936, 1024),
+        dense_case("forward_kl", "bf16", 262_144),
+        *(dense_case(d, "bf16", 32_000) for d in ("forward_kl", "jsd")),
+        dense_case("skew_reverse_kl", "bf16", 151_936, live=151_665),
+        dense_case("jsd", "bf16", 151_936, live=151_665, ce=1.0, temperature=2.0),
+        dense_case("jsd", "fp32", 151_936, live=151_665, ce=1.0, temperature=2.0),
+    ]
+    alone = (dataclasses.replace(c, arches=("sm_90",)) for c in hopper if c.name not in named)
+    return [*everywhere, *alone]
+
+
 def cases(subset: bool) -> list[Case]:
     """Every variant, or the representative ones that the test suite checks."""
     if subset:
-        return [
-            *(dense_case(d, "bf16", 128_256) for d in DIVERGENCES),
-            *(sparse_case(d, "bf16", 128_256, 64) for d in ("forward_kl", "jsd")),
-            head_case("bf16", 128_256),
-            selection_case("top", "bf16", 151_936, 64, live=151_665),
-            selection_case("sample", "bf16", 151_936, 64, live=151_665),
-            dense_case("forward_kl", "bf16", 262_144),
-            shard_case("statistics", "reverse_kl", "bf16", 18_992),
-            shard_case("gradient", "jsd", "bf16", 18_992),
-            *(dense_case(d, "bf16", 32_000) for d in ("forward_kl", "jsd")),
-            dense_case("skew_reverse_kl", "bf16", 151_936, live=151_665),
-            sparse_case("forward_kl_raw", "bf16", 151_936, 1024),
-            dense_case("none", "bf16", 151_936, live=151_665, ce=1.0),
-            dense_case("jsd", "bf16", 151_936, live=151_665, ce=1.0, temperature=2.0),
-            dense_case("jsd", "fp32", 151_936, live=151_665, ce=1.0, temperature=2.0),
-        ]
+        return representative()
     grid = [(d, k, v) for v in VOCABULARIES for k in DTYPES for d in DIVERGENCES]
     found = [dense_case(*point) for point in grid]
     found += [sparse_case(d, k, v, 64) for d, k, v in grid]
