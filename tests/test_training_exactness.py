@@ -133,3 +133,14 @@ def test_several_processes_equal_one(tmp_path, mode, processes):
         pytest.importorskip("deepspeed")
     found = ranks.launch(tmp_path / "out.pt", mode, processes)
     assert ranks.difference(found, ranks.whole_batch(mode)) <= 1e-6
+
+
+@slow
+@pytest.mark.parametrize("mode", ["stop-ddp", "resume-ddp", "resume-fsdp2"])
+def test_two_processes_stop_together_and_go_on(tmp_path, mode):
+    """One rank alone gets the signal; sharded checkpoints are marked and resumed too."""
+    found = ranks.launch(tmp_path / "out.pt", mode, 2)
+    names = [name[2:] for name in found if name.startswith("a.")]
+    assert len(names) > 10
+    for name in names:
+        assert torch.equal(found[f"a.{name}"], found[f"b.{name}"]), name

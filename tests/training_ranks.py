@@ -122,6 +122,18 @@ def zero3(model, rank, world):
     return {name: safe_get_full_grad(parameter) for name, parameter in named}
 
 
+def fsdp2(mode):
+    """TrainingArguments of FSDP2, where a mode asks for it."""
+    if not mode.endswith("fsdp2"):
+        return {}
+    config = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"],
+    }
+    return {"fsdp": True, "fsdp_config": config}
+
+
 def trainer(mode, folder):
     """The same rows through DistillationTrainer; the gradient is caught before the optimiser."""
     from transformers import TrainerCallback
@@ -136,16 +148,7 @@ def trainer(mode, folder):
 
     steps = 4 // int(os.environ["WORLD_SIZE"])
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": steps}
-    if mode.endswith("fsdp2"):
-        options |= {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"],
-            },
-        }
-    args = cases.arguments(folder, max_grad_norm=0.0, **options)
+    args = cases.arguments(folder, max_grad_norm=0.0, **options, **fsdp2(mode))
     objective, collate = objective_of(mode)
     made = DistillationTrainer(
         cases.student(),
@@ -203,12 +206,63 @@ def table():
         print(f"| {mode} | {' | '.join(cells)} |", flush=True)
 
 
+def long_run(mode, folder):
+    """Four steps, a checkpoint after two; "stop": rank 1 alone is told to stop in the second."""
+    import signal
+
+    from transformers import TrainerCallback
+
+    from kd.training import DistillationTrainer
+    from kd.training.faults import TrainingInterrupted
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if mode.startswith("stop") and args.process_index == 1 and state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(where, resume, *callbacks):
+        objective, collate = objective_of(mode)
+        made = DistillationTrainer(
+            cases.student(),
+            cases.arguments(where, max_steps=4, save_strategy="steps", save_steps=2, **fsdp2(mode)),
+            objective=objective,
+            train_dataset=cases.rows(16),
+            data_collator=collate,
+            callbacks=list(callbacks),
+            report=False,
+        )
+        try:
+            made.train(resume_from_checkpoint=resume)
+        except TrainingInterrupted:
+            assert made.state.global_step in (2, 3), made.state.global_step
+            return None
+        full = {
+            n: getattr(p, "full_tensor", lambda p=p: p)() for n, p in made.model.named_parameters()
+        }
+        return {name.removeprefix("module."): p.detach().clone() for name, p in full.items()}
+
+    whole = run(folder / "whole", False)
+    if mode.startswith("stop"):
+        assert run(folder / "parts", True, Stop()) is None
+    else:
+        import shutil
+
+        run(folder / "parts", True)
+        if int(os.environ["RANK"]) == 0:
+            shutil.rmtree(folder / "parts" / "checkpoint-4")
+        dist.barrier()
+    again = run(folder / "parts", True)
+    return {f"{part}.{n}": v for part, d in (("a", whole), ("b", again)) for n, v in d.items()}
+
+
 def main():
     if sys.argv[1:] == ["--table"]:
         return table()
     out, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    if mode.startswith("trainer"):
+    if mode.startswith(("stop", "resume")):
+        found = long_run(mode, out.parent)
+    elif mode.startswith("trainer"):
         found = trainer(mode, out.parent / "training")
     else:
         dist.init_process_group("gloo")

@@ -209,7 +209,8 @@ def check_coverage(rows: Any, teachers: Any) -> int:
         row = rows[index]
         ids = torch.as_tensor(row["input_ids"])
         start = 0
-        for number, size in enumerate(row.get("lengths") or (len(ids),)):
+        sizes = [int(size) for size in row["lengths"]] if "lengths" in row else [len(ids)]
+        for number, size in enumerate(sizes):
             document, start = ids[start : start + size], start + size
             domain = teachers.domain_of(row, number)
             for at, cache in caches:
