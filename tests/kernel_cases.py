@@ -10,6 +10,7 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 assert "kd_kernels.algebra" not in sys.modules, "import kernel_cases before any kernel"
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
@@ -36,6 +37,13 @@ def _patch_once(function):
 interpreter._patch_lang = _patch_once
 
 TOKENS, VOCAB = 4, 150  # three tiles of 64 columns, the last one ragged
+
+
+def some(points, kept):
+    """Parameters of a test, slow but for those that ``kept(*point)`` names."""
+    points = [point if isinstance(point, tuple) else (point,) for point in points]
+    slow = pytest.mark.slow
+    return [pytest.param(*p, marks=() if kept(*p) else slow) for p in points]
 
 
 def logits(width: int = VOCAB, seed: int = 0, tokens: int = TOKENS, scale: float = 2.0):

@@ -19,6 +19,7 @@ from shard_cases import RANKS, WIDTH, cases
 
 import kd
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy's -inf
 TESTS = pathlib.Path(__file__).resolve().parent
 
 
