@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -253,7 +254,8 @@ def measure(
 def measure_group(
     group: str, names: Any, size: dict[str, Any], dtype: str, rounds: int, threads: int
 ) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
+    preload()
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     rows, running, started = [], {}, []
     for name in names:
         ours, theirs = context.Pipe()
@@ -285,6 +287,21 @@ def measure_group(
         pipe.send("stop")
         process.join()
     return rows
+
+
+def preload() -> None:
+    """Import once what every worker needs; nothing is computed before they are forked."""
+    import datasets  # noqa: F401
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    import kd.teachers
+    import kd.training.trainer  # noqa: F401
+
+    for name in ("trl.trainer.sft_trainer", "trl.experimental.gkd"):
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            print(f"{name}: {error}", file=sys.stderr)
 
 
 def compare(rows: list[dict[str, Any]], dtype: str) -> None:

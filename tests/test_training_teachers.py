@@ -84,6 +84,23 @@ def test_a_teacher_that_is_offloaded_says_the_same():
     assert layer.device.type == "meta"  # its place between two visits
 
 
+def test_cached_hidden_states_equal_the_teacher_in_memory(tmp_path):
+    from kd.cache import HiddenCache
+    from kd.teachers import build_hidden_cache
+
+    rows, teacher = cases.rows(5), teacher_model()
+    sequences = [row["input_ids"] for row in rows]
+    build_hidden_cache(teacher, sequences, tmp_path / "cache", progress=False)  # bfloat16
+    cache = HiddenCache(tmp_path / "cache")
+    student = prepare_student(cases.student())
+    losses = []
+    for source in (cache, teacher):
+        objective = Objective(kd_weight=0.7, ce_weight=0.3, teacher=source, **SOFT)
+        batch = DistillationCollator(0, objective.teacher)(rows)
+        losses.append(compute_loss(student, batch, objective))
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=1e-3)
+
+
 def test_packs_reach_an_online_teacher_as_documents():
     from kd.traces import pack
 
