@@ -21,7 +21,7 @@ COUNT = 10
 # Rows of each rank's microbatches on two processes: uneven on purpose.
 SPLITS = {0: [[0, 1, 2], [3]], 1: [[4, 5], [6, 7, 8, 9]]}
 MODES = ("ddp", "fsdp2", "zero3", "online-ddp", "online-fsdp2", "trainer-ddp", "trainer-fsdp2")
-MODES += ("trainer-online-ddp", "trainer-online-fsdp2")
+MODES += ("trainer-zero3", "trainer-online-ddp", "trainer-online-fsdp2")
 
 
 def parts_of(rank, world):
@@ -206,6 +206,46 @@ def table():
         print(f"| {mode} | {' | '.join(cells)} |", flush=True)
 
 
+def trainer_zero3(folder):
+    """ZeRO-3 steps inside its backward: the gradient is what one SGD step of rate 1 changes."""
+    import deepspeed
+
+    from kd.training import DistillationTrainer
+
+    steps = 4 // int(os.environ["WORLD_SIZE"])
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    args = cases.arguments(
+        folder,
+        max_grad_norm=0.0,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=steps,
+        deepspeed=config,
+    )
+    objective, collate = objective_of("zero3")
+    made = DistillationTrainer(
+        cases.student(),
+        args,
+        objective=objective,
+        train_dataset=cases.rows(12, weights=True),
+        data_collator=collate,
+        report=False,
+    )
+    before = {name: value.detach() for name, value in cases.student().named_parameters()}
+    made.train()
+    named = {n.removeprefix("module."): p for n, p in made.model.named_parameters()}
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        return {name: before[name] - named[name].detach() for name in before if name in named}
+
+
 def long_run(mode, folder):
     """Four steps, a checkpoint after two; "stop": rank 1 alone is told to stop in the second."""
     import signal
@@ -262,6 +302,8 @@ def main():
     torch.set_num_threads(1)
     if mode.startswith(("stop", "resume")):
         found = long_run(mode, out.parent)
+    elif mode == "trainer-zero3":
+        found = trainer_zero3(out.parent / "training")
     elif mode.startswith("trainer"):
         found = trainer(mode, out.parent / "training")
     else:
