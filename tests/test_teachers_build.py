@@ -6,6 +6,7 @@ import torch
 
 from kd.cache import TeacherCache
 from kd.teachers import build_cache, cache_meta
+from kd.teachers.logits import LogitSource
 
 
 def check(cache, model, sequences, k, temperature=1.0, live=61):
@@ -162,3 +163,25 @@ def test_zero_and_over_length_sequences_are_refused(tmp_path):
         build_cache(model, [[1, 2], []], tmp_path / "cache", progress=False, top_k=4)
     with pytest.raises(ValueError, match="at most 64 tokens, got 65 in sequence 0"):
         build_cache(model, [[1] * 65], tmp_path / "cache", progress=False, top_k=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "bias", "hooked"])
+def test_chunks_are_the_models_logits_whatever_their_size(dtype, kind):
+    model = cases.teacher(tie_word_embeddings=False).to(dtype)
+    if kind == "bias":
+        head = torch.nn.Linear(16, 61, bias=True, dtype=dtype)
+        model.set_output_embeddings(head)
+    if kind == "hooked":
+        model.lm_head.register_forward_hook(lambda module, args, logits: logits * 0.5)
+    tokens = torch.randint(0, 61, (3, 20))
+    lengths = [20, 13, 7]
+    with torch.no_grad():
+        whole = model(input_ids=tokens).logits
+    wanted = torch.cat([row[:n] for row, n in zip(whole, lengths, strict=True)])[:, :60]
+    for size in (1, 7, 40, None):
+        source = LogitSource(model, 60, chunk_rows=size)
+        for _ in range(2):  # buffers are used again
+            found = torch.cat([part.clone() for part in source.chunks(tokens, lengths)])
+            error = (found.float() - wanted.float()).abs().max()
+            assert error <= (2**-6 if dtype == torch.bfloat16 else 1e-5), error

@@ -105,7 +105,8 @@ def _rescore(cache: TeacherCache, model: Any, samples: int, found: Diagnosis) ->
     weight = dict.fromkeys(SHIFTS, 0)
     for tokens in _spread(cache, samples):
         padded = torch.from_numpy(tokens.astype(np.int64))[None]
-        logits = torch.cat([part.float().cpu() for part in source.chunks(padded, [len(tokens)])])
+        chunks = source.chunks(padded, [len(tokens)])  # each is overwritten by the next
+        logits = torch.cat([part.to("cpu", torch.float32, copy=True) for part in chunks])
         logp = (logits / cache.meta.temperature).log_softmax(-1)
         stored = cache.lookup(tokens)
         found.scored += len(tokens)

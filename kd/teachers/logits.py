@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CHECKED = 8  # rows on which decoder and head are compared with the model itself
-CHUNK_BYTES = 32 * 1024 * 1024  # of float32 logits in a chunk
+CHUNK_ROWS = 256
 
 
 class LogitSource:
@@ -23,7 +23,7 @@ class LogitSource:
     Args:
         model: a transformers causal LM on its device, in any dtype, quantised or not.
         live_vocab: tokens that exist; columns past it are dropped.
-        chunk_rows: rows of a chunk; chosen so that float32 logits take 32 MB when None.
+        chunk_rows: rows of a chunk: enough that reading the head's weight for each is no cost.
     """
 
     def __init__(self, model: Any, live_vocab: int, chunk_rows: int | None = None) -> None:
@@ -34,7 +34,8 @@ class LogitSource:
         scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", 1)
         self.scale = (1.0 if scale is None else float(scale)) / float(divisor or 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-        self.chunk_rows = chunk_rows or max(1, CHUNK_BYTES // (4 * live_vocab))
+        self.chunk_rows = chunk_rows or CHUNK_ROWS
+        self._buffer: Tensor | None = None
         self._agrees: bool | None = None if self.head is not None and self.decoder else False
 
     @property
@@ -43,7 +44,8 @@ class LogitSource:
 
     @torch.inference_mode()
     def chunks(self, input_ids: Tensor, lengths: list[int]) -> Iterator[Tensor]:
-        """Logits of every real row, in order, as chunks [<= chunk_rows, live_vocab].
+        """Logits of every real row, in order, as chunks [<= chunk_rows, live_vocab]; a chunk is
+        overwritten by the next.
 
         Args:
             input_ids: [B, L] padded on the right; causal attention makes a mask needless.
@@ -60,7 +62,7 @@ class LogitSource:
             return
         hidden = hidden[real.to(hidden.device)]  # [N, H]
         for start in range(0, len(hidden), self.chunk_rows):
-            yield self._head(hidden[start : start + self.chunk_rows])[:, : self.live_vocab]
+            yield self._chunk(hidden[start : start + self.chunk_rows])[:, : self.live_vocab]
 
     @torch.inference_mode()
     def hidden_rows(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
@@ -91,6 +93,29 @@ class LogitSource:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def _chunk(self, hidden: Tensor) -> Tensor:
+        """``_head`` into one buffer where that is the same: on a CPU, pages of memory that are new
+        for every chunk cost a sixth of the product itself."""
+        weight = getattr(self.head, "weight", None)
+        if type(self.head) is not torch.nn.Linear or weight is None or _hooked(self.head):
+            return self._head(hidden)
+        if (
+            hidden.device.type != "cpu"
+            or weight.device.type != "cpu"
+            or weight.dtype != hidden.dtype
+        ):
+            return self._head(hidden)
+        if self._buffer is None or self._buffer.shape[0] < len(hidden):
+            self._buffer = torch.empty(len(hidden), len(weight), dtype=weight.dtype)
+        out = torch.mm(hidden, weight.t(), out=self._buffer[: len(hidden)])
+        if self.head.bias is not None:
+            out += self.head.bias
+        if self.scale != 1:
+            out *= self.scale
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
 
     def _checked_hidden(self, input_ids: Tensor, lengths: list[int]) -> Tensor | None:
         """Final hidden states [B, L, H]; None when the head does not make the model's logits."""
@@ -129,6 +154,10 @@ class LogitSource:
             return False
         scale = whole.abs().max().clamp(min=1)
         return bool(((ours - whole).abs().nan_to_num() <= 2e-2 * scale).all())
+
+
+def _hooked(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _decoder(model: Any) -> Any:
