@@ -4,7 +4,8 @@ Against the float64 oracle in Triton's interpreter; reduced losses make their gr
 unreduced ones in backward. Chunks of two tokens unless a test says otherwise.
 """
 
-import kernel_cases
+import inspect
+
 import pytest
 import torch
 from kernel_cases import TOKENS, VOCAB, compare, logits, some
@@ -240,8 +241,7 @@ def test_cross_entropy():
 
 
 def test_one_host_sync():
-    """Packing takes the backend's one; a loss on logits takes none."""
-    assert kernel_cases.TOKENS == len(LABELS)
-    source = pytest.importorskip("inspect").getsource(triton_backend)
+    """Packing takes the backend's one, and none under torch.compile; logits take none."""
+    source = inspect.getsource(triton_backend)
     assert source.count(".nonzero()") == 1
     assert ".item()" not in source and ".tolist()" not in source

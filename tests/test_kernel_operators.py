@@ -56,6 +56,26 @@ def test_one_graph_with_a_sparse_teacher(name, tail):
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_graph_of_the_fused_linear(reduction):
+    """Hidden states and lm_head with a masked row: a graph packs no rows, the numbers agree."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 6, generator=generator) for n in (TOKENS, VOCAB))
+    options = dict(labels=torch.tensor([1, -100, 3, 4]), ce_weight=0.5, backend="triton")
+
+    def step(hidden, weight, teacher):
+        source = kd.Hidden(hidden, weight, softcap=5.0)
+        return kd.distillation_loss(source, teacher, reduction=reduction, **options).sum()
+
+    found = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss = call(*leaves, logits(seed=1))
+        (3 * loss).backward()
+        found.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+    torch.testing.assert_close(found[1], found[0], rtol=2e-6, atol=1e-6)
+
+
 def test_operators():
     """Schemas hold and fakes give the shapes of what runs."""
     gradient, weights = torch.empty(TOKENS, VOCAB), torch.ones(TOKENS)

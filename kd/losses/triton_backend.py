@@ -72,8 +72,9 @@ def _import_triton() -> bool:
 
 def loss(problem: Problem, weight: Tensor, scale: Tensor | float | None, *leaves: Any) -> Tensor:
     """Weighted losses [N] where scale is None, else scale * their sum. weight [N]."""
-    if isinstance(problem.student, Projection):
-        rows = weight.nonzero().squeeze(1)
+    # A graph has no number of rows to pack: there, masked rows go through the matmuls as zeros.
+    if isinstance(problem.student, Projection) and not torch.compiler.is_compiling():
+        rows = weight.nonzero().squeeze(1)  # waits for the device: the number of rows that count
         problem = dataclasses.replace(problem, rows=None if len(rows) == len(weight) else rows)
     if scale is None:
         return TokenLoss.apply(problem, weight, *leaves) * weight
