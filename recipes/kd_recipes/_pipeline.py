@@ -104,7 +104,7 @@ def get_traces(
 
     report = Yield()
     found = (
-        _offline_traces(models, limit, held_out, report)
+        _offline_traces(folder, models, limit, held_out, report)
         if source == OFFLINE
         else _limited(_load(source, report), limit)
     )
@@ -141,7 +141,7 @@ def _limited(stream: Any, limit: int) -> Any:
         yield trace
 
 
-def _offline_traces(models: Stage, count: int, held_out: int, report: Any) -> Any:
+def _offline_traces(folder: Path, models: Stage, count: int, held_out: int, report: Any) -> Any:
     """The offline teacher solves sums, once each, at temperature 1."""
     from kd.traces import Sampling, Trace, generate_local
 
@@ -149,6 +149,11 @@ def _offline_traces(models: Stage, count: int, held_out: int, report: Any) -> An
     questions = arithmetic.problems(count, seed=1, exclude=excluded)
     asked = [Trace(q, reference=arithmetic.answer(q), domain="math") for q in questions]
     path = models.result["teacher"]
+    if not path:  # traces alone: nobody needs the teacher later
+        from kd_recipes import _offline_qwen
+
+        path = str(folder / "teacher")
+        _offline_qwen.write_model("teacher", folder / "teacher")
     tally = report.stage("generate")
     with Progress("the teacher solves problems", len(asked)) as bar:
         for trace in generate_local(

@@ -31,11 +31,11 @@ def offline(name: str, title: str) -> Config:
         output=f"runs/{name}-offline",
         max_traces=200,
         verifier="exact",
-        tags="sky_t1",
+        teacher="",
         max_length=96,
         sft=Training(
             epochs=3.0,
-            learning_rate=1e-3,
+            learning_rate=5e-4,
             warmup=0.1,
             batch=16,
             train_embeddings=False,
@@ -44,6 +44,6 @@ def offline(name: str, title: str) -> Config:
         problems=OFFLINE,
         problem_verifier="exact",
         test_problems=200,
-        max_new_tokens=56,
-        source="found on the offline sums, whose student is a thousandth of a Qwen's size",
+        max_new_tokens=40,
+        source="those of the offline r1_to_qwen, and its tags, which the tiny student knows",
     )

@@ -37,14 +37,13 @@ CACHED = Config(
 )
 OFFLINE_KD = replace(
     KD,
-    epochs=6.0,
+    epochs=8.0,
     learning_rate=5e-4,
     batch=16,
     train_embeddings=False,
     checkpoints=2,
     kd_weight=0.9,
     ce_weight=0.1,
-    temperature=2.0,
 )
 PRESETS = {
     "offline": (
