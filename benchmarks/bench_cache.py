@@ -6,8 +6,8 @@
 Prints Markdown (`--output FILE` also writes it). build_cache encodes and writes shards in a thread
 of its own beside torch's `--threads`. Reading is the median of repeated runs. Overhead compares
 build_cache, opening and closing included, with the model's bare forward of the same batches:
-pairs run right after one another, and the median of the pairs' ratios counts; all are shown. Shards
-are small there (1,024 tokens), so that encoding runs beside the forward as in a long capture.
+pairs run right after one another, and the median of the pairs' ratios counts; all are shown. The
+one shard of so few tokens is encoded at the end; in a long capture that happens beside the forward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kd.cache import CacheMeta, CacheWriter, TeacherCache  # noqa: E402
 
 QWEN = 151_936
-TOKENS = 2048  # captured; a real capture is longer, and its fixed costs weigh less
+QWEN_SHAPE = "qwen2.5-0.5b-shape"
+TOKENS = 4096  # captured
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -87,7 +88,28 @@ def reading(repeats: int) -> None:
             say(f"| {codec} | 2 x 2048, packed | {2 * 2048 / seconds:,.0f} | {size:.1f} |")
 
 
-def capture(model_folder: str, repeats: int, ks: list[int]) -> None:
+def qwen_shaped() -> torch.nn.Module:
+    """Random weights in the shape of Qwen2.5-0.5B, bfloat16: what a forward costs there."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=QWEN,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return Qwen2ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def capture(model_folder: str, repeats: int, ks: list[int], count: int) -> None:
     import pydoc_data.topics
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,10 +117,15 @@ def capture(model_folder: str, repeats: int, ks: list[int]) -> None:
     from kd.teachers import build_cache
     from kd.teachers.build import batches
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    tokens = tokenizer("\n".join(pydoc_data.topics.topics.values()))["input_ids"]
-    sequences = [np.array(tokens[i : i + 256]) for i in range(0, TOKENS, 256)]
+    if model_folder == QWEN_SHAPE:
+        model, live = qwen_shaped(), QWEN
+        tokens = np.random.default_rng(0).integers(0, live, count).tolist()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        tokens = tokenizer("\n".join(pydoc_data.topics.topics.values()))["input_ids"]
+        live = len(tokenizer)
+    sequences = [np.array(tokens[i : i + 256]) for i in range(0, count, 256)]
 
     def bare() -> None:
         with torch.inference_mode():
@@ -108,12 +135,12 @@ def capture(model_folder: str, repeats: int, ks: list[int]) -> None:
     def whole(k: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             build_cache(
-                model, sequences, folder, top_k=k, batch_tokens=1024, shard_tokens=1024,
-                live_vocab=len(tokenizer), progress=False,
+                model, sequences, folder, top_k=k, batch_tokens=1024,
+                live_vocab=live, progress=False,
             )  # fmt: skip
 
     say(
-        f"\n| capture of {TOKENS:,} tokens | bare forward, s | build_cache, s | overhead: median "
+        f"\n| capture of {count:,} tokens | bare forward, s | build_cache, s | overhead: median "
         "(all pairs) | in CPU time: median (all) |\n|---|---|---|---|---|"
     )
     for k in ks:
@@ -130,7 +157,40 @@ def capture(model_folder: str, repeats: int, ks: list[int]) -> None:
             extra = sorted(100 * (mine[kind] / base[kind] - 1) for base, mine in pairs)
             listed = ", ".join(f"{value:+.1f}" for value in extra)
             shown.append(f"{statistics.median(extra):+.1f} % ({listed})")
-        say(f"| k={k} | {seconds[0]:.2f} | {seconds[1]:.2f} | {shown[0]} | {shown[1]} |")
+        name = f"{Path(model_folder).name}, k={k}"
+        say(f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {shown[0]} | {shown[1]} |")
+
+
+def parts(repeats: int) -> None:
+    """What capture does differently from a bare forward, in CPU time: the head's product in chunks
+    into one buffer instead of at once, and the selection. The decoder is the same in both."""
+    from kd.teachers.selection import top_k_rows
+
+    say(
+        "\n| lm_head | bare head, us/token | in chunks, us | selection k=64, us | in all, us |\n"
+        "|---|---|---|---|---|"
+    )
+    for name, vocabulary, hidden_size in (
+        ("SmolLM2-135M", 49_152, 576),
+        ("Qwen2.5-0.5B", QWEN, 896),
+    ):
+        weight = torch.randn(vocabulary, hidden_size, dtype=torch.bfloat16)
+        hidden = torch.randn(512, hidden_size).bfloat16()
+        buffer = torch.empty(256, vocabulary, dtype=torch.bfloat16)
+        taken: dict[str, list[float]] = {"bare": [], "chunked": [], "selection": []}
+        with torch.inference_mode():
+            for _ in range(repeats):
+                bare = both_times(lambda h=hidden, w=weight: torch.nn.functional.linear(h, w))[1]
+                chunked = selection = 0.0
+                for part in hidden.split(256):
+                    multiply = lambda p=part, w=weight, b=buffer: torch.mm(p, w.t(), out=b)  # noqa: E731
+                    chunked += both_times(multiply)[1]
+                    selection += both_times(lambda b=buffer: top_k_rows(b, 64, 1.0))[1]
+                for kind, seconds in zip(taken, (bare, chunked, selection), strict=True):
+                    taken[kind].append(1e6 * seconds / len(hidden))
+        base, mine, kept = (statistics.median(values) for values in taken.values())
+        shape = f"{name}: {vocabulary:,} x {hidden_size}"
+        say(f"| {shape} | {base:.0f} | {mine:.0f} | {kept:.0f} | {mine + kept - base:+.0f} |")
 
 
 def step(model_folder: str, repeats: int) -> None:
@@ -180,11 +240,12 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of a causal LM, such as SmolLM2-135M-Instruct")
+    parser.add_argument("--model", help=f"folder of a causal LM, or {QWEN_SHAPE}: random weights")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="captured")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--top-k", type=int, nargs="+", default=[64], help="of the captures")
-    parser.add_argument("--only", choices=["reading", "capture", "step"])
+    parser.add_argument("--only", choices=["reading", "parts", "capture", "step"])
     parser.add_argument("--output", type=Path, help="also write the Markdown there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -193,8 +254,10 @@ def main() -> None:
     say(f"{machine.line_of(machine.machine_info('cpu'))}")
     if args.only in (None, "reading"):
         reading(args.repeats)
+    if args.only in (None, "parts"):
+        parts(args.repeats)
     if args.model and args.only in (None, "capture"):
-        capture(args.model, args.repeats, args.top_k)
+        capture(args.model, args.repeats, args.top_k, args.tokens)
     if args.model and args.only in (None, "step"):
         step(args.model, max(1, args.repeats // 2))
     if args.output:

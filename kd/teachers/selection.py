@@ -21,7 +21,7 @@ from torch import Tensor
 NAMES = ("top_k", "top_p", "sampled", "hybrid")
 METHODS = ("independent", "systematic")
 PILE = 32
-CACHED_BYTES = 2 * 1024 * 1024  # of float32 log-probs that are worked on at a time
+CACHED_BYTES = 5 * 2**18  # of float32 log-probs that are worked on at a time (measured)
 
 
 @dataclass(frozen=True)
