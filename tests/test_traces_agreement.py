@@ -1,12 +1,11 @@
 """Verifiers compared on the same traces, selection on the command line, time per stage."""
 
 import json
-import time
 
 import pytest
 
 from kd.cli.main import main
-from kd.traces import Exact, Numeric, Trace, Verdict, Yield, compare, load, write_traces
+from kd.traces import Exact, Numeric, Trace, Verdict, Yield, compare, load, write_traces, yields
 from kd.traces.agreement import DECIDE, decision
 from kd.traces.report import write_report
 from kd.traces.yields import metered
@@ -86,26 +85,31 @@ def test_the_page_shows_who_disagrees_and_escapes_it(tmp_path):
     assert "another spelling" in text and "&lt;script&gt;" in text and "<script" not in text
 
 
-def test_a_stage_counts_its_own_time_and_not_that_of_the_stages_it_reads():
+def test_a_stage_counts_its_own_time_and_not_that_of_the_stages_it_reads(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(yields.time, "perf_counter", lambda: clock[0])
     report = Yield()
     first, middle, last = (report.stage(name) for name in ("first", "middle", "last"))
 
     def made():
         for i in range(5):
-            time.sleep(0.02)
+            clock[0] += 20
             yield i
 
     def passed(stream):
         for i in stream:
             with middle.timed():
-                time.sleep(0.004)
+                clock[0] += 4
             yield i
 
-    stream = metered(last, passed(metered(first, made())))
-    for _ in stream:
-        time.sleep(0.03)  # the consumer's own time is nobody's
-    assert 0.1 <= first.seconds < 0.25 and 0.02 <= middle.seconds < 0.08
-    assert last.seconds < 0.02
+    def finished(stream):
+        for i in stream:
+            clock[0] += 1
+            yield i
+
+    for _ in metered(last, finished(passed(metered(first, made())))):
+        clock[0] += 30  # the consumer's own time is nobody's
+    assert (first.seconds, middle.seconds, last.seconds) == (100, 20, 5)
 
 
 def test_select_on_the_command_line(tmp_path, capsys):

@@ -54,7 +54,7 @@ def test_hostile_answers_end_soon_and_are_never_correct():
     started = time.monotonic()
     for answer, reference in HOSTILE:
         assert verifier(Trace("q", "t", answer, reference=reference)).status in ("wrong", "unknown")
-    assert time.monotonic() - started < 2.5 * len(HOSTILE)
+    assert time.monotonic() - started < 30 * len(HOSTILE)  # starting anew included
     # and the next honest one is judged as ever
     assert verifier(Trace("q", "t", r"\boxed{2/4}", reference="1/2")).correct
 
@@ -73,6 +73,7 @@ def test_a_worker_that_hangs_or_dies_is_replaced(monkeypatch, tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(
         "import json, sys, time\n"
+        "print('ready', flush=True)\n"
         "for line in sys.stdin:\n"
         "    r = json.loads(line)\n"
         "    if r['do'] == 'hang': time.sleep(60)\n"
@@ -88,6 +89,8 @@ def test_a_worker_that_hangs_or_dies_is_replaced(monkeypatch, tmp_path):
     assert worker.ask({"do": "forge"}, 10).label() == "error: verifier crashed"
     assert worker.ask({"do": "answer"}, 10).correct
     worker.close()
+    script.write_text("import no_such_library")
+    assert worker.ask({"do": "answer"}, 10).label() == "error: verifier crashed"
 
 
 def test_reasoning_gym_items_are_scored_by_their_own_scorer():

@@ -206,7 +206,8 @@ class Shard:
         layout = Layout.of(self.lengths[list(sequences)], counts)
         parts = {name: self.part(name, sequences) for name in self.codec.streams}
         try:
-            rows = self.codec.decode(parts, counts, layout, self.side)
+            with np.errstate(all="ignore"):  # the rows are looked at below
+                rows = self.codec.decode(parts, counts, layout, self.side)
         except DECODING as error:
             found = f"{error!s:.200}" or type(error).__name__
             raise self._wrong("rows that can be decoded", found) from None

@@ -18,6 +18,7 @@ from kd.traces.trace import Trace
 from kd.traces.verifiers.answers import final_answer, last_boxed, normalise, parse_number
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
 
+START_SECONDS = 120.0
 _WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -31,8 +32,11 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: dict[str, Any], seconds: float) -> Verdict:
-        """Send a request and wait for its answer at most so long."""
-        process = self._start()
+        """Send a request and wait for its answer at most so long; starting up does not count."""
+        process = self._start(str(request.get("task", "")))
+        if process is None:
+            detail = f"it did not start within {START_SECONDS:g} s, or its library is missing"
+            return Verdict("error", "verifier crashed", detail=detail)
         nonce = secrets.token_hex(8)
         line = json.dumps({**request, "nonce": nonce}).encode() + b"\n"
         try:
@@ -71,17 +75,20 @@ class Worker:
                     except OSError:
                         pass
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, task: str) -> subprocess.Popen[bytes] | None:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(_WORKER)],
+                [sys.executable, "-I", str(_WORKER), task],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
             weakref.finalize(self, _kill, self._process)
+            # imports take seconds, and many on a busy machine
+            if self._read(self._process, time.monotonic() + START_SECONDS) != b"ready\n":
+                self.close()
         return self._process
 
     def _read(self, process: subprocess.Popen[bytes], until: float) -> bytes | None:

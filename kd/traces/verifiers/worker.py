@@ -1,9 +1,11 @@
 """The killable side of a verifier: a script that answers JSON lines; it imports nothing of kd.
 
-Run by path, with Python's isolated mode: ``python -I worker.py``. One request a line on stdin,
-one answer a line on a copy of stdout; what the libraries print goes to stderr.
+Run by path, with Python's isolated mode: ``python -I worker.py TASK``. It imports what the task
+needs and says ``ready``; then one request a line on stdin, one answer a line on a copy of stdout.
+What the libraries print goes to stderr.
 """
 
+import importlib
 import json
 import os
 import resource
@@ -44,6 +46,7 @@ def gym(request):
 
 _GYM: dict = {}
 TASKS = {"maths": maths, "gym": gym}
+LIBRARIES = {"maths": "math_verify", "gym": "reasoning_gym"}
 
 
 def main():
@@ -51,6 +54,10 @@ def main():
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if sys.argv[1:] and sys.argv[1] in LIBRARIES:
+        importlib.import_module(LIBRARIES[sys.argv[1]])
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
         try:
