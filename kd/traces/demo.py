@@ -58,7 +58,7 @@ def run_demo(folder: str | Path, *, problems: int = 400, steps: int = 600, seed:
     stage.seconds = time.perf_counter() - started
     linted = list(filter_stream(answered, [Lint(need_think=True)], report=report, stage="lint"))
     verifiers: dict[str, Verifier] = {"gym": ReasoningGym(), "numeric": Numeric(), "maths": Maths()}
-    correct = compare(linted, verifiers, workers=2, report=report)
+    correct = compare(linted, verifiers, workers=1 + (problems > 100), report=report)
     unique = list(exact_duplicates(correct, report=report))
     chosen = best_of_n(unique, report=report)
     renderer = Renderer(tokenizer, tags=COMPACT)
