@@ -339,7 +339,8 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"Qwen2 of {layers} layers, hidden {hidden}, vocabulary {size['vocab']:,}, tied; teacher "
         f"of {depth} layers, hidden {teacher}; {size['batch'][0]} x {size['batch'][1]} tokens; "
-        f"{found['dtype']}; {found['rounds']} rounds. A step is forward, backward, AdamW; extra "
+        f"{found['dtype']}; {found['rounds']} rounds; load average {found['load']:.1f}. "
+        "A step is forward, backward, AdamW; extra "
         "memory is the process's peak above model and inputs, the optimiser's moments included.",
         "",
         "| | implementation | step s | x TRL | x plain logits | extra MiB | loss | grad norm |",
@@ -375,6 +376,7 @@ def main() -> None:
         sys.path.append(str(Path(os.environ["KD_PEERS"]).resolve()))
     size = SIZES["smoke" if chosen.smoke else "small"]
     rounds = 2 if chosen.smoke else chosen.rounds
+    load = max(0.0, os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0.0
     rows = measure(size, chosen.dtype, rounds, torch.get_num_threads(), chosen.group)
     for row in rows:
         row["x_trl"], row["x_plain"] = ratio(row, rows, REFERENCE), ratio(row, rows, PLAIN)
@@ -385,6 +387,7 @@ def main() -> None:
         "size": size,
         "dtype": chosen.dtype,
         "rounds": rounds,
+        "load": load,
         "rows": rows,
     }
     print(markdown(found))
