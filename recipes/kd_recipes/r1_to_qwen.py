@@ -62,7 +62,7 @@ OFFLINE_PRESET = Config(
     verifier="exact",
     max_length=96,
     sft=OFFLINE_SFT,
-    kd=replace(OFFLINE_SFT, epochs=3.4, kd_weight=0.9, ce_weight=0.1),
+    kd=replace(OFFLINE_SFT, epochs=1.7, kd_weight=0.9, ce_weight=0.1),
     top_k=16,
     control=True,
     problems=OFFLINE,
