@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: quickstart test test-all lint errors aot bench bench-gpu bench-compare help clean
+.PHONY: quickstart test test-all lint errors gradients steps aot bench bench-gpu bench-compare help clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -32,8 +32,14 @@ lint: $(STAMP)  ## formatting, lint, types, import layers
 errors: $(STAMP)  ## every loss against the float64 oracle, as a table
 	$(BIN)/python benchmarks/error_table.py
 
+gradients: $(STAMP)  ## gradients of a batch split over processes, against one process
+	$(BIN)/python tests/training_ranks.py --table
+
+steps: $(STAMP)  ## time of a training step, beside TRL's where it is installed
+	$(BIN)/python benchmarks/bench_training.py --results benchmarks/results
+
 aot: $(STAMP)  ## compile every kernel for GPUs that are not here and check the counts
-	$(BIN)/python benchmarks/aot_table.py --check tests/aot_budgets.json
+	$(BIN)/python benchmarks/aot_table.py --check tests/aot_budgets.json --write benchmarks/results/aot/table
 
 bench: $(STAMP)  ## measure this machine's CPU; peers take part where they are installed
 	$(BIN)/kd bench --device cpu --results benchmarks/results
