@@ -148,3 +148,26 @@ def test_narrow_dtypes_are_within_twice_plain_pytorch(form, gap, dtype):
         scale = true.double().abs().max()
         allowed = 2 * (usual.double() - true).abs().max() + 4 * torch.finfo(dtype).eps * scale
         assert (got.double() - true).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("vocab_size", [None, 950])
+def test_wide_projections_made_in_slabs(monkeypatch, vocab_size):
+    monkeypatch.setattr(torch_backend, "SLAB_ELEMENTS", 1 << 14)  # 409 tokens of the vocabulary
+    make = torch.Generator().manual_seed(0)
+
+    def hidden(width):
+        rows, weight = (
+            torch.randn(40, width, generator=make),
+            torch.randn(1000, width, generator=make),
+        )
+        return kd.Hidden(rows.requires_grad_(), (weight / width**0.5).requires_grad_())
+
+    student, teacher = hidden(520), hidden(640)
+    teacher = kd.Hidden(teacher.hidden.detach(), teacher.weight.detach())
+    found, exact = {}, {}
+    for backend, kept in (("torch", found), ("reference", exact)):
+        loss = kd.distillation_loss(student, teacher, vocab_size=vocab_size, backend=backend)
+        kept["dh"], kept["dw"] = torch.autograd.grad(loss, (student.hidden, student.weight))
+        kept["loss"] = loss.detach()
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-5, atol=1e-7)

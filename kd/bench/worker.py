@@ -3,7 +3,8 @@
     python -m kd.bench.worker FOLDER SUITE DIVERGENCE DEVICE IMPLEMENTATION
 
 Commands on standard input: ``check`` (a step on the first rows, compared with the truth in
-``FOLDER/truth.pt``), ``memory`` (a whole step, with its peak), ``time`` (a whole step), ``quit``.
+``FOLDER/truth.pt``), ``memory`` (a whole step, with its peak), ``time`` (a whole step after one
+that is not timed), ``quit``.
 Each is answered by one line of JSON.
 """
 
@@ -63,8 +64,14 @@ class Worker:
         }
 
     def time(self) -> dict[str, Any]:
+        """Seconds of a step right after another one, as in a training loop.
+
+        The step before is not timed: while the others took their turns, a virtual machine may
+        have handed free memory back to its host, and who touches it first pays for that.
+        """
         if self.step is None:
             self.step = self.build(self.inputs)
+        self.step()
         synchronize(self.device)
         started = time.perf_counter()
         self.step()

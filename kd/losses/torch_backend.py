@@ -26,6 +26,12 @@ TEACHER_BYTES = 80 << 20
 HUGE_BYTES = 8 << 20
 """Size from which CPU memory is asked for in huge pages."""
 
+SLAB_ELEMENTS = 1 << 18
+"""Logits of one slab of the vocabulary, where a projection is made slab by slab."""
+
+SLAB_WIDTH = 512
+"""Hidden width from which a projection is made slab by slab."""
+
 BLOCK_ELEMENTS = 1 << 19
 """Elements of one row block per thread: student and teacher rows stay in the cache."""
 
@@ -184,7 +190,7 @@ class _TeacherRows:
 def _teacher_logits(teacher: Hidden, hidden: Tensor, out: Tensor) -> Tensor:
     """Final logits of a teacher's lm_head over the live vocabulary into ``out`` [rows, vocab]."""
     vocab = out.shape[1]
-    torch.mm(hidden, teacher.weight[:vocab].T, out=out)
+    _logits_into(out, hidden, teacher.weight[:vocab])
     if teacher.bias is not None:
         out += teacher.bias[:vocab]
     if teacher.lora is not None:
@@ -310,12 +316,31 @@ def _run_projection(
 def _project(student: Projection, inputs: list[Tensor], out: Tensor) -> Tensor:
     """Raw student logits of a chunk into ``out`` [c, vocab]."""
     vocab = out.shape[1]
-    torch.mm(inputs[0], student.pairs[0][1][:vocab].T, out=out)
+    _logits_into(out, inputs[0], student.pairs[0][1][:vocab])
     for x, (_, w) in zip(inputs[1:], student.pairs[1:], strict=True):
         out.addmm_(x, w[:vocab].T)
     if student.bias is not None:
         out += student.bias[:vocab]
     return out
+
+
+def _logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """out [R, V] = hidden [R, H] @ weight [V, H].T
+
+    float32 BLAS packs a wide transposed weight slowly: taken as weight @ hidden.T, slab by slab,
+    and transposed while the slab is in cache, the same product took 0.5 to 0.9 of the time.
+    """
+    rows, width = hidden.shape
+    wide = width >= SLAB_WIDTH and 32 <= rows <= 2048 and len(weight) >= SLAB_WIDTH
+    if not (wide and out.dtype == torch.float32 and out.device.type == "cpu"):
+        torch.mm(hidden, weight.T, out=out)
+        return
+    slab = SLAB_ELEMENTS // rows
+    product = out.new_empty((slab, rows))
+    for start in range(0, len(weight), slab):
+        part = weight[start : start + slab]
+        torch.mm(part, hidden.T, out=product[: len(part)])
+        out[:, start : start + slab].copy_(product[: len(part)].T)
 
 
 def room(
@@ -329,7 +354,7 @@ def room(
     needs = needs or Needs((False,) * count, (False,) * count)
     make = torch.empty_like if rows is None else torch.zeros_like
     empty = len(student.pairs[0][0]) == 0 or (rows is not None and len(rows) == 0)
-    make_weight = torch.zeros if empty else torch.empty
+    make_weight = torch.zeros if empty else _empty
     grads = Gradients()
     for (x, w), wants_x, wants_w in zip(student.pairs, needs.inputs, needs.weights, strict=True):
         grads.inputs.append(make(x, memory_format=torch.contiguous_format) if wants_x else None)
