@@ -32,14 +32,21 @@ CASES = {
 EXTRA_MIB = 300.0
 
 
-def ratio(group: Group, result: dict, row: dict) -> float | None:
-    """Times the matmuls; for logits, times faster than TRL GKD."""
+def ratios(group: Group, result: dict, row: dict) -> tuple[float, float] | None:
+    """(by the fastest rounds, by the medians): times the matmuls; for logits, TRL GKD over ours.
+
+    On a shared machine the fastest round is the one that others disturbed least: it is what the
+    bounds are for, and the median shows how much was disturbed.
+    """
     if group.suite == "linear":
-        return times_floor(row["seconds"], row["floor_seconds"])
+        seconds, floor = row["seconds"], row["floor_seconds"]
+        median = times_floor(seconds, floor)
+        return None if median is None else (min(seconds) / min(floor), median)
     peer = next((r for r in result["rows"] if r["implementation"] == "trl gkd"), None)
     if peer is None or not peer["seconds"]:
         return None
-    return statistics.median(peer["seconds"]) / statistics.median(row["seconds"])
+    theirs, ours = peer["seconds"], row["seconds"]
+    return min(theirs) / min(ours), statistics.median(theirs) / statistics.median(ours)
 
 
 def holds(group: Group, bound: float, value: float | None, row: dict) -> bool:
@@ -61,17 +68,17 @@ def table(results: dict[str, dict]) -> bool:
         sign = "<=" if group.suite == "linear" else ">="
         what = "x matmuls" if group.suite == "linear" else "x faster than TRL GKD"
         print(f"\n### {name}: {group.name}\n\n{machine.line_of(result['machine'])}\n")
-        print(f"| implementation | {what} | min..max s | extra MiB | value error | grad error |")
-        print("|---|---:|---:|---:|---:|---:|")
+        print(f"| implementation | {what}: fastest round | median | seconds | extra MiB |", end="")
+        print(" value error | grad error |\n|---|---:|---:|---:|---:|---:|---:|")
         for row in result["rows"]:
             title = f"{row['implementation']} {row['version'] or ''}".strip()
             if not row["seconds"]:
-                print(f"| {title} | {row.get('skipped', '')} | | | | |")
+                print(f"| {title} | {row.get('skipped', '')} | | | | | |")
                 continue
-            value = ratio(group, result, row)
-            shown = "-" if value is None else f"{value:.3f}"
+            both = ratios(group, result, row)
+            shown, median = ("-", "-") if both is None else (f"{x:.3f}" for x in both)
             if row["implementation"] == "kd":
-                ok = holds(group, bound, value, row)
+                ok = holds(group, bound, both and both[0], row)
                 good &= ok
                 shown += f" (must be {sign} {bound}: {'holds' if ok else 'MISSED'})"
             seconds = f"{min(row['seconds']):.3f}..{max(row['seconds']):.3f}"
@@ -79,7 +86,8 @@ def table(results: dict[str, dict]) -> bool:
             found = [
                 f"{row[key]:.1e}" if key in row else "-" for key in ("value_error", "grad_error")
             ]
-            print(f"| {title} | {shown} | {seconds} | {memory} | " + " | ".join(found) + " |")
+            cells = (title, shown, median, seconds, memory, *found)
+            print("| " + " | ".join(cells) + " |")
     return good
 
 
