@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             rounds=args.rounds,
             seconds=args.seconds,
         )
-        write_report(folder, "python benchmarks/bench_losses.py; kd bench")
+        write_report(folder)
     found = {group["group"]: group for group in load_groups(folder)}
     return 0 if table(found) else 1
 

@@ -134,7 +134,7 @@ def test_a_rerun_continues_and_a_broken_run_leaves_nothing_half_written(measured
 def test_report_is_complete_and_self_contained(measured):
     folder = measured[0]
     pytest.importorskip("matplotlib")
-    report.write_report(folder, "kd bench --smoke")
+    report.write_report(folder)
     results = json.loads((folder / "results.json").read_text())
     assert {"machine_info", "benchmarks", "datetime", "version"} <= results.keys()
     assert all(b["stats"]["rounds"] == len(b["stats"]["data"]) for b in results["benchmarks"])

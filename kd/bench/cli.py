@@ -93,6 +93,6 @@ def run(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         seconds=args.seconds,
     )
-    for path in write_report(folder, "kd bench", plots=not args.no_plots):
+    for path in write_report(folder, plots=not args.no_plots):
         print(path)
     return 0

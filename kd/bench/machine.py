@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -75,6 +76,35 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def command_line(argv: list[str] | None = None) -> str:
+    """The command that is running, as one would type it: no path of this machine is in it."""
+    program, *arguments = sys.argv if argv is None else argv
+    if Path(program).name == "__main__.py":
+        words = ["python", "-m", Path(program).parent.name]
+    elif program.endswith(".py"):
+        words = ["python", _own_name(program)]
+    else:
+        words = [Path(program).name]
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if equals and option.startswith("-"):
+            words.append(f"{option}={_own_name(value)}")
+        else:
+            words.append(_own_name(argument))
+    return shlex.join(words)
+
+
+def _own_name(argument: str) -> str:
+    """A path below the working folder or the source tree relative to it; another, its name."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    for base in (Path.cwd(), Path(__file__).parents[2]):
+        if path.is_relative_to(base):
+            return str(path.relative_to(base))
+    return path.name
 
 
 def line_of(info: dict[str, Any]) -> str:

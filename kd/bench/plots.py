@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kd.bench import gate
 from kd.bench.machine import line_of
-from kd.bench.report import all_rows, best_possible, group_table, times_floor
+from kd.bench.report import all_rows, best_possible, command_of, group_table, times_floor
 from kd.bench.runner import floor_rounds, write_whole
 
 Rows = list[dict[str, Any]]
@@ -149,7 +150,7 @@ def write_plots(folder: Path, groups: list[dict[str, Any]]) -> list[Path]:
         images[name] = buffer.getvalue()
         paths.append(folder / "plots" / f"{name}.png")
         paths[-1].write_bytes(images[name])
-    write_whole(folder / "report.html", page(groups, images))
+    write_whole(folder / "report.html", page(groups, images, folder))
     return [*paths, folder / "report.html"]
 
 
@@ -160,8 +161,8 @@ td:first-child,td:last-child{text-align:left}
 tr.ours{background:#eaf2ff;font-weight:600}img{max-width:100%}code{background:#f2f4f6}"""
 
 
-def page(groups: list[dict[str, Any]], images: dict[str, bytes]) -> str:
-    """The whole report as one HTML file without links to anything."""
+def page(groups: list[dict[str, Any]], images: dict[str, bytes], folder: Path) -> str:
+    """The whole report as one HTML file that loads nothing; its links lead to files beside it."""
     body = [f"<h1>kd benchmarks</h1><p>{html.escape(line_of(groups[-1]['machine']))}</p>"]
     measured = [row for row in all_rows(groups) if row.get("median_s")]
     body.append(
@@ -171,15 +172,39 @@ def page(groups: list[dict[str, Any]], images: dict[str, bytes]) -> str:
     )
     for group in groups:
         body.append(f"<h2>{html.escape(group['group'])}</h2>")
-        body.append(f"<p>{html.escape(group['measured_at'])}</p>{_as_html(group_table(group))}")
+        said = f"{group['measured_at']}. {command_of(group)}".replace("`", "")
+        body.append(f"<p>{html.escape(said)}</p>{_as_html(group_table(group))}")
     for name, image in images.items():
         source = base64.b64encode(image).decode()
         title = html.escape(name)
         body.append(f'<h3>{title}</h3><img alt="{title}" src="data:image/png;base64,{source}">')
+    body += _gate(folder)
     head = (
         f'<!doctype html><meta charset="utf-8"><title>kd benchmarks</title><style>{STYLE}</style>'
     )
     return head + "\n".join(body) + "\n"
+
+
+def _gate(folder: Path) -> list[str]:
+    """What the ahead-of-time gate has counted, where it lies beside the results."""
+    parts = gate.section(folder)
+    if not parts:
+        return []
+    said = html.escape(gate.INTRODUCTION).replace("`make aot`", "<code>make aot</code>")
+    links = ", ".join(
+        f'<a href="../aot/{name}">{title}</a>'
+        for title, name in (
+            ("summary", "README.md"),
+            ("every variant", "table.md"),
+            ("peers", "peers.md"),
+            ("table.csv", "table.csv"),
+            ("peers.csv", "peers.csv"),
+        )
+    )
+    made = [
+        f'<h2 id="gate">Machine code of the kernels</h2><p>{said}</p><p>All of it: {links}.</p>'
+    ]
+    return made + [f"<h3>{html.escape(title)}</h3>{_as_html(table)}" for title, table in parts]
 
 
 def _as_html(table: str) -> str:
@@ -189,7 +214,11 @@ def _as_html(table: str) -> str:
     ]
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
     for row in rows:
-        ours = ' class="ours"' if row[0] == "kd" or row[0].startswith("kd ") else ""
+        ours = (
+            ' class="ours"'
+            if row[0] == "kd" or row[0].startswith("kd ") or row[1].startswith("ours")
+            else ""
+        )
         lines.append(
             f"<tr{ours}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
         )

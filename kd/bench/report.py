@@ -9,7 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from kd.bench.machine import line_of
+from kd.bench import gate
+from kd.bench.machine import command_line, line_of
 from kd.bench.runner import write_whole
 
 COLUMNS = (
@@ -106,9 +107,15 @@ def as_markdown(groups: list[dict[str, Any]]) -> str:
         ceilings = ", ".join(_ceiling(name, value) for name, value in group["ceilings"].items())
         parts.append(
             f"### {group['group']}\n\n{line_of(group['machine'])}; {group['measured_at']}; "
-            f"ceilings measured in the same run: {ceilings}.\n\n" + group_table(group)
+            f"ceilings measured in the same run: {ceilings}. {command_of(group)}\n\n"
+            + group_table(group)
         )
     return "\n\n".join(parts) + "\n"
+
+
+def command_of(group: dict[str, Any]) -> str:
+    """The command that measured a group, as a sentence."""
+    return f"Command: `{group['command']}`." if group.get("command") else ""
 
 
 def _ceiling(name: str, value: float) -> str:
@@ -209,16 +216,19 @@ def _stats(seconds: list[float]) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, command: str, plots: bool = True) -> list[Path]:
+def write_report(folder: Path, plots: bool = True) -> list[Path]:
     """results.json, results.csv, README.md and, with plots, PNGs and report.html under a folder."""
     groups = load_groups(folder)
     if not groups:
         raise ValueError(f"write_report: folder must hold results, got none under {folder}/groups.")
-    head = f"# Benchmarks\n\nCommand: `{command}`. Floors and columns: benchmarks/README.md.\n\n"
+    head = (
+        f"# Benchmarks\n\nWritten by `{command_line()}`; each group names the command that "
+        "measured it. Floors and columns: benchmarks/README.md.\n\n"
+    )
     written = {
         "results.json": json.dumps(as_pytest_benchmark(groups), indent=1) + "\n",
         "results.csv": as_csv(groups),
-        "README.md": head + as_markdown(groups),
+        "README.md": head + as_markdown(groups) + gate.as_markdown(folder),
     }
     paths = []
     for name, text in written.items():

@@ -197,6 +197,7 @@ def run_group(
         "rows": list(rows.values()),
         "ceilings": machine.ceilings(device, (group.dtype,)),
         "machine": machine.machine_info(device),
+        "command": machine.command_line(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
