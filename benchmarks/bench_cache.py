@@ -25,6 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from kd.bench.cache_suite import power_law_rows  # noqa: E402
+from kd.bench.models import make_model  # noqa: E402
 from kd.cache import CacheMeta, CacheWriter, TeacherCache  # noqa: E402
 
 QWEN = 151_936
@@ -59,13 +61,8 @@ def make_cache(
     sequences = []
     with CacheWriter(path, meta) as writer:
         for _ in range(count):
-            tokens = rng.integers(0, live, length).astype(np.int32)
-            ids = np.argsort(rng.random((length, 4 * k)), 1)[:, :k] * (live // (4 * k))
-            ids += rng.integers(0, live // (4 * k), ids.shape)
-            exponent = rng.uniform(1.1, 2.2, (length, 1))
-            logits = -exponent * np.log(np.arange(1, k + 1))
-            log_p = logits - np.logaddexp.reduce(logits, 1, keepdims=True) + np.log(0.95)
-            writer.add(tokens, ids, log_p.astype(np.float32))
+            tokens, ids, logprobs = power_law_rows(rng, length, k, live)
+            writer.add(tokens, ids, logprobs)
             sequences.append(tokens)
     return sequences
 
@@ -90,23 +87,7 @@ def reading(repeats: int) -> None:
 
 def qwen_shaped() -> torch.nn.Module:
     """Random weights in the shape of Qwen2.5-0.5B, bfloat16: what a forward costs there."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=QWEN,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return Qwen2ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(default)
+    return make_model(896, 24, QWEN, 0, torch.bfloat16, intermediate=4864, kv_heads=2).eval()
 
 
 def capture(model_folder: str, repeats: int, ks: list[int], count: int) -> None:

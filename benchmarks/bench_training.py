@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kd.bench.training_suite import build_trainer
+
 SIZES = {
     "small": {"student": (256, 4), "teacher": (512, 4), "vocab": 151_936, "batch": (2, 64)},
     "smoke": {"student": (32, 1), "teacher": (64, 1), "vocab": 512, "batch": (2, 16)},
@@ -36,158 +38,6 @@ PLAIN = {"SFT": "plain logits SFT", "KD": "plain logits KD"}
 
 
 # --- what runs in a worker ------------------------------------------------------------------------
-
-
-def make_model(hidden: int, layers: int, vocab: int, seed: int, dtype: Any) -> Any:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64),
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        use_cache=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return Qwen2ForCausalLM(config).to(dtype)
-
-
-def make_rows(vocab: int, batch: tuple[int, int]) -> list[dict[str, list[int]]]:
-    import random
-
-    rng = random.Random(0)
-    ids = [[rng.randrange(3, vocab) for _ in range(batch[1])] for _ in range(batch[0])]
-    return [{"input_ids": row, "labels": [-100] * 8 + row[8:]} for row in ids]
-
-
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
-
-
-def common(folder: str, dtype: Any) -> dict[str, Any]:
-    return {
-        "output_dir": folder,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-5,
-        "logging_steps": 1000,
-        "max_steps": 1000,
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-    }
-
-
-def build(name: str, size: dict[str, Any], folder: str, dtype: Any) -> tuple[Any, Any, Any]:
-    """(trainer, batch, trained tokens) of an implementation."""
-    import torch
-    from datasets import Dataset
-    from transformers import Trainer, TrainingArguments
-
-    vocab, rows = size["vocab"], make_rows(size["vocab"], size["batch"])
-    student = make_model(*size["student"], vocab, 0, dtype)
-    data = Dataset.from_list(rows)
-    teacher = None
-    if name in ("kd online", "kd cached top-32", "TRL GKDTrainer", "plain logits KD"):
-        teacher = make_model(*size["teacher"], vocab, 1, dtype).eval()
-    raw = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
-    raw["attention_mask"] = torch.ones_like(raw["input_ids"])
-    tokens = (raw["labels"][:, 1:] != -100).sum()
-    options = common(folder, dtype)
-    if name.startswith("TRL"):
-        return trl_trainer(name, student, teacher, data, options), raw, tokens
-    args = TrainingArguments(**options)
-    if name.startswith("plain"):
-        made = Trainer(student, args, train_dataset=data)
-        made.compute_loss = plain_loss(teacher)
-        return made, raw, tokens
-    return ours(name, student, teacher, rows, args, vocab, folder), None, tokens
-
-
-def ours(
-    name: str, student: Any, teacher: Any, rows: Any, args: Any, vocab: int, folder: str
-) -> Any:
-    from kd.training import DistillationCollator, DistillationTrainer, Objective
-
-    objective = Objective()
-    if name == "kd online":
-        objective = Objective(kd_weight=1.0, ce_weight=0.0, teacher=teacher)
-    elif name == "kd cached top-32":
-        from kd.teachers import build_cache
-
-        cache = build_cache(
-            teacher, [row["input_ids"] for row in rows], Path(folder) / "cache", progress=False
-        )
-        objective = Objective(kd_weight=1.0, ce_weight=0.0, teacher=cache)
-    made = DistillationTrainer(
-        student,
-        args,
-        objective=objective,
-        train_dataset=rows,
-        data_collator=DistillationCollator(0, attention_mask=False),
-        report=False,
-    )
-    made.state.max_steps = 1000
-    return made
-
-
-def trl_trainer(name: str, student: Any, teacher: Any, data: Any, options: Any) -> Any:
-    extra = {"dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False}
-    if name == "TRL SFTTrainer":
-        from trl import SFTConfig, SFTTrainer
-
-        args = SFTConfig(**options, **extra)
-        return SFTTrainer(
-            model=student, args=args, train_dataset=data, processing_class=make_tokenizer()
-        )
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-    args = GKDConfig(**options, **extra, lmbda=0.0, beta=0.0)
-    return GKDTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=args,
-        train_dataset=data,
-        processing_class=make_tokenizer(),
-    )
-
-
-def plain_loss(teacher: Any) -> Any:
-    """What a loop without a library does: all logits of both models, then the loss."""
-    import torch
-    from torch.nn import functional
-
-    def loss_of(model: Any, inputs: Any, num_items_in_batch: Any = None, **_: Any) -> Any:
-        ids, labels = inputs["input_ids"], inputs["labels"][:, 1:].flatten()
-        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        if teacher is None:
-            summed = functional.cross_entropy(logits.float(), labels, reduction="sum")
-            return summed / num_items_in_batch
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids).logits[:, :-1].flatten(0, 1)
-        rows = labels != -100
-        found = functional.kl_div(
-            functional.log_softmax(logits.float(), -1),
-            functional.log_softmax(wanted.float(), -1),
-            reduction="none",
-            log_target=True,
-        )
-        return found[rows].sum() / num_items_in_batch
-
-    return loss_of
 
 
 def high_water() -> int:
@@ -204,7 +54,7 @@ def worker(pipe: Any, name: str, size: dict[str, Any], dtype: str, threads: int)
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            made, batch, tokens = build(name, size, folder, getattr(torch, dtype))
+            made, batch, tokens = build_trainer(name, size, folder, getattr(torch, dtype))
         except Exception as error:  # a peer that is missing or refuses says why
             pipe.send({"error": f"{type(error).__name__}: {error}"})
             return

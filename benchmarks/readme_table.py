@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kd.bench.machine import line_of
 from kd.bench.report import load_groups, table_row
+from kd.bench.steps import is_floor
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -30,7 +31,7 @@ SHOWN = (
 def lines_for(group: dict, title: str) -> list[str]:
     """One line an implementation, fastest first."""
     rows = [table_row(row, group) for row in group["rows"]]
-    rows = [r for r in rows if r.get("median_s") and not r["implementation"].startswith("mat")]
+    rows = [r for r in rows if r.get("median_s") and not is_floor(r["implementation"])]
     lines = []
     for row in sorted(rows, key=lambda r: r["median_s"]):
         name = f"{row['implementation']} {row['version'] or ''}".strip()

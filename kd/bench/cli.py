@@ -17,7 +17,7 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Add ``kd bench``."""
-    from kd.bench.shapes import SUITES
+    from kd.bench.shapes import ALL_SUITES
 
     parser = subparsers.add_parser(
         "bench",
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    suites = ", ".join(SUITES)
+    suites = ", ".join(ALL_SUITES)
     parser.add_argument("--only", action="append", metavar="SUITE", help=f"one of {suites}")
     parser.add_argument("--shape", action="append", help="name of a shape, or its beginning")
     parser.add_argument(
@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--results", type=Path, default=Path("bench-results"), help="its parent")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds at least (5)")
     parser.add_argument(
-        "--seconds", type=float, default=45.0, help="time for a group's rounds (45)"
+        "--seconds", type=float, default=20.0, help="time for a group's rounds (20)"
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--add", action="store_true", help="add rows and rounds to what is there")

@@ -6,8 +6,6 @@ over tokens and its gradients.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,33 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kd
-from kd.bench import peers
+from kd.bench import peers, pipelines
 from kd.bench.inputs import parse_divergence
-from kd.bench.steps import LINEAR_LEAVES, Answer, Inputs, Step, leaves, with_gradients
-
-
-@dataclasses.dataclass(frozen=True)
-class Implementation:
-    """One way to compute a suite's loss and gradients."""
-
-    name: str
-    suites: tuple[str, ...]
-    build: Callable[[str, str, Inputs], Step]
-    package: str | None = None  # whose version is reported; None: part of torch or kd
-    divergences: tuple[str, ...] = ()  # empty: all
-    copies: float = 1.0  # [N, V] float32 tensors alive at once, for the memory guard
-    note: str = ""
-
-    def takes(self, suite: str, divergence: str) -> bool:
-        name = divergence.partition("(")[0]
-        return suite in self.suites and (not self.divergences or name in self.divergences)
-
+from kd.bench.shapes import ALL_SUITES, PIPELINE_SUITES
+from kd.bench.steps import (
+    LINEAR_LEAVES,
+    Answer,
+    Implementation,
+    Inputs,
+    Step,
+    leaves,
+    with_gradients,
+)
 
 # --- ours -----------------------------------------------------------------------------------------
 
 
 def build_kd(suite: str, divergence: str, inputs: Inputs, overwrite: bool = False) -> Step:
-    """kd.distillation_loss or kd.cross_entropy."""
+    """kd.distillation_loss or kd.cross_entropy; capture, cache, trainer, recipe."""
+    if suite in PIPELINE_SUITES:
+        return pipelines.build("kd", suite, divergence, inputs)
     if suite == "selection":
         return build_selection(suite, divergence, inputs)
     teacher = our_teacher(inputs)
@@ -164,6 +155,8 @@ def kl_div_loss(student_logits: Tensor, teacher_logits: Tensor, divergence: str)
 
 def build_pytorch(suite: str, divergence: str, inputs: Inputs, compiled: bool = False) -> Step:
     """Logits of both sides, log-softmax, F.kl_div, autograd."""
+    if suite in PIPELINE_SUITES:
+        return pipelines.build("pytorch", suite, divergence, inputs)
     if suite == "selection":
         return _build_full_log_softmax(inputs)
 
@@ -219,7 +212,7 @@ DENSE_KL = ("forward_kl", "reverse_kl", "jsd")
 IMPLEMENTATIONS = {
     made.name: made
     for made in (
-        Implementation("kd", (*LINEAR, "dense", "sparse", "selection"), build_kd, copies=1.2),
+        Implementation("kd", tuple(ALL_SUITES), build_kd, copies=1.2),
         Implementation("kd in place", ("dense", "sparse"), build_kd_in_place, copies=0.2),
         *(
             Implementation(
@@ -231,7 +224,7 @@ IMPLEMENTATIONS = {
             for chunk in (128, 256, 512)
         ),
         Implementation(
-            "pytorch", (*LINEAR, "dense", "sparse", "selection"), build_pytorch, copies=7
+            "pytorch", tuple(s for s in ALL_SUITES if s != "recipe"), build_pytorch, copies=7
         ),
         Implementation(
             "pytorch compiled",
@@ -264,5 +257,7 @@ IMPLEMENTATIONS = {
             DENSE_KL,
             copies=6,
         ),
+        *peers.TRITON_PEERS,
+        *pipelines.IMPLEMENTATIONS,
     )
 }

@@ -9,13 +9,24 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from kd.bench.inputs import parse_divergence
-from kd.bench.steps import LINEAR_LEAVES, Answer, Inputs, Step, leaves, with_gradients
+from kd.bench.steps import (
+    LINEAR_LEAVES,
+    Answer,
+    Implementation,
+    Inputs,
+    Step,
+    leaves,
+    with_gradients,
+)
 
 
 def add_peers_to_path() -> None:
@@ -114,3 +125,106 @@ def build_torchtune(suite: str, divergence: str, inputs: Inputs) -> Step:
         return with_gradients(function(student, teacher, labels), wanted)
 
     return step
+
+
+# --- Triton kernels: timed on a GPU alone, their answers checked in Triton's interpreter ----------
+
+_LIGER = "liger_kernel.transformers."
+
+
+def _liger(module: str, name: str, **options: Any) -> Any:
+    return getattr(importlib.import_module(_LIGER + module), name)(**options)
+
+
+def _logits_step(inputs: Inputs, function: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    """``function`` of both sides' log-probabilities, which PyTorch makes of the logits."""
+
+    def step() -> Answer:
+        wanted = leaves(inputs, ("logits",))
+        log_q = torch.log_softmax(wanted["logits"], -1)
+        loss = function(log_q, torch.log_softmax(inputs["teacher_logits"], -1))
+        return with_gradients(loss, wanted)
+
+    return step
+
+
+def build_liger_kl(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """LigerKLDIVLoss of two log-softmaxes."""
+    return _logits_step(
+        inputs, _liger("kl_div", "LigerKLDIVLoss", reduction="batchmean", log_target=True)
+    )
+
+
+def build_liger_jsd(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """LigerJSD of two log-softmaxes."""
+    return _logits_step(inputs, _liger("jsd", "LigerJSD", beta=_beta(divergence)))
+
+
+def build_liger_linear_jsd(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """LigerFusedLinearJSD."""
+    function = _liger("fused_linear_jsd", "LigerFusedLinearJSD", jsd_beta=_beta(divergence))
+    teacher = (inputs["teacher_hidden"], inputs["teacher_weight"])
+
+    def step() -> Answer:
+        wanted = leaves(inputs, LINEAR_LEAVES)
+        return with_gradients(function(wanted["hidden"], wanted["weight"], *teacher, None), wanted)
+
+    return step
+
+
+def build_liger_linear_kl(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """liger_fused_linear_kl_div; the teacher's softmax is made beside it, in PyTorch."""
+    function = importlib.import_module(_LIGER + "functional").liger_fused_linear_kl_div
+
+    def step() -> Answer:
+        wanted = leaves(inputs, LINEAR_LEAVES)
+        logits = inputs["teacher_hidden"] @ inputs["teacher_weight"].T
+        target = torch.softmax(logits, -1, dtype=torch.float32)
+        return with_gradients(function(wanted["hidden"], wanted["weight"], target), wanted)
+
+    return step
+
+
+def build_liger_linear_ce(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """LigerFusedLinearCrossEntropyLoss."""
+    function = _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
+
+    def step() -> Answer:
+        wanted = leaves(inputs, LINEAR_LEAVES)
+        loss = function(wanted["weight"], wanted["hidden"], inputs["labels"])
+        return with_gradients(loss, wanted)
+
+    return step
+
+
+def build_fla(suite: str, divergence: str, inputs: Inputs) -> Step:
+    """fla's FusedKLDivLoss."""
+    function = importlib.import_module("fla.modules.fused_kl_div").FusedKLDivLoss()
+    teacher = (inputs["teacher_hidden"], inputs["teacher_weight"])
+
+    def step() -> Answer:
+        wanted = leaves(inputs, LINEAR_LEAVES)
+        loss = function(wanted["hidden"], teacher[0], wanted["weight"], teacher[1])
+        return with_gradients(loss, wanted)
+
+    return step
+
+
+def _triton(
+    name: str, suite: str, build: Any, divergences: tuple[str, ...], copies: float, **options: Any
+) -> Implementation:
+    package = "flash-linear-attention" if name.startswith("fla") else "liger-kernel"
+    return Implementation(
+        name, (suite,), build, package, divergences, copies, needs_gpu=True, **options
+    )
+
+
+_ALL = ("forward_kl", "reverse_kl", "jsd")
+TRITON_PEERS = (
+    _triton("liger kl_div", "dense", build_liger_kl, ("forward_kl",), 6),
+    _triton("liger jsd", "dense", build_liger_jsd, _ALL, 7),
+    _triton("liger fused linear jsd", "linear", build_liger_linear_jsd, _ALL, 3),
+    _triton("liger fused linear kl", "linear", build_liger_linear_kl, ("forward_kl",), 3),
+    _triton("liger fused linear ce", "cross-entropy", build_liger_linear_ce, (), 1),
+    _triton("fla fused kl", "linear", build_fla, ("forward_kl",), 2),
+)

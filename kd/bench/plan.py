@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from kd.bench.runner import Group
 from kd.bench.shapes import (
+    ALL_SUITES,
+    CACHE,
+    CAPTURED,
+    GPU_CAPTURED,
     GPU_SHAPES,
+    GPU_TRAINED,
     NARROW_HEADS,
+    PIPELINE_SUITES,
     QWEN_05B_15B,
+    RECIPE,
     SMOKE_SHAPES,
     SUITES,
+    TRAINED,
     Shape,
 )
 
@@ -39,10 +48,13 @@ def plan(
         ValueError: nothing is left, or a suite does not exist.
     """
     for suite in suites or ():
-        if suite not in SUITES:
-            raise ValueError(f"kd bench: --only must be one of {', '.join(SUITES)}, got {suite!r}.")
+        if suite not in ALL_SUITES:
+            names = ", ".join(ALL_SUITES)
+            raise ValueError(f"kd bench: --only must be one of {names}, got {suite!r}.")
     if smoke:
         groups = [Group(suite, SMOKE_SHAPES["smoke"], "float32") for suite in SUITES]
+        models = SMOKE_SHAPES["smoke-models"]
+        groups += _pipelines(models, models, models, models, "float32")
     else:
         groups = _cpu(tokens or CPU_TOKENS) if device == "cpu" else _gpu(tokens)
     if divergences:
@@ -63,12 +75,25 @@ def plan(
 
 
 def _with_divergences(groups: list[Group], divergences: Sequence[str]) -> list[Group]:
-    fixed = ("cross-entropy", "selection")
-    bases = {(group.suite, group.shape, group.dtype): None for group in groups}
+    fixed = ("cross-entropy", "selection", *PIPELINE_SUITES)
+    made: dict[Group, None] = {}  # in order, each once
+    for group in groups:
+        kept = (group.divergence,) if group.suite in fixed else divergences
+        made |= {dataclasses.replace(group, divergence=name): None for name in kept}
+    return list(made)
+
+
+def _pipelines(
+    cache: Shape, captured: Shape, trained: Shape, recipe: Shape, dtype: str
+) -> list[Group]:
+    """Cache, capture, training step and recipe, at the shapes of a device."""
     return [
-        Group(suite, shape, dtype, divergence)
-        for suite, shape, dtype in bases
-        for divergence in (divergences if suite not in fixed else ("forward_kl",))
+        Group("cache-write", cache, "float32"),
+        Group("cache-read", cache, "float32"),
+        Group("capture", captured, dtype),
+        Group("training", trained, dtype, "sft"),
+        Group("training", trained, dtype, "forward_kl"),
+        Group("recipe", recipe, "float32"),
     ]
 
 
@@ -89,6 +114,7 @@ def _cpu(tokens: int) -> list[Group]:
         Group("sparse", qwen, "float32"),
         Group("selection", qwen, "float32"),
     ]
+    groups += _pipelines(CACHE, CAPTURED, TRAINED, RECIPE, "float32")
     return groups + scaling_series(NARROW_HEADS.scaled(tokens=tokens), "float32")
 
 
@@ -104,6 +130,7 @@ def _gpu(tokens: int | None) -> list[Group]:
         groups.append(Group("dense", logits, "bfloat16", divergence))
     groups += [Group("dense", logits, "float32"), Group("sparse", logits, "bfloat16")]
     groups.append(Group("selection", logits, "bfloat16"))
+    groups += _pipelines(CACHE, GPU_CAPTURED, GPU_TRAINED, RECIPE, "bfloat16")
     return groups + scaling_series(NARROW_HEADS.scaled(tokens=2048), "bfloat16")
 
 

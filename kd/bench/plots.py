@@ -13,6 +13,7 @@ from kd.bench import gate
 from kd.bench.machine import line_of
 from kd.bench.report import all_rows, best_possible, command_of, group_table, times_floor
 from kd.bench.runner import floor_rounds, write_whole
+from kd.bench.steps import is_floor
 
 Rows = list[dict[str, Any]]
 OURS, OTHER = "#1f6feb", "#9aa4ae"
@@ -54,7 +55,7 @@ def _figure(**options: Any) -> Any:
 def bars(group: dict[str, Any]) -> Any:
     """Time of every implementation, over the bare matmuls where the suite has them."""
     floor = floor_rounds(group["rows"])
-    rows = [r for r in group["rows"] if r["seconds"] and not r["implementation"].startswith("mat")]
+    rows = [r for r in group["rows"] if r["seconds"] and not is_floor(r["implementation"])]
     rows.sort(key=median_of, reverse=True)
     values = [
         times_floor(r["seconds"], r["floor_seconds"]) if floor else median_of(r) for r in rows
@@ -76,7 +77,7 @@ def scaling(groups: list[dict[str, Any]], letter: str, key: str) -> Any:
     field, label = AXES[letter]
     lines: dict[str, list[tuple[float, float]]] = {}
     for group, row in timed(groups):
-        if series_of(group) == letter and not row["implementation"].startswith("matmuls"):
+        if series_of(group) == letter and not is_floor(row["implementation"]):
             value = median_of(row) if key == "seconds" else row.get("extra_memory", 0) / 2**20
             name = f"{row['suite']}, {row['implementation']}"
             lines.setdefault(name, []).append((row["shape"][field], value))
@@ -104,7 +105,7 @@ def roofline(groups: list[dict[str, Any]]) -> Any:
     figure = _figure(figsize=(7, 4.2))
     axes = figure.add_subplot()
     for group, row in timed(groups):
-        if row["implementation"].startswith("matmuls") or not row["floor_bytes"]:
+        if is_floor(row["implementation"]) or not row["floor_bytes"]:
             continue
         intensity = max(row["floor_flops"], 1) / row["floor_bytes"]
         share = best_possible(row, group["ceilings"]) / median_of(row)

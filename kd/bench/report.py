@@ -12,6 +12,7 @@ from typing import Any
 from kd.bench import gate
 from kd.bench.machine import command_line, line_of
 from kd.bench.runner import write_whole
+from kd.bench.steps import is_floor
 
 COLUMNS = (
     "suite",
@@ -24,6 +25,7 @@ COLUMNS = (
     "min_s",
     "spread",
     "rounds",
+    "tokens_per_s",
     "x_matmuls",
     "tflops",
     "gb_per_s",
@@ -33,6 +35,14 @@ COLUMNS = (
     "grad_error",
     "note",
 )
+
+ERRORS = {  # what the error column holds where there is no gradient
+    "selection": "error of log p",
+    "cache-write": "error of p",
+    "cache-read": "error of p",
+    "capture": "error of p",
+    "recipe": "error of p",
+}
 
 
 def load_groups(folder: Path) -> list[dict[str, Any]]:
@@ -55,7 +65,7 @@ def table_row(row: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         "divergence": row["divergence"],
         "implementation": row["implementation"],
         "version": row["version"],
-        "note": row.get("skipped") or row["note"],
+        "note": row.get("skipped") or "; ".join(filter(None, (row["note"], row.get("detail")))),
     }
     if "skipped" in row or not row["seconds"]:
         return found
@@ -66,8 +76,9 @@ def table_row(row: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         "min_s": min(seconds),
         "spread": (max(seconds) - min(seconds)) / median,
         "rounds": len(seconds),
+        "tokens_per_s": row["shape"]["tokens"] / median if row["suite"] != "recipe" else None,
         "tflops": row["floor_flops"] / median / 1e12 if row["floor_flops"] else None,
-        "gb_per_s": row["floor_bytes"] / median / 1e9,
+        "gb_per_s": row["floor_bytes"] / median / 1e9 if row["floor_bytes"] else None,
         "x_matmuls": times_floor(seconds, row["floor_seconds"]),
         "of_ceiling": best_possible(row, ceilings) / median,
         "extra_mib": row["extra_memory"] / 2**20 if "extra_memory" in row else None,
@@ -126,30 +137,34 @@ def _ceiling(name: str, value: float) -> str:
 
 def group_table(group: dict[str, Any]) -> str:
     """A Markdown table of one group, fastest first, the floor on top."""
+    suite = group["rows"][0]["suite"]
+    floor_name = "x bare forward" if suite == "capture" else "x matmuls"
+    error_name = ERRORS.get(suite, "gradient error")
     lines = [
-        "| implementation | median s | min s | spread | x matmuls | TFLOP/s | GB/s | "
-        "of the ceiling | extra MiB | value error | gradient error | note |",
-        "|---|" + "---:|" * 10 + "---|",
+        f"| implementation | median s | min s | spread | tokens/s | {floor_name} | TFLOP/s | "
+        f"GB/s | of the ceiling | extra MiB | value error | {error_name} | note |",
+        "|---|" + "---:|" * 11 + "---|",
     ]
     rows = [table_row(row, group) for row in group["rows"]]
     rows.sort(key=lambda row: row.get("median_s") or float("inf"))
     for row in rows:
         name = row["implementation"] + (f" {row['version']}" if row["version"] else "")
         if row.get("median_s") is None:
-            lines.append(f"| {name} |" + " |" * 10 + f" not measured: {row['note']} |")
+            lines.append(f"| {name} |" + " |" * 11 + f" not measured: {row['note']} |")
             continue
-        is_floor = row["implementation"].startswith("matmuls")
+        floor = is_floor(row["implementation"])
         numbers = [
             f"{row['median_s']:.4g}",
             f"{row['min_s']:.4g}",
             f"{100 * row['spread']:.0f} %",
+            _number(row["tokens_per_s"], ",.0f"),
             _number(row["x_matmuls"], ".3f"),
             _number(row["tflops"], ".3f"),
             _number(row["gb_per_s"], ".2f"),
-            f"{100 * row['of_ceiling']:.0f} %",
+            f"{100 * row['of_ceiling']:.0f} %" if row["of_ceiling"] else "-",
             _number(row["extra_mib"], ".0f"),
-            "-" if is_floor else f"{row['value_error']:.1e}",
-            "-" if is_floor else f"{row['grad_error']:.1e}",
+            "-" if floor else f"{row['value_error']:.1e}",
+            "-" if floor else f"{row['grad_error']:.1e}",
         ]
         lines.append(f"| {name} | " + " | ".join(numbers) + f" | {row['note']} |")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -21,11 +22,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kd.bench import machine
-from kd.bench.implementations import IMPLEMENTATIONS, Implementation
+from kd.bench import machine, pipelines
+from kd.bench.implementations import IMPLEMENTATIONS
 from kd.bench.inputs import DTYPES, exact_answer, first_rows, make_inputs, save, save_truth
 from kd.bench.peers import add_peers_to_path, version_of
-from kd.bench.shapes import Shape, floor_bytes, floor_flops
+from kd.bench.shapes import PIPELINE_SUITES, Shape, floor_bytes, floor_flops
+from kd.bench.steps import Implementation, is_floor
 
 MEMORY_SHARE = 0.7
 FLOOR_MEMORY = 300 << 20
@@ -54,12 +56,18 @@ class Group:
     def entrants(self, against: tuple[str, ...] | None = None) -> list[Implementation]:
         """kd, and the implementations whose names hold one of ``against`` (all when None)."""
         chosen = [i for i in IMPLEMENTATIONS.values() if i.takes(self.suite, self.divergence)]
+        chosen = [i for i in chosen if self._differs(i)]
         if against is None and self.shape.name.startswith("scaling"):
-            against = ("pytorch", "chunk 256")  # what a fitted exponent needs, in minutes
+            against = ("pytorch", "chunk 128")  # what a fitted exponent needs, in minutes
             chosen = [i for i in chosen if "compiled" not in i.name]
         if against is None:
             return chosen
         return [i for i in chosen if i.name == "kd" or any(part in i.name for part in against)]
+
+    def _differs(self, implementation: Implementation) -> bool:
+        """False for bare matmuls whose chunk holds all tokens, as a smaller one does already."""
+        _, is_chunk, rows = implementation.name.partition("matmuls alone, chunk ")
+        return not is_chunk or int(rows) == 128 or int(rows) < 2 * self.shape.tokens
 
     def input_bytes(self) -> int:
         s, itemsize = self.shape, DTYPES[self.dtype].itemsize
@@ -72,6 +80,8 @@ class Group:
 
     def needs(self, implementation: Implementation) -> int:
         """Rough peak of one implementation in bytes: inputs, gradients, [N, V] temporaries."""
+        if self.suite in PIPELINE_SUITES:
+            return pipelines.memory_needed(self.suite, self.shape, DTYPES[self.dtype].itemsize)
         s, wide = self.shape, implementation.copies * self.shape.tokens * self.shape.vocab * 4
         gradients = 0
         if self.suite in FUSED:
@@ -195,11 +205,17 @@ def run_group(
     return {
         "group": group.name,
         "rows": list(rows.values()),
-        "ceilings": machine.ceilings(device, (group.dtype,)),
+        "ceilings": _ceilings(device, group.dtype),
         "machine": machine.machine_info(device),
         "command": machine.command_line(),
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+@functools.cache
+def _ceilings(device: str, dtype: str) -> dict[str, float]:
+    """Measured once in a run, for each dtype."""
+    return machine.ceilings(device, (dtype,))
 
 
 def floor_rounds(rows: Iterable[dict[str, Any]]) -> list[float]:
@@ -211,9 +227,9 @@ def floor_rounds(rows: Iterable[dict[str, Any]]) -> list[float]:
     floors = [
         row["seconds"]
         for row in rows
-        if row["implementation"].startswith("matmuls")
+        if is_floor(row["implementation"])
         and row["seconds"]
-        and row.get("extra_memory", 0) <= FLOOR_MEMORY
+        and (row["suite"] == "capture" or row.get("extra_memory", 0) <= FLOOR_MEMORY)
     ]
     return min(floors, key=statistics.median, default=[])
 
@@ -252,7 +268,9 @@ def _new_row(group: Group, implementation: Implementation, device: str) -> dict[
     row["version"] = version
     needed, free = group.needs(implementation), machine.free_memory(device)
     if version is None:
-        row["skipped"] = f"{implementation.package} is not installed"
+        row["skipped"] = implementation.missing or f"{implementation.package} is not installed"
+    elif implementation.needs_gpu and device == "cpu":
+        row["skipped"] = "needs a GPU: on a CPU its Triton kernels would run in an interpreter"
     elif needed > MEMORY_SHARE * free:
         row["skipped"] = f"needs about {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
     return row
@@ -260,8 +278,7 @@ def _new_row(group: Group, implementation: Implementation, device: str) -> dict[
 
 def _prepare(process: Process, row: dict[str, Any], say: Any) -> bool:
     """Check the answer, then the first whole step with its memory; False where it fails."""
-    is_floor = row["implementation"].startswith("matmuls")
-    for command in ("memory",) if is_floor else ("check", "memory"):
+    for command in ("memory",) if is_floor(row["implementation"]) else ("check", "memory"):
         answer = process.ask(command)
         if "error" in answer:
             row["skipped"] = answer["error"]
