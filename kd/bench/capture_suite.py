@@ -1,7 +1,7 @@
 """Capturing a teacher's targets, beside the bare forward of the same batches.
 
-The truth is the float64 log-softmax of the model's own logits on the first tokens; the error is the
-largest of a stored probability.
+The truth is the float64 log-softmax of the model's float32 logits on the first tokens; the error is
+the largest of a stored probability.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def model_of(inputs: Inputs) -> torch.nn.Module:
 
 
 def truth(divergence: str, inputs: Inputs) -> Truth:
-    model = model_of(inputs)
+    model = model_of(inputs).float()
     with torch.inference_mode():
-        logits = model(input_ids=inputs["capture_tokens"][:1], use_cache=False).logits[0, :CHECKED]
+        logits = model(input_ids=inputs["capture_tokens"][:1, :CHECKED], use_cache=False).logits[0]
         logprobs = torch.log_softmax(logits.double(), -1).clone()
     none = torch.zeros(0, dtype=torch.long)
     return Truth(float(logprobs.amax(-1).mean()), {"logprobs": logprobs}, none)

@@ -30,9 +30,7 @@ def add_parser(subparsers: Any) -> None:
     suites = ", ".join(ALL_SUITES)
     parser.add_argument("--only", action="append", metavar="SUITE", help=f"one of {suites}")
     parser.add_argument("--shape", action="append", help="name of a shape, or its beginning")
-    parser.add_argument(
-        "--tokens", type=int, help="of every shape (CPU: 128; GPU: the shape's own)"
-    )
+    parser.add_argument("--tokens", type=int, help="of every shape (CPU: 64; GPU: the shape's own)")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--divergence", action="append", help="forward_kl, reverse_kl, jsd(0.5)")
     parser.add_argument("--against", action="append", metavar="NAME", help="part of a name")

@@ -91,6 +91,10 @@ ROWWISE = ("hidden", "teacher_hidden", "logits", "teacher_logits", "ids", "logpr
 
 def first_rows(inputs: dict[str, Tensor], rows: int = CHECK_TOKENS) -> dict[str, Tensor]:
     """The same inputs with the first tokens alone."""
+    if "train_size" in inputs:  # one short sequence: its truth is a whole model in float64
+        short = inputs["train_size"].clone()
+        short[-2], short[-1] = 1, min(32, int(short[-1]))
+        return inputs | {"train_size": short}
     return {name: t[:rows] if name in ROWWISE else t for name, t in inputs.items()}
 
 

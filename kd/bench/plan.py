@@ -23,7 +23,7 @@ from kd.bench.shapes import (
     Shape,
 )
 
-CPU_TOKENS = 128
+CPU_TOKENS = 64
 
 
 def plan(
@@ -41,7 +41,7 @@ def plan(
     Args:
         device: "cpu" or "cuda": a card gets more tokens and more models.
         smoke: every suite at a tiny shape instead.
-        tokens: of every shape; on a CPU 128, so that a whole run takes minutes.
+        tokens: of every shape; on a CPU 64, so that a whole run takes minutes.
         suites, shapes, dtypes, divergences: keep these alone; a shape is known by its beginning,
             a divergence that is not planned is added.
     Raises:

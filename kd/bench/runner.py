@@ -13,9 +13,8 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -26,12 +25,15 @@ from kd.bench import machine, pipelines
 from kd.bench.implementations import IMPLEMENTATIONS
 from kd.bench.inputs import DTYPES, exact_answer, first_rows, make_inputs, save, save_truth
 from kd.bench.peers import add_peers_to_path, version_of
+from kd.bench.process import Process
 from kd.bench.shapes import PIPELINE_SUITES, Shape, floor_bytes, floor_flops
 from kd.bench.steps import Implementation, is_floor
 
 MEMORY_SHARE = 0.7
 FLOOR_MEMORY = 300 << 20
 """Extra bytes that an arrangement of the bare matmuls may take to count as the floor."""
+SLOW = 2.5
+"""Times the fastest of a group: what is slower gets fewer rounds when time is short."""
 FUSED = ("linear", "linear-sparse", "cross-entropy")
 
 
@@ -91,53 +93,6 @@ class Group:
         return int(self.input_bytes() + gradients + wide)
 
 
-def _own_path() -> list[str]:
-    """This process's import path for the workers, without the peers that go last."""
-    peers = os.environ.get("KD_PEERS", "").split(os.pathsep)
-    return [folder for folder in sys.path if folder and folder not in peers]
-
-
-class Process:
-    """A worker that answers one command at a time."""
-
-    def __init__(self, folder: Path, group: Group, device: str, implementation: Implementation):
-        self.implementation = implementation
-        command = [sys.executable, "-m", "kd.bench.worker", str(folder), group.suite]
-        self.process = subprocess.Popen(
-            [*command, group.divergence, device, implementation.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(_own_path())},
-        )
-
-    def ask(self, command: str) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(command + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self.process.wait()
-            reason = "out of memory, or killed" if code < 0 else f"exit status {code}"
-            return {"error": f"its process ended ({reason})"}
-        return json.loads(line)
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError, OSError):
-            if self.process.poll() is None and self.process.stdin is not None:
-                self.process.stdin.write("quit\n")
-                self.process.stdin.close()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
 @contextlib.contextmanager
 def prepared_inputs(group: Group, scratch: Path | None) -> Iterator[Path]:
     """A folder with the group's inputs and the oracle's answer."""
@@ -176,7 +131,15 @@ def run_group(
         {"group": ..., "rows": [...], "ceilings": {...}, "machine": {...}}.
     """
     add_peers_to_path()
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
+    reason = _inputs_do_not_fit(group, scratch)
+    if reason:
+        say(f"  {reason}")
+        for implementation in group.entrants(against):
+            rows[implementation.name] = _new_row(group, implementation, device) | {
+                "skipped": reason
+            }
+        return _result(group, rows, device)
     with prepared_inputs(group, scratch) as folder, contextlib.ExitStack() as stack:
         running: dict[str, Process] = {}
         for implementation in group.entrants(against):
@@ -202,6 +165,12 @@ def run_group(
         row["floor_seconds"] = floor[: len(row["seconds"])]
         if row["seconds"]:
             say(f"  {row['implementation']}: median {statistics.median(row['seconds']):.4g} s")
+    return _result(group, rows, device)
+
+
+def _result(group: Group, rows: dict[str, dict[str, Any]], device: str) -> dict[str, Any]:
+    for row in rows.values():
+        row.setdefault("floor_seconds", [])
     return {
         "group": group.name,
         "rows": list(rows.values()),
@@ -216,6 +185,18 @@ def run_group(
 def _ceilings(device: str, dtype: str) -> dict[str, float]:
     """Measured once in a run, for each dtype."""
     return machine.ceilings(device, (dtype,))
+
+
+def _inputs_do_not_fit(group: Group, scratch: Path | None) -> str:
+    """Why a group's inputs cannot be made here: they are made on the host and kept in files."""
+    size = group.input_bytes()
+    wide = 2 * size + 8 * group.shape.vocab * max(group.shape.student_hidden, 1)
+    if wide > MEMORY_SHARE * machine.free_memory("cpu"):
+        return f"its inputs need about {wide / 2**30:.1f} GiB of the host's memory"
+    free = shutil.disk_usage(scratch or tempfile.gettempdir()).free
+    if size > MEMORY_SHARE * free:
+        return f"its inputs need {size / 2**30:.1f} GiB of the {free / 2**30:.1f} GiB free on disk"
+    return ""
 
 
 def floor_rounds(rows: Iterable[dict[str, Any]]) -> list[float]:
@@ -291,7 +272,10 @@ def _prepare(process: Process, row: dict[str, Any], say: Any) -> bool:
 def _time(
     running: dict[str, Process], rows: dict[str, dict[str, Any]], rounds: int, seconds: float
 ) -> None:
-    """Take turns: every implementation once a round, the order reversed every other round."""
+    """Take turns: every implementation once a round, the order reversed every other round.
+
+    When the time is up, one that is much slower than the fastest has two rounds, the others three.
+    """
     deadline = time.perf_counter() + seconds
     names = [name for name in running if "skipped" not in rows[name]]
     for number in range(1000):
@@ -302,9 +286,18 @@ def _time(
             else:
                 rows[name]["seconds"].append(answer["seconds"])
         names = [name for name in names if "skipped" not in rows[name]]
-        late = time.perf_counter() > deadline
-        if (late and number + 1 >= min(3, rounds)) or (number + 1 >= rounds and not _short(rows)):
+        if number + 1 >= rounds and not _short(rows):
             return
+        if time.perf_counter() > deadline:
+            names = [name for name in names if number + 1 < _least(name, rows, rounds)]
+        if not names:
+            return
+
+
+def _least(name: str, rows: dict[str, dict[str, Any]], rounds: int) -> int:
+    """Rounds that an implementation gets even when the time is up."""
+    fastest = min(min(row["seconds"]) for row in rows.values() if row["seconds"])
+    return min(rounds, 2 if min(rows[name]["seconds"]) > SLOW * fastest else 3)
 
 
 def _short(rows: dict[str, dict[str, Any]]) -> bool:

@@ -49,8 +49,8 @@ SMOKE_SHAPES = {
 CACHE = Shape("qwen2.5-ids,k=64", 8192, 151_936, 0, 0, 64, length=512)
 CAPTURED = Shape("qwen2-2x256", 1024, 151_936, 0, 256, 32, layers=2, length=128)
 TRAINED = Shape("qwen2-4x256<-4x512", 128, 151_936, 256, 512, 32, layers=4, length=64)
-GPU_CAPTURED = Shape("qwen2.5-1.5b-like", 16_384, 151_936, 0, 1536, 64, layers=28, length=2048)
-GPU_TRAINED = Shape("qwen2.5-0.5b-like", 4096, 151_936, 896, 1536, 32, layers=24, length=2048)
+GPU_CAPTURED = Shape("qwen2-8x1536", 16_384, 151_936, 0, 1536, 64, layers=8, length=512)
+GPU_TRAINED = Shape("qwen2-8x896<-8x1536", 4096, 151_936, 896, 1536, 32, layers=8, length=512)
 RECIPE = Shape("quickstart-smoke", 1, 18, 64, 128, 8)
 
 SUITES = {
