@@ -57,13 +57,25 @@ def results(tmp_path):
 def test_readme_holds_what_was_measured_and_says_what_was_not(results):
     readme_table = script("readme_table")
     made = readme_table.table(results)
-    assert "| **kd** | 4.30 | 1.02 | 100 | 3e-06 |" in made
-    assert "a test, 1 threads" in made
-    assert made.endswith(f"On a GPU: {readme_table.UNMEASURED}.")
+    ours, theirs = "**4.3 s, 100 MiB, 3e-06**", "9 s, 100 MiB, 3e-06"
+    line = f"| fused linear KL, float32 | {ours} | {theirs} | - | - | - |"
+    assert f"{line} {readme_table.UNMEASURED} |" in made
+    assert "a test, 1 threads" in made and "| on a GPU |" in made
+    assert len(made.splitlines()) == 5  # short: a newcomer reads it
     entry = json.loads((results / "a-test/groups/x.json").read_text())
     entry["machine"]["kind"] = "cuda"
-    (results / "a-test/groups/x.json").write_text(json.dumps(entry))
+    (results / "a-test/groups/y.json").write_text(json.dumps(entry))
+    (results / "a-test/groups/x.json").unlink()
     assert readme_table.UNMEASURED not in readme_table.table(results)
+
+
+def test_readme_shows_no_speed_without_its_error(results):
+    entry = json.loads((results / "a-test/groups/x.json").read_text())
+    for row in entry["rows"]:
+        if row["implementation"] == "pytorch":
+            del row["grad_error"]
+    (results / "a-test/groups/x.json").write_text(json.dumps(entry))
+    assert "9 s" not in script("readme_table").table(results)
 
 
 def test_readme_is_written_between_its_markers_and_checked(results, tmp_path, capsys):
