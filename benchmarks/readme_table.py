@@ -81,7 +81,8 @@ def device_section(folder: Path, gpu_is_measured: bool) -> str:
         [
             f"Median time, memory above inputs and gradients, gradient error against a float64 "
             f"oracle; {line_of(first['machine'])}, {first['measured_at'][:10]} "
-            f"(`{first.get('command', COMMAND)}`; [every row, how it is measured](benchmarks/results/{folder.name}/README.md)):",
+            f"(`{first.get('command', COMMAND)}`; [every row, how it is measured]"
+            f"(benchmarks/results/{folder.name}/README.md)):",
             "",
             f"| {head} |",
             "|---|" + "---|" * (columns - 1),
