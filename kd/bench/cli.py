@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--results", type=Path, default=Path("bench-results"), help="its parent")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds at least (5)")
     parser.add_argument(
-        "--seconds", type=float, default=20.0, help="time for a group's rounds (20)"
+        "--seconds", type=float, default=10.0, help="time for a group's rounds (10)"
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--add", action="store_true", help="add rows and rounds to what is there")

@@ -109,8 +109,8 @@ def _cpu(tokens: int) -> list[Group]:
         Group("linear", narrow, "float32", "jsd(0.5)"),
         Group("dense", qwen, "float32"),
         Group("dense", qwen, "float32", "jsd(0.5)"),
-        Group("linear-sparse", qwen, "float32"),
-        Group("cross-entropy", qwen, "float32"),
+        Group("linear-sparse", narrow, "float32"),
+        Group("cross-entropy", narrow, "float32"),
         Group("sparse", qwen, "float32"),
         Group("selection", qwen, "float32"),
     ]

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def bars(group: dict[str, Any]) -> Any:
     axes.bar_label(drawn, fmt="%.3g", padding=3)
     if floor:
         axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("times the bare matmuls" if floor else "median seconds")
+    bare = "forward" if group["rows"][0]["suite"] == "capture" else "matmuls"
+    axes.set_xlabel(f"times the bare {bare}" if floor else "median seconds")
     axes.set_title(group["group"], fontsize=9)
     return figure
 
@@ -130,9 +132,9 @@ def roofline(groups: list[dict[str, Any]]) -> Any:
 def figures(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """{file name without suffix: figure}."""
     made = {"roofline": roofline(groups)}
-    for number, group in enumerate(groups):
+    for group in groups:
         if not series_of(group) and any(row["seconds"] for row in group["rows"]):
-            made[f"time-{number:02d}-{group['rows'][0]['suite']}"] = bars(group)
+            made["time-" + re.sub(r"[^\w.-]+", "_", group["group"])] = bars(group)
     for letter in AXES:
         for key in ("seconds", "memory"):
             figure = scaling(groups, letter, key)
@@ -144,13 +146,16 @@ def figures(groups: list[dict[str, Any]]) -> dict[str, Any]:
 def write_plots(folder: Path, groups: list[dict[str, Any]]) -> list[Path]:
     """plots/*.png and report.html, which holds them."""
     (folder / "plots").mkdir(exist_ok=True)
-    images, paths = {}, []
+    images: dict[str, bytes] = {}
+    paths: list[Path] = []
     for name, figure in figures(groups).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         images[name] = buffer.getvalue()
         paths.append(folder / "plots" / f"{name}.png")
         paths[-1].write_bytes(images[name])
+    for stale in set((folder / "plots").glob("*.png")) - set(paths):
+        stale.unlink()
     write_whole(folder / "report.html", page(groups, images, folder))
     return [*paths, folder / "report.html"]
 
