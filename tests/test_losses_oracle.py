@@ -17,7 +17,7 @@ from loss_cases import (
 )
 
 import kd
-from kd.losses import torch_backend
+from kd.losses import chunks, torch_backend
 
 TEMPERATURES = (1.0, 2.0)
 
@@ -69,12 +69,15 @@ def test_float64_agrees_with_the_oracle(name, teacher_form, student_form):
 
 @pytest.mark.parametrize("student_form", STUDENTS)
 @pytest.mark.parametrize("teacher_form", ("logits", "hidden", "bucket"))
-def test_chunks_and_blocks_do_not_change_the_result(student_form, teacher_form, monkeypatch):
-    """One row a block and two rows a chunk, so that every loop runs more than once."""
+@pytest.mark.parametrize("budget", (1, 2, 3))
+def test_chunks_and_blocks_do_not_change_the_result(
+    student_form, teacher_form, budget, monkeypatch
+):
+    """One row a block and 2, 4 or 6 rows a chunk, so that every loop runs more than once."""
     case = (student_form, teacher_form, kd.jsd(0.3), torch.float64)
     options = dict(labels=labels_for(), ce_weight=0.5, temperature=1.5)
     want, want_grads = evaluate(*case, "reference", **options)
-    monkeypatch.setattr(torch_backend, "CHUNK_BYTES", 2 * VOCAB * 16)
+    monkeypatch.setattr(chunks, "BUDGET", budget * VOCAB * 16)
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", VOCAB)
     got, got_grads = evaluate(*case, "torch", **options)
     assert relative_error(got, want) <= 1e-10
@@ -171,3 +174,19 @@ def test_wide_projections_made_in_slabs(monkeypatch, vocab_size):
         kept["loss"] = loss.detach()
     for name, value in exact.items():
         torch.testing.assert_close(found[name].double(), value.double(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", (1, 5, 512, 4096))
+@pytest.mark.parametrize("teacher_row", (0, 300, 602, 1200))
+@pytest.mark.parametrize("spare_rows", (0, 100, 2000))
+def test_plans_of_chunks_keep_within_the_budget(count, teacher_row, spare_rows, monkeypatch):
+    monkeypatch.setattr(chunks, "BUDGET", 600 * 450)
+    plan = chunks.Plan.of(count, 600, teacher_row, spare_rows * 600)
+    assert plan.bytes <= 600 * 450 + chunks.ALIGNMENT
+    memory = torch.empty(plan.bytes, dtype=torch.uint8)
+    for rows in {plan.first, min(plan.later, max(0, count - plan.first))} - {0}:
+        mine, rest = plan.split(memory, rows)
+        assert len(mine) == 600 * rows
+        in_dw = plan.borrows and rows == plan.first
+        assert in_dw or len(rest) >= teacher_row
+    assert plan.first == count or 1 <= plan.later <= count - plan.first

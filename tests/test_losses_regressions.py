@@ -13,7 +13,7 @@ import training_cases
 from loss_cases import STUDENTS, TEACHERS, VOCAB, labels_for, make_student, make_teacher
 
 import kd
-from kd.losses import torch_backend
+from kd.losses import chunks
 from kd.training import DistillationCollator, Objective
 
 F64 = torch.float64
@@ -386,7 +386,7 @@ def test_lm_head_gradient_accumulates_in_float32():
     hidden = torch.ones(rows, 2, dtype=torch.bfloat16)
     weight = torch.tensor([[0.5, 0.0], [0.0, 0.5], [0.25, 0.0]]).bfloat16().requires_grad_()
     labels = torch.zeros(rows, dtype=torch.long)
-    with mock.patch.object(torch_backend, "CHUNK_BYTES", 8):
+    with mock.patch.object(chunks, "BUDGET", 8):
         loss = kd.cross_entropy(kd.Hidden(hidden, weight), labels, reduction="sum")
     one = kd.cross_entropy(kd.Hidden(hidden[:1], weight), labels[:1], backend="reference")
     close(gradient(loss, weight), rows * gradient(one, weight).double(), rtol=0.01)

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd.losses import shards, triton_backend
+from kd.losses import chunks, shards, triton_backend
 from kd.losses.autograd import _in_order, _rebuild, leaves
 from kd.losses.exchange import Known, Sharded, solve, tile_gradient_
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import SparseRows, canonical_sparse
 from kd.losses.shards import Tile
 from kd.losses.torch_backend import (
-    CHUNK_BYTES,
     Gradients,
     Needs,
     Projection,
-    _chunk_rows,
     _scatter_rows,
     _take,
     compute_dtype,
@@ -86,7 +84,7 @@ def _chunk(sharded: Sharded, count: int, like: Tensor) -> int:
     if isinstance(sharded.problem.student, Tensor) and isinstance(sharded.problem.teacher, Tensor):
         return max(1, count)
     if sharded.backend is shards:
-        return _chunk_rows(count, width * like.dtype.itemsize, CHUNK_BYTES)
+        return chunks.even(count, chunks.BUDGET // (2 * width * like.dtype.itemsize))
     from kd_kernels.linear import chunk_tokens
 
     return max(1, chunk_tokens(count, width * 10, like.device))

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd.losses import chunks
+from kd.losses.chunks import even
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import Objective, SparseRows, canonical_sparse, rows_loss_
 
-CHUNK_BYTES = 160 << 20
-"""Student logits of one chunk; the more rows share a read of the lm_head the better."""
-
 TEACHER_BYTES = 80 << 20
-"""Teacher logits of one sub-chunk, made from its hidden states as they are needed."""
+"""Logits of a teacher given as hidden states beside a student given as logits."""
 
 HUGE_BYTES = 8 << 20
 """Size from which CPU memory is asked for in huge pages."""
@@ -118,12 +117,6 @@ def _block_rows(vocab: int, device: torch.device) -> int:
     return max(1, BLOCK_ELEMENTS * threads // max(1, vocab))
 
 
-def _chunk_rows(count: int, row_bytes: int, budget: int) -> int:
-    """Rows of a chunk: even chunks within the budget, as a short last one wastes its matmuls."""
-    size = max(1, budget // max(1, row_bytes))
-    return max(1, -(-count // -(-count // size)) if count else 1)
-
-
 def _take(tensor: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
     """Rows start..stop of those that count: a view where all count."""
     return tensor[start:stop] if rows is None else tensor.index_select(0, rows[start:stop])
@@ -139,7 +132,7 @@ class _TeacherRows:
         self.block_rows = _block_rows(self.vocab, device)
         self.first = self.last = 0  # rows that `ready` holds
         self.ready: Tensor | SparseRows | None = None
-        self.logits: Tensor | None = None  # buffer of a sub-chunk's logits
+        self.memory: Tensor | None = None  # bytes that hold a sub-chunk's logits
         self.scratch: Tensor | None = None  # a block in the compute dtype
 
     def prepare(self, start: int, stop: int) -> int:
@@ -159,14 +152,21 @@ class _TeacherRows:
         return self.last
 
     def _project(self, teacher: Hidden, start: int, stop: int) -> tuple[Tensor, int]:
-        row_bytes = self.vocab * teacher.weight.dtype.itemsize
-        if self.logits is None:
-            size = _chunk_rows(stop - start, row_bytes, TEACHER_BYTES)
-            weight = teacher.weight
-            self.logits = _empty((size, self.vocab), weight.dtype, weight.device)
-        stop = min(stop, start + len(self.logits))
+        row_bytes, weight = self.row_bytes(), teacher.weight
+        if self.memory is None:
+            size = even(stop - start, TEACHER_BYTES // row_bytes)
+            self.memory = _empty((size * row_bytes,), torch.uint8, weight.device)
+        size = even(stop - start, self.memory.numel() // row_bytes)
+        logits = self.memory[: size * row_bytes].view(weight.dtype).view(size, self.vocab)
+        stop = min(stop, start + size)
         hidden = _take(teacher.hidden, self.problem.rows, start, stop)
-        return _teacher_logits(teacher, hidden, self.logits[: stop - start]), stop
+        return _teacher_logits(teacher, hidden, logits[: stop - start]), stop
+
+    def row_bytes(self) -> int:
+        """Bytes of a row of logits where the teacher is projected, or 0."""
+        if not isinstance(self.source, Hidden):
+            return 0
+        return self.vocab * self.source.weight.dtype.itemsize
 
     def block(self, start: int, stop: int) -> Tensor | SparseRows | None:
         """Rows start..stop, prepared: final logits [R, V] in the compute dtype, or sparse rows."""
@@ -275,16 +275,21 @@ def _run_projection(
     count = total if rows is None else len(rows)
     dtype = compute_dtype(narrow)
     losses = torch.zeros(count, dtype=dtype, device=first_input.device)
-    size = _chunk_rows(count, vocab * narrow.itemsize, CHUNK_BYTES)
-    grads = room(student, rows, needs, dtype if size < count else narrow)
-    buffer = _empty((size, vocab), narrow, first_input.device)
-    step = _block_rows(vocab, first_input.device)
-    scratch = None if narrow == dtype else buffer.new_empty((min(step, size), vocab), dtype=dtype)
     teacher = _TeacherRows(problem, count, dtype, first_input.device)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
+    plan, wide = _plan(student, needs, narrow, count, vocab, teacher.row_bytes())
+    grads = room(student, rows, needs, dtype if wide else narrow)
+    memory = _empty((plan.bytes,), torch.uint8, first_input.device)
+    step = _block_rows(vocab, first_input.device)
+    scratch = None if narrow == dtype else weight.new_empty((step, vocab), dtype=dtype)
+    start = 0
+    while start < count:
+        stop = min(start + (plan.later if start else plan.first), count)
+        buffer, teacher.memory = plan.split(memory, stop - start)
+        if plan.borrows and start == 0:
+            teacher.memory = next(w for w in grads.weights if w is not None).view(-1)
+            teacher.memory = teacher.memory.view(torch.uint8)
         inputs = [_take(x, rows, start, stop) for x, _ in student.pairs]
-        logits = _project(student, inputs, buffer[: stop - start])
+        logits = _project(student, inputs, buffer.view(narrow).view(stop - start, vocab))
         row_weight = _take(weight, rows, start, stop).to(dtype)
         labels = None if problem.labels is None else _take(problem.labels, rows, start, stop)
         # In full precision the weights go to the matmuls' small sides, saving a pass; in a
@@ -310,7 +315,27 @@ def _run_projection(
         if needs is not None:
             outer = row_weight if scratch is None else None
             _accumulate(student, grads, inputs, logits, outer, start, rows)
+        start = stop
     return _scatter_rows(losses, rows, total), grads
+
+
+def _plan(
+    student: Projection,
+    needs: Needs | None,
+    narrow: torch.dtype,
+    count: int,
+    vocab: int,
+    teacher_row_bytes: int,
+) -> tuple[chunks.Plan, bool]:
+    """The cut into chunks, and whether dW is summed over several, so in the compute dtype."""
+    wanted = () if needs is None else needs.weights
+    heads = [w.numel() for (_, w), wants in zip(student.pairs, wanted, strict=False) if wants]
+    spare, row_bytes = heads[0] if heads else 0, vocab * narrow.itemsize
+    plan = chunks.Plan.of(count, row_bytes, teacher_row_bytes, spare * narrow.itemsize)
+    if plan.first >= count or not heads:
+        return plan, plan.first < count
+    wide = spare * compute_dtype(narrow).itemsize
+    return chunks.Plan.of(count, row_bytes, teacher_row_bytes, wide), True
 
 
 def _project(student: Projection, inputs: list[Tensor], out: Tensor) -> Tensor:
@@ -354,7 +379,7 @@ def room(
     needs = needs or Needs((False,) * count, (False,) * count)
     make = torch.empty_like if rows is None else torch.zeros_like
     empty = len(student.pairs[0][0]) == 0 or (rows is not None and len(rows) == 0)
-    make_weight = torch.zeros if empty else _empty
+    make_weight = torch.zeros if empty else torch.empty
     grads = Gradients()
     for (x, w), wants_x, wants_w in zip(student.pairs, needs.inputs, needs.weights, strict=True):
         grads.inputs.append(make(x, memory_format=torch.contiguous_format) if wants_x else None)
