@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             [CASES[name][0] for name in args.cases or CASES],
             folder / "groups",
             fresh=args.fresh,
-            add=args.against is not None,
+            add=args.against is not None and not args.fresh,
             against=None if args.against is None else tuple(args.against),
             rounds=args.rounds,
             seconds=args.seconds,
