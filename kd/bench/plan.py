@@ -102,20 +102,20 @@ def _cpu(tokens: int) -> list[Group]:
         return shape if tokens == shape.tokens else shape.scaled(tokens=tokens)
 
     qwen, narrow = at(QWEN_05B_15B), at(NARROW_HEADS)
-    groups = [
+    return [
         Group("linear", qwen, "float32"),
         Group("linear", qwen, "bfloat16"),
         Group("linear", narrow, "float32"),
-        Group("linear", narrow, "float32", "jsd(0.5)"),
         Group("dense", qwen, "float32"),
-        Group("dense", qwen, "float32", "jsd(0.5)"),
-        Group("linear-sparse", narrow, "float32"),
-        Group("cross-entropy", narrow, "float32"),
         Group("sparse", qwen, "float32"),
         Group("selection", qwen, "float32"),
+        *_pipelines(CACHE, CAPTURED, TRAINED, RECIPE, "float32"),
+        *scaling_series(NARROW_HEADS.scaled(tokens=2 * tokens), "float32"),
+        Group("linear-sparse", narrow, "float32"),
+        Group("cross-entropy", narrow, "float32"),
+        Group("dense", qwen, "float32", "jsd(0.5)"),
+        Group("linear", narrow, "float32", "jsd(0.5)"),
     ]
-    groups += _pipelines(CACHE, CAPTURED, TRAINED, RECIPE, "float32")
-    return groups + scaling_series(NARROW_HEADS.scaled(tokens=tokens), "float32")
 
 
 def _gpu(tokens: int | None) -> list[Group]:
