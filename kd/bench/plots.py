@@ -160,10 +160,11 @@ def write_plots(folder: Path, groups: list[dict[str, Any]]) -> list[Path]:
     return [*paths, folder / "report.html"]
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1300px;margin:2em auto;padding:0 1em;
 color:#1c2024}table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 td,th{border:1px solid #d5dae0;padding:3px 8px;text-align:right}
 td:first-child,td:last-child{text-align:left}
+td{white-space:nowrap}td:last-child{white-space:normal;min-width:15em}
 tr.ours{background:#eaf2ff;font-weight:600}img{max-width:100%}code{background:#f2f4f6}"""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from kd.bench import gate
 from kd.bench.machine import command_line, line_of
 from kd.bench.runner import write_whole
+from kd.bench.shapes import ALL_SUITES
 from kd.bench.steps import is_floor
 
 COLUMNS = (
@@ -46,8 +47,15 @@ ERRORS = {  # what the error column holds where there is no gradient
 
 
 def load_groups(folder: Path) -> list[dict[str, Any]]:
-    """Every group's result under ``folder/groups``, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted((folder / "groups").glob("*.json"))]
+    """Every group's result under ``folder/groups``, suite by suite, the scaling series last."""
+    paths = sorted((folder / "groups").glob("*.json"))
+    suites = list(ALL_SUITES)
+
+    def place(group: dict[str, Any]) -> tuple[bool, int]:
+        row = group["rows"][0]
+        return row["shape"]["name"].startswith("scaling"), suites.index(row["suite"])
+
+    return sorted((json.loads(path.read_text()) for path in paths), key=place)
 
 
 def times_floor(seconds: list[float], floor: list[float]) -> float | None:
