@@ -8,11 +8,12 @@ upstream gradient of each token is known only then.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd.losses.torch_backend import Gradients, Needs, Problem, Projection, run
 
@@ -47,6 +48,40 @@ def _keeps_graph() -> bool:
     """Whether this backward may be followed by another over the same graph."""
     keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if keep is None else bool(keep())
+
+
+class _Refusing(torch.autograd.Function):
+    """A gradient that cannot be differentiated; ``anchor`` is there to require a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        raise RuntimeError(
+            "distillation_loss: can be differentiated once, got a second derivative. Use "
+            "backend='reference', whose graph autograd made."
+        )
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward without gradient, whose results refuse to be differentiated.
+
+    torch.autograd.function.once_differentiable returns constants where the upstream gradient is
+    one, as below a loss: a gradient penalty would silently be left out.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *upstream: Tensor) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            found = backward(ctx, *upstream)
+        anchor = torch.zeros((), requires_grad=True)
+        return tuple(None if g is None else _Refusing.apply(g, anchor) for g in found)
+
+    return wrapper
 
 
 class ReducedLoss(torch.autograd.Function):
@@ -110,7 +145,11 @@ class TokenLoss(torch.autograd.Function):
             student: Any = dataclasses.replace(ctx.problem.student, pairs=pairs)
         else:
             student = tensors[0]
-        problem = dataclasses.replace(ctx.problem, student=student)
+        # Rows without an upstream gradient do not count: 0 * inf would poison the others.
+        rows, counts = ctx.problem.rows, upstream != 0
+        rows = counts.nonzero().squeeze(1) if rows is None else rows[counts[rows]]
+        rows = None if len(rows) == len(counts) else rows
+        problem = dataclasses.replace(ctx.problem, student=student, rows=rows)
         problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
         needed = ctx.needs_input_grad[1:]
         _, grads = run(problem, upstream, Needs.of(problem.student, needed))

@@ -22,18 +22,29 @@ def floating(name: str, tensor: Any, where: str) -> None:
             f"{where}: {name} must be floating point, got {tensor.dtype}. Pass logits, not token "
             "ids or labels."
         )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{where}: {name} must be a dense tensor, got {tensor.layout}.")
+
+
+def integers(name: str, tensor: Any, where: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{where}: {name} must be a tensor, got {type(tensor).__name__}.")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{where}: {name} must be integer token ids, got {tensor.dtype}.")
 
 
 def hidden(side: str, source: Hidden, where: str) -> None:
-    """A Hidden's own shapes and dtypes."""
+    """A Hidden's own shapes and dtypes; autocast casts, so that dtypes may differ there."""
     floating(f"{side}.hidden", source.hidden, where)
     floating(f"{side}.weight", source.weight, where)
-    if source.weight.ndim != 2 or source.hidden.shape[-1] != source.weight.shape[1]:
+    matrix = source.weight.ndim == 2 and source.hidden.ndim > 0 and source.weight.shape[1] > 0
+    if not matrix or source.hidden.shape[-1] != source.weight.shape[1]:
         raise ValueError(
             f"{where}: {side}.hidden must be [..., H] and {side}.weight [V, H] with one H, got "
             f"{tuple(source.hidden.shape)} and {tuple(source.weight.shape)}."
         )
-    if source.hidden.dtype != source.weight.dtype:
+    cast = torch.is_autocast_enabled(source.hidden.device.type)
+    if source.hidden.dtype != source.weight.dtype and not cast:
         raise ValueError(
             f"{where}: {side}.hidden and {side}.weight must share a dtype, got "
             f"{source.hidden.dtype} and {source.weight.dtype}. Cast one, or use torch.autocast."
@@ -45,16 +56,33 @@ def hidden(side: str, source: Hidden, where: str) -> None:
         )
     for name in ("softcap", "logit_scale"):
         value = getattr(source, name)
-        bad = value is not None and (not math.isfinite(value) or (name == "softcap" and value <= 0))
-        if bad:
-            raise ValueError(f"{where}: {side}.{name} must be finite and positive, got {value}.")
+        if value is None:
+            continue
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"{where}: {side}.{name} must be a number, got a tensor, which would get no "
+                "gradient. Pass a float, or multiply the hidden states by it."
+            )
+        if not math.isfinite(value) or (name == "softcap" and value <= 0):
+            rule = "finite and positive" if name == "softcap" else "finite"
+            raise ValueError(f"{where}: {side}.{name} must be {rule}, got {value}.")
     if source.lora is not None:
+        if len(source.lora) != 3:
+            raise ValueError(
+                f"{where}: {side}.lora must be (A [r, H], B [V, r], scaling), got "
+                f"{len(source.lora)} items."
+            )
         a, b, _ = source.lora
         rank_ok = a.ndim == 2 and b.ndim == 2 and a.shape[0] == b.shape[1]
         if not rank_ok or a.shape[1] != source.weight.shape[1] or len(b) != len(source.weight):
             raise ValueError(
                 f"{where}: {side}.lora must be (A [r, H], B [V, r], scaling), got A "
                 f"{tuple(a.shape)}, B {tuple(b.shape)} for a weight {tuple(source.weight.shape)}."
+            )
+        if not cast and not a.dtype == b.dtype == source.hidden.dtype:
+            raise ValueError(
+                f"{where}: {side}.lora must share {side}.hidden's dtype {source.hidden.dtype}, got "
+                f"A {a.dtype} and B {b.dtype}. Cast them, or use torch.autocast."
             )
 
 
@@ -81,9 +109,10 @@ def sparse(teacher: TopK, where: str) -> None:
     if teacher.ids.is_floating_point() or teacher.ids.dtype == torch.bool:
         raise TypeError(f"{where}: teacher.ids must be integers, got {teacher.ids.dtype}.")
     floating("teacher.logprobs", teacher.logprobs, where)
-    if teacher.ids.shape != teacher.logprobs.shape or teacher.ids.ndim < 2:
+    shape = teacher.ids.shape
+    if shape != teacher.logprobs.shape or len(shape) < 1 or shape[-1] < 1:
         raise ValueError(
-            f"{where}: teacher.ids and teacher.logprobs must both be [..., K], got "
+            f"{where}: teacher.ids and teacher.logprobs must both be [..., K] with K >= 1, got "
             f"{tuple(teacher.ids.shape)} and {tuple(teacher.logprobs.shape)}."
         )
     if teacher.tail not in TAILS:
@@ -114,6 +143,23 @@ def no_teacher_gradient(teacher: Tensor | Hidden | TopK, where: str) -> None:
             )
 
 
+def no_weight_gradient(weights: Tensor, where: str) -> None:
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{where}: weights must not require a gradient: they are constants of the loss and "
+            "would get none. Detach them, or multiply the losses of reduction='none' by them."
+        )
+
+
+def no_transform(where: str) -> None:
+    """torch.func would look for rules that these functions do not have."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{where}: must run outside torch.func transforms (grad, vmap, jvp, ...), got one "
+            "active. Use torch.autograd.grad, and batch dimensions instead of vmap."
+        )
+
+
 def vocabulary(student: Any, teacher: Any, vocab_size: int | None, where: str) -> int:
     """The number of live tokens."""
     widths = {"student": width(student)}
@@ -127,7 +173,11 @@ def vocabulary(student: Any, teacher: Any, vocab_size: int | None, where: str) -
                 "vocab_size=<number of live tokens> (151,665 for Qwen2.5)."
             )
         vocab_size = widths["student"]
-    if not isinstance(vocab_size, int) or not 1 <= vocab_size <= min(widths.values()):
+    if (
+        isinstance(vocab_size, bool)
+        or not isinstance(vocab_size, int)
+        or not 1 <= vocab_size <= min(widths.values())
+    ):
         raise ValueError(
             f"{where}: vocab_size must be an integer between 1 and the narrower width "
             f"{min(widths.values())}, got {vocab_size!r}."

@@ -55,6 +55,25 @@ class Divergence:
     detach_mixture: bool = False
     head_mass: float = 0.5
 
+    def __post_init__(self) -> None:
+        alpha, beta = self.alpha, self.beta
+        rules = {
+            "jsd": ("beta in (0, 1)", 0 < beta < 1),
+            "skew_forward_kl": ("alpha in [0, 1)", 0 <= alpha < 1),
+            "skew_reverse_kl": ("alpha in [0, 1)", 0 <= alpha < 1),
+            "alpha_beta": (
+                "finite alpha, beta >= 0, not both 0",
+                alpha >= 0 and beta >= 0 and 0 < alpha + beta < math.inf,
+            ),
+            "adaptive_kl": ("head_mass in (0, 1]", 0 < self.head_mass <= 1),
+        }
+        rule, ok = rules.get(self.name, (f"a name of {', '.join(NAMES)}", self.name in NAMES))
+        if not ok:
+            raise ValueError(
+                f"Divergence: {self.name} must have {rule}, got alpha={alpha}, beta={beta}, "
+                f"head_mass={self.head_mass}."
+            )
+
     def __call__(
         self, student: Student, teacher: Teacher, *, reduction: str = "mean", **options: Any
     ) -> Tensor:
@@ -298,7 +317,7 @@ def alpha_beta(alpha: float, beta: float) -> Divergence:
     ok = alpha >= 0 and beta >= 0 and alpha + beta > 0 and math.isfinite(alpha + beta)
     if not ok:
         raise ValueError(
-            f"alpha_beta: alpha and beta must be >= 0, not both 0, got {alpha}, {beta}."
+            f"alpha_beta: alpha and beta must be finite and >= 0, not both 0, got {alpha}, {beta}."
         )
     return Divergence("alpha_beta", alpha=alpha, beta=beta)
 

@@ -194,7 +194,7 @@ def _check_combination(where, divergence, teacher, temperature, ce_weight, label
 def _check_inputs(where, student, teacher, labels, weights, vocab_size) -> int:
     for side, source in (("student", student), ("teacher", teacher)):
         if isinstance(source, Hidden):
-            checks.hidden(side, source, where) if not torch.is_autocast_enabled() else None
+            checks.hidden(side, source, where)
         elif isinstance(source, TopK):
             if side == "student":
                 raise TypeError(f"{where}: student must be logits or kd.Hidden, got kd.TopK.")
@@ -202,7 +202,15 @@ def _check_inputs(where, student, teacher, labels, weights, vocab_size) -> int:
             checks.floating(side, source, where)
             if source.ndim == 0:
                 raise ValueError(f"{where}: {side} must be [..., V], got a scalar.")
+    if labels is not None:
+        checks.integers("labels", labels, where)
+    if weights is not None:
+        checks.floating("weights", weights, where)
+        checks.no_weight_gradient(weights, where)
     shape, device = checks.leading_shape(student), checks.device_of(student)
+    if device.type == "meta":
+        raise ValueError(f"{where}: student must be on a device with memory, got meta.")
+    checks.no_transform(where)
     others = {"teacher": teacher, "labels": labels, "weights": weights}
     for name, other in others.items():
         if other is None:
@@ -218,10 +226,6 @@ def _check_inputs(where, student, teacher, labels, weights, vocab_size) -> int:
             raise ValueError(
                 f"{where}: {name} must be on the student's device {device}, got {other_device}."
             )
-    if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-        raise TypeError(f"{where}: labels must be integer token ids, got {labels.dtype}.")
-    if weights is not None:
-        checks.floating("weights", weights, where)
     if teacher is not None:
         checks.no_teacher_gradient(teacher, where)
     return checks.vocabulary(student, teacher, vocab_size, where)
@@ -259,12 +263,17 @@ def _flat_teacher(teacher: Teacher | None) -> Teacher | None:
             logprobs=teacher.logprobs.detach().reshape(-1, k),
         )
     flat = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
-    return dataclasses.replace(
-        teacher,
-        hidden=flat,
-        weight=full_tensor(teacher.weight).detach(),
-        bias=None if teacher.bias is None else full_tensor(teacher.bias).detach(),
-    )
+    weight = full_tensor(teacher.weight).detach()
+    bias = None if teacher.bias is None else full_tensor(teacher.bias).detach()
+    lora = teacher.lora
+    parts = [weight] if lora is None else [weight, *lora[:2]]
+    kind = flat.device.type
+    if torch.is_autocast_enabled(kind) and any(t.dtype != flat.dtype for t in parts):
+        dtype = torch.get_autocast_dtype(kind)  # what agrees keeps its precision
+        flat, weight = flat.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        lora = None if lora is None else (lora[0].to(dtype), lora[1].to(dtype), lora[2])
+    return dataclasses.replace(teacher, hidden=flat, weight=weight, bias=bias, lora=lora)
 
 
 def _loss(
@@ -282,7 +291,7 @@ def _loss(
     backend: str,
 ) -> Tensor:
     shape = checks.leading_shape(student)
-    flat_labels = None if labels is None else labels.reshape(-1)
+    flat_labels = None if labels is None else labels.reshape(-1).long()
     flat_teacher = _flat_teacher(teacher)
     checks.values_on_cpu(flat_teacher, flat_labels, ignore_index, objective.vocab_size, where)
     flat_student = _flat_student(student)
@@ -328,6 +337,11 @@ def _may_overwrite(where: str, asked: bool, student: Student, reduction: str) ->
             f"{where}: overwrite_student_logits must not be used on a leaf tensor, whose values "
             "the caller still owns. Pass a model's output, or leave it out."
         )
+    if any(n > 1 and s == 0 for n, s in zip(student.shape, student.stride(), strict=True)):
+        raise ValueError(
+            f"{where}: overwrite_student_logits must be used on logits with memory of their own, "
+            "got an expanded tensor. Clone it, or leave it out."
+        )
     return True
 
 
@@ -347,7 +361,14 @@ def _scale(weight: Tensor, reduction: str, num_items: float | Tensor | None) -> 
     if reduction == "sum":
         return 1.0
     if num_items is not None:
-        if not isinstance(num_items, Tensor) and not num_items > 0:
+        if isinstance(num_items, Tensor):
+            if num_items.numel() != 1:
+                raise ValueError(
+                    "distillation_loss: num_items must be one number, got a tensor of shape "
+                    f"{tuple(num_items.shape)}. Sum it."
+                )
+            return 1.0 / num_items.detach().reshape(())
+        if not num_items > 0:
             raise ValueError(f"distillation_loss: num_items must be > 0, got {num_items}.")
         return 1.0 / num_items
     total = weight.sum()

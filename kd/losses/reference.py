@@ -141,7 +141,8 @@ def sparse_outcomes(
     resolution = torch.finfo(torch.float64).eps if teacher.logprobs.dtype == torch.float64 else 1e-7
     tail = max(1.0 - float(p.sum()), resolution) if rest else 0.0
     if teacher.tail == "renormalize":
-        p, tail = p / p.sum(), 0.0
+        nothing = float(p.sum()) == 0  # says nothing: all in the tail
+        p, tail = (p, 1.0) if nothing else (p / p.sum(), 0.0)
     ratio = teacher.temperature / temperature
     if ratio != 1:
         tail = len(rest) * (tail / len(rest)) ** ratio if rest else 0.0

@@ -55,8 +55,9 @@ def canonical_sparse(
     tail_tokens = objective.vocab_size - (ids >= 0).sum(-1, keepdim=True)
     log_tail = log_complement(log_p)
     if teacher.tail == "renormalize":
-        log_tail = torch.full_like(log_tail, -torch.inf)
         norm = torch.logsumexp(log_p, -1, keepdim=True)
+        # A row without an entry has nothing to rescale: all in the tail, it says nothing.
+        log_tail = torch.where(norm == -torch.inf, 0.0, -torch.inf).to(log_tail.dtype)
         log_p = torch.where(norm == -torch.inf, log_p, log_p - norm)
     log_tail = log_tail.masked_fill(tail_tokens == 0, -torch.inf)
     ratio = teacher.temperature / objective.temperature

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kd.losses import chunks, shards, triton_backend
-from kd.losses.autograd import _in_order, _rebuild, leaves
+from kd.losses.autograd import _in_order, _rebuild, leaves, once_differentiable
 from kd.losses.exchange import Known, Sharded, solve, tile_gradient_
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import SparseRows, canonical_sparse

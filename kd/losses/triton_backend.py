@@ -14,9 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kd.losses.autograd import _in_order, _keeps_graph, _rebuild, _without_tensors
+from kd.losses.autograd import (
+    _in_order,
+    _keeps_graph,
+    _rebuild,
+    _without_tensors,
+    once_differentiable,
+)
 from kd.losses.divergences import Divergence, head_mask
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import Objective, SparseRows, canonical_sparse, densify
