@@ -89,3 +89,28 @@ def test_meta_tensors_are_refused():
     z = torch.empty(3, 5, device="meta")
     with pytest.raises(ValueError, match="memory"):
         kd.distillation_loss(z, z)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "adaptive_kl"])
+def test_the_oracle_reaches_past_where_exp_underflows(name):
+    """Logits 1e4 apart: the loss is thousands of nats, not +inf."""
+    teacher = leaf(4, 9, seed=1).detach()
+    z = (leaf(4, 9).detach() * 1e4).requires_grad_()
+    divergence = kd.Divergence(name)
+    losses = [divergence(z, teacher, reduction="none", backend=b) for b in ("torch", "reference")]
+    assert bool(losses[1].isfinite().all())
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad(x.sum(), z)[0] for x in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_on_a_cpu_casts_hidden_states_of_another_dtype():
+    hidden, weight = leaf(3, 4).detach().bfloat16(), leaf(5, 4, seed=1).detach().float()
+    z, t = hidden.double() @ weight.double().T, leaf(3, 5, seed=2).detach().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        student = kd.forward_kl(kd.Hidden(hidden, weight), t)
+        teacher = kd.forward_kl(t, kd.Hidden(hidden, weight))
+        with pytest.raises(ValueError, match="with one H"):
+            kd.forward_kl(kd.Hidden(hidden, weight[:, :3]), t)
+    torch.testing.assert_close(student.double(), kd.forward_kl(z, t).double(), rtol=5e-2, atol=0)
+    torch.testing.assert_close(teacher.double(), kd.forward_kl(t, z).double(), rtol=5e-2, atol=0)

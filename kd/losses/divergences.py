@@ -38,6 +38,13 @@ NAMES = (
 class Divergence:
     """A divergence between teacher p and student q, with its parameters.
 
+        forward_kl         KL(p || q) = sum p * log(p / q)
+        reverse_kl         KL(q || p)
+        total_variation    sum |p - q| / 2
+        adaptive_kl        (g_head * KL(p || q) + g_tail * KL(q || p)) / (g_head + g_tail),
+                           g = sum |p - q| over the teacher's head or tail, without gradient
+        jsd, skew_forward_kl, skew_reverse_kl, alpha_beta: at the functions that make them.
+
     Calling it computes the pure divergence (no T**2 factor, no hard labels), per token or reduced:
     ``kd.jsd(0.5)(student, teacher, temperature=2.0, reduction="none")``.
 
@@ -304,7 +311,9 @@ def alpha_beta(alpha: float, beta: float) -> Divergence:
     -1/(alpha*beta) * sum(p**alpha * q**beta - alpha/(alpha+beta) * p**(alpha+beta)
                           - beta/(alpha+beta) * q**(alpha+beta))
 
-    (1, 0) is forward KL and (0, 1) reverse KL, both reached by continuity; zeros are the limits.
+    (1, 0) is forward KL and (0, 1) reverse KL, both reached by continuity. At beta = 0 the limit is
+    sum(p**alpha * log(p**alpha / q**alpha) - p**alpha + q**alpha) / alpha**2, and at alpha = 0 the
+    same with beta, p and q exchanged.
 
     Args:
         alpha, beta: >= 0, not both 0 (negative exponents are infinite wherever a probability is 0).

@@ -38,10 +38,13 @@ class TopK:
 
     Attributes:
         ids: [..., K] integer token ids; -1 is an empty slot. Ids that repeat in a row are summed.
-        logprobs: [..., K] natural-log probabilities over the whole live vocabulary.
+        logprobs: [..., K] natural-log probabilities over the whole live vocabulary. A row may sum
+            to less than 1, and to more by rounding (1e-2, looked at on a CPU); used as they are.
+            The tail is never less than their resolution: 1e-7, 2e-16 for float64.
         tail: what the remaining mass means:
             "bucket": one further outcome (default; every divergence, on K+1 outcomes);
-            "renormalize": the K probabilities are rescaled to sum to one, the rest is zero;
+            "renormalize": the K probabilities are rescaled to sum to one; the rest is zero, as
+            one outcome (which alpha_beta and floor can tell). A row without entries counts 0;
             "drop": the K masses as they are and nothing else: unbiased for sampled targets,
             forward KL only;
             "uniform": spread evenly over the other live tokens.

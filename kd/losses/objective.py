@@ -54,21 +54,22 @@ def distillation_loss(
             are left out of the whole loss; the others enter it only where ce_weight > 0.
         ignore_index: label of rows that do not count.
         kd_weight, ce_weight: >= 0 weights of the two parts; no hard-label part by default.
-        weights: [...] per-token weights, floating point; zero rows do not count and cost nothing.
+        weights: [...] per-token weights, floating point, constants like the teacher; rows of
+            zero do not count and cost nothing. "mean" of weights that sum to zero is zero.
         vocab_size: number of live tokens; columns past it are padding, probability zero on both
             sides. Needed where the two widths differ.
         reduction: "mean" over the unmasked weight, "sum", or "none".
         num_items: denominator of "mean" instead of the unmasked weight, so that microbatches and
             ranks add up to the one-batch gradient.
         floor: lower bound in nats on the teacher's log-probabilities. Without it reverse KL is
-            +inf where the teacher is zero and the student is not.
+            +inf where the teacher is zero and the student is not, and its gradient NaN.
         overwrite_student_logits: let the gradient replace the student's logits in memory. They
             are garbage afterwards; saves one [N, V] tensor. Reduced losses on logits only.
         backend: "auto", "torch", "triton" or "reference" (float64, slow, obviously right).
 
     Returns:
         A scalar, or [...] for "none". float32; float64 for float64 students and the reference.
-        Where no row counts: zero, with a graph.
+        Where no row counts: zero, with a graph. Differentiable once; backend="reference" twice.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.

@@ -1,7 +1,8 @@
 """The oracle: every loss in float64, written as its definition and differentiated by autograd.
 
 Naive on purpose. It walks row by row, materialises everything, and shares no arithmetic with the
-fast backends: no log-space tricks, no hand-written gradient. Tests compare those with it.
+fast backends: no hand-written gradient. Tests compare those with it. Probabilities come with their
+logs, since exp underflows where logits are 745 apart and the log of what is left would be -inf.
 """
 
 from __future__ import annotations
@@ -32,12 +33,20 @@ def logits_of(source: Tensor | Hidden, vocab_size: int) -> Tensor:
     return logits[:, :vocab_size]
 
 
-def softmax(logits: Tensor) -> Tensor:
-    """Softmax of one row [V]; a logit of -inf is probability 0 and has no part in the graph."""
-    finite = logits != -torch.inf
-    index = finite.nonzero().squeeze(1)
-    live = torch.exp(logits[index] - logits[index].max().detach())
-    return torch.zeros_like(logits).index_copy(0, index, live / live.sum())
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-softmax of one row [V]; a logit of -inf is probability 0, without part in the graph."""
+    index = (logits != -torch.inf).nonzero().squeeze(1)
+    if len(index) == 0:
+        return logits
+    live = logits[index] - logits[index].max().detach()
+    live = live - live.exp().sum().log()
+    return torch.full_like(logits, -torch.inf).index_copy(0, index, live)
+
+
+def exp(logs: Tensor) -> Tensor:
+    """exp(logs), with a zero gradient where a log is -inf."""
+    zero = logs == -torch.inf
+    return torch.where(zero, 0.0, torch.exp(torch.where(zero, 0.0, logs)))
 
 
 def x_log_y(x: Tensor, y: Tensor) -> Tensor:
@@ -52,34 +61,37 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
     return (x_log_y(a, a) - x_log_y(a, b)).sum()
 
 
-def kl_with_log_b(a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) from log b, for a floored teacher."""
+def kl_of_logs(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) from the logs, where b may have underflowed or be floored."""
     counts = a != 0
     zero = torch.zeros_like(a)
-    return (x_log_y(a, a) - torch.where(counts, a * torch.where(counts, log_b, zero), zero)).sum()
+    return (a * (torch.where(counts, log_a, zero) - torch.where(counts, log_b, zero))).sum()
 
 
-def divergence_of(d: Divergence, p: Tensor, q: Tensor, floor: float | None) -> Tensor:
+def divergence_of(d: Divergence, log_p: Tensor, log_q: Tensor, floor: float | None) -> Tensor:
     """The divergence of one row, from its definition (design: kd.losses.divergences)."""
-    log_p = p.log() if floor is None else p.log().clamp(min=floor)
+    p, q = exp(log_p), exp(log_q)
+    floored = log_p if floor is None else log_p.clamp(min=floor)
     if d.name == "forward_kl":
-        return kl(p, q)
+        return kl_of_logs(p, log_p, log_q)
     if d.name == "reverse_kl":
-        return kl_with_log_b(q, log_p)
+        return kl_of_logs(q, log_q, floored)
     if d.name == "jsd":
         m = d.beta * p + (1 - d.beta) * q
         return d.beta * kl(p, m) + (1 - d.beta) * kl(q, m)
     if d.name == "skew_forward_kl":
+        if d.alpha == 0:
+            return kl_of_logs(p, log_p, log_q)
         return kl(p, d.alpha * p + (1 - d.alpha) * q)
     if d.name == "skew_reverse_kl":
         if d.alpha == 0:
-            return kl_with_log_b(q, log_p)
+            return kl_of_logs(q, log_q, floored)
         m = (1 - d.alpha) * p + d.alpha * q
         return kl(q, m.detach() if d.detach_mixture else m)
     if d.name == "total_variation":
         return 0.5 * (p - q).abs().sum()
     if d.name == "alpha_beta":
-        return alpha_beta_of(d.alpha, d.beta, p, q, log_p)
+        return alpha_beta_of(d.alpha, d.beta, log_p, log_q, floored)
     if d.name == "adaptive_kl":
         head = in_head(p, d.head_mass)
         head_gap = (p - q).abs()[head].sum().detach()
@@ -88,27 +100,21 @@ def divergence_of(d: Divergence, p: Tensor, q: Tensor, floor: float | None) -> T
             share = torch.tensor(0.5, dtype=p.dtype)
         else:
             share = head_gap / (head_gap + tail_gap)
-        return share * kl(p, q) + (1 - share) * kl_with_log_b(q, log_p)
+        forward = kl_of_logs(p, log_p, log_q)
+        return share * forward + (1 - share) * kl_of_logs(q, log_q, floored)
     raise AssertionError(d.name)
 
 
-def power(x: Tensor, exponent: float) -> Tensor:
-    """x ** exponent with a zero gradient where x is 0."""
-    positive = x > 0
-    safe = torch.where(positive, x, torch.ones_like(x))
-    return torch.where(positive, safe**exponent, torch.zeros_like(x))
-
-
-def alpha_beta_of(a: float, b: float, p: Tensor, q: Tensor, log_p: Tensor) -> Tensor:
+def alpha_beta_of(a: float, b: float, log_p: Tensor, log_q: Tensor, floored: Tensor) -> Tensor:
     """ABKD's divergence and its limits at a = 0 and b = 0."""
     if b == 0:
-        p_a, q_a = power(p, a), power(q, a)
-        return (x_log_y(p_a, p_a) - x_log_y(p_a, q_a) - p_a + q_a).sum() / a**2
+        p_a, q_a = exp(a * log_p), exp(a * log_q)
+        return (kl_of_logs(p_a, a * log_p, a * log_q) - p_a.sum() + q_a.sum()) / a**2
     if a == 0:
-        q_b = power(q, b)
-        return (kl_with_log_b(q_b, b * log_p) - q_b.sum() + power(p, b).sum()) / b**2
-    both = power(p, a) * power(q, b)
-    mixed = a / (a + b) * power(p, a + b) + b / (a + b) * power(q, a + b)
+        p_b, q_b = exp(b * log_p), exp(b * log_q)
+        return (kl_of_logs(q_b, b * log_q, b * floored) - q_b.sum() + p_b.sum()) / b**2
+    both = exp(a * log_p) * exp(b * log_q)
+    mixed = a / (a + b) * exp((a + b) * log_p) + b / (a + b) * exp((a + b) * log_q)
     return -(both - mixed).sum() / (a * b)
 
 
@@ -131,13 +137,13 @@ def sparse_row(teacher: TopK, row: int) -> dict[int, float]:
 
 
 def sparse_outcomes(
-    teacher: TopK, row: int, q: Tensor, temperature: float
+    teacher: TopK, row: int, log_q: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, bool]:
-    """p and q over the outcomes of a sparse teacher's row: (p, q, whether a tail is among them)."""
+    """Logs of p and q over the outcomes of a sparse teacher's row, and whether one is a tail."""
     masses = sparse_row(teacher, row)
     ids = list(masses)
     p = torch.tensor([masses[i] for i in ids], dtype=torch.float64)
-    rest = [j for j in range(len(q)) if j not in masses]
+    rest = [j for j in range(len(log_q)) if j not in masses]
     resolution = torch.finfo(torch.float64).eps if teacher.logprobs.dtype == torch.float64 else 1e-7
     tail = max(1.0 - float(p.sum()), resolution) if rest else 0.0
     if teacher.tail == "renormalize":
@@ -150,27 +156,33 @@ def sparse_outcomes(
         total = p.sum() + tail
         p, tail = p / total, tail / float(total)
     if teacher.tail == "uniform":
-        dense = torch.full_like(q, tail / len(rest) if rest else 0.0, requires_grad=False)
+        dense = torch.full_like(log_q, tail / len(rest) if rest else 0.0, requires_grad=False)
         dense = dense.detach().index_copy(0, torch.tensor(ids, dtype=torch.long), p)
-        return dense, q, True
+        return dense.log(), log_q, True
     p = torch.cat([p, torch.tensor([tail], dtype=torch.float64)])
-    grouped = torch.cat([q[ids], q[rest].sum().reshape(1)])
-    return p, grouped, bool(rest)
+    live = [j for j in rest if log_q[j] != -torch.inf]
+    log_rest = torch.logsumexp(log_q[live], 0) if live else log_q.new_tensor(-torch.inf)
+    return p.log(), torch.cat([log_q[ids], log_rest.reshape(1)]), bool(rest)
 
 
 def soft_loss(
-    d: Divergence, teacher: Teacher, row: int, q: Tensor, temperature: float, floor: float | None
+    d: Divergence,
+    teacher: Teacher,
+    row: int,
+    log_q: Tensor,
+    temperature: float,
+    floor: float | None,
 ) -> Tensor:
-    """The divergence between one row of the teacher and the student's q [V] at a temperature."""
+    """The divergence between one row of the teacher and the student's log q [V]."""
     if isinstance(teacher, TopK):
-        p, q, has_tail = sparse_outcomes(teacher, row, q, temperature)
+        log_p, log_q, has_tail = sparse_outcomes(teacher, row, log_q, temperature)
+        if teacher.tail == "drop" or not has_tail:
+            log_p, log_q = log_p[:-1], log_q[:-1]
         if teacher.tail == "drop":
-            return (x_log_y(p, p) - x_log_y(p, q))[:-1].sum()
-        if not has_tail:
-            p, q = p[:-1], q[:-1]
+            return kl_of_logs(exp(log_p), log_p, log_q)
     else:
-        p = softmax(logits_of(teacher, len(q))[row].detach() / temperature)
-    return divergence_of(d, p, q, floor)
+        log_p = log_softmax(logits_of(teacher, len(log_q))[row].detach() / temperature)
+    return divergence_of(d, log_p, log_q, floor)
 
 
 def per_token_loss(
@@ -196,9 +208,9 @@ def per_token_loss(
         loss = logits.new_zeros(())
         if labels is None or labels[row] != ignore_index:
             if teacher is not None and kd_weight != 0:
-                q = softmax(logits[row] / temperature)
-                loss = kd_weight * soft_loss(divergence, teacher, row, q, temperature, floor)
+                log_q = log_softmax(logits[row] / temperature)
+                loss = kd_weight * soft_loss(divergence, teacher, row, log_q, temperature, floor)
             if labels is not None and ce_weight != 0:
-                loss = loss - ce_weight * torch.log(softmax(logits[row])[labels[row]])
+                loss = loss - ce_weight * log_softmax(logits[row])[labels[row]]
         losses.append(loss)
     return torch.stack(losses) if losses else logits.sum(-1)
