@@ -114,3 +114,17 @@ def test_autocast_on_a_cpu_casts_hidden_states_of_another_dtype():
             kd.forward_kl(kd.Hidden(hidden, weight[:, :3]), t)
     torch.testing.assert_close(student.double(), kd.forward_kl(z, t).double(), rtol=5e-2, atol=0)
     torch.testing.assert_close(teacher.double(), kd.forward_kl(t, z).double(), rtol=5e-2, atol=0)
+
+
+@pytest.mark.parametrize("exponents", [(1.0, 1e-3), (1e-3, 1.0), (1.0, 1e-6), (1e-6, 1.0)])
+def test_alpha_beta_near_its_limits_in_float32(exponents):
+    """Large terms that cancel, divided by a small exponent: errors of 1e-4 to 0.3 nats."""
+    z = leaf(64, 500).detach()
+    t, made = z + 0.3 * leaf(64, 500, seed=1).detach(), []
+    for dtype in (torch.float64, torch.float32):
+        x = z.float().to(dtype).requires_grad_()
+        loss = kd.alpha_beta(*exponents)(x, t.float().to(dtype), reduction="none")
+        made.append((loss.detach().double(), torch.autograd.grad(loss.sum(), x)[0].double()))
+    (loss, gradient), (loss32, gradient32) = made
+    assert (loss32 - loss).abs().max() < 2e-6 * loss.abs().max()
+    assert (gradient32 - gradient).abs().max() < 2e-6 * gradient.abs().max()

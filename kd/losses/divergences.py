@@ -187,10 +187,13 @@ def _alpha_beta(d, p, q, log_p, log_q, head):
         p_b, q_b = torch.exp(b * log_p), torch.exp(b * log_q)
         log_gap = _times(q_b, b * (log_q - log_p))
         return (log_gap + (p_b - q_b)) / b**2, log_gap / b
-    cross = torch.exp(a * log_p + b * log_q)
-    p_sum, q_sum = torch.exp((a + b) * log_p), torch.exp((a + b) * log_q)
-    phi = (a / (a + b) * p_sum + b / (a + b) * q_sum - cross) / (a * b)
-    return phi, (q_sum - cross) / a
+    # p**a q**b ((p/q)**b - 1) / b and q**(a+b) ((p/q)**a - 1) / a: no sum of large terms to be
+    # divided by a small a or b, and by the larger of p and q, so that no power is infinite.
+    gap, more = log_p - log_q, log_p > log_q
+    cross, size = torch.exp(a * log_p + b * log_q), -gap.abs()
+    of_p = _times(torch.where(more, torch.exp((a + b) * log_p), -cross), torch.expm1(b * size))
+    of_q = _times(torch.where(more, cross, -torch.exp((a + b) * log_q)), torch.expm1(a * size))
+    return (of_q / a - of_p / b) / (a + b), of_q / a
 
 
 def _adaptive_kl(d, p, q, log_p, log_q, head):
