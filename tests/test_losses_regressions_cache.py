@@ -48,7 +48,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_on_any_row(teacher, cache, s
     assert losses.max() < 1e-5
     late = {**batch, "teacher_ids": batch["teacher_ids"].roll(1, 1)}
     late["teacher_logprobs"] = batch["teacher_logprobs"].roll(1, 1)
-    trained = batch["labels"] != -100
+    trained = batch["shift_labels"] != -100
     assert soft_losses(teacher, late)[trained].median() > 0.05  # the defect would be seen
 
 

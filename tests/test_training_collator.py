@@ -28,7 +28,7 @@ class PositionCache:
 def test_labels_are_the_next_tokens():
     batch = DistillationCollator(0)(ROWS)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 7, 8, -100], [4, -100, -100, -100]]
+    assert batch["shift_labels"].tolist() == [[-100, 7, 8, -100], [4, -100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
@@ -57,4 +57,4 @@ def test_labels_of_another_length_are_refused():
 
 def test_one_token_sequence_trains_nothing():
     batch = DistillationCollator(0)([{"input_ids": [3], "labels": [3]}])
-    assert batch["labels"].tolist() == [[-100]]
+    assert batch["shift_labels"].tolist() == [[-100]]

@@ -14,7 +14,7 @@ MIXED = cases.MIXED
 
 def gradients_of(batches, objective=MIXED, weighted=True):
     model = prepare_student(cases.student())
-    trained = [(b["labels"] != -100) * b.get("weights", torch.ones(())) for b in batches]
+    trained = [(b["shift_labels"] != -100) * b.get("weights", torch.ones(())) for b in batches]
     tokens = sum(part.sum() for part in trained)
     for batch in batches:
         compute_loss(model, batch, objective, num_items=tokens).backward()

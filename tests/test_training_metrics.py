@@ -55,8 +55,8 @@ def test_against_logits():
     batch["token_class"] = TokenClasses(Words())(batch)
     objective = Objective(kd_weight=0.7, ce_weight=0.3, temperature=2.0, teacher_temperature=2.0)
     found, logits = observed(objective, batch, batches=2)
-    rows = batch["labels"] != -100
-    labels = batch["labels"][rows]
+    rows = batch["shift_labels"] != -100
+    labels = batch["shift_labels"][rows]
     expected = torch.nn.functional.cross_entropy(logits[rows], labels)
     assert found["ce"] == pytest.approx(expected.item(), rel=1e-5)
     teacher = kd.TopK(batch["teacher_ids"], batch["teacher_logprobs"], temperature=2.0)

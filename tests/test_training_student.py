@@ -113,7 +113,7 @@ def test_objective_refuses_nonsense():
 
 def test_masked_batch_is_zero_with_a_graph():
     batch = batch_of()
-    batch["labels"].fill_(-100)
+    batch["shift_labels"].fill_(-100)
     model = prepare_student(cases.student())
     loss = compute_loss(model, batch, MIXED)
     loss.backward()

@@ -54,7 +54,7 @@ def test_online_equals_full_logits(dtype, weights):
     expected = kd.distillation_loss(
         plain(input_ids=batch["input_ids"]).logits,
         logits_of(teacher, batch).float(),
-        labels=batch["labels"],
+        labels=batch["shift_labels"],
         weights=batch.get("weights"),
         kd_weight=0.7,
         ce_weight=0.3,
@@ -150,7 +150,7 @@ def test_teachers_by_domain_teach_their_rows():
     objective = Objective(kd_weight=0.7, ce_weight=0.3, teacher=teachers, **SOFT)
     student = prepare_student(cases.student())
     batch = DistillationCollator(0, objective.teacher)(rows)
-    total = trained_weight(batch["labels"])
+    total = trained_weight(batch["shift_labels"])
     found = compute_loss(student, batch, objective)
     parts = {
         "math": dataclasses.replace(objective, teacher=cache),

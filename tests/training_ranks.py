@@ -51,7 +51,7 @@ def whole_batch(mode):
     """The gradient of the whole batch in one piece, on one process."""
     objective, collate = objective_of(mode)
     batch = collate(cases.rows(12 if mode.startswith("trainer") else COUNT, weights=True))
-    tokens = (batch["weights"] * (batch["labels"] != -100)).sum()
+    tokens = (batch["weights"] * (batch["shift_labels"] != -100)).sum()
     model = prepare_student(cases.student())
     compute_loss(model, batch, objective, num_items=tokens).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -94,7 +94,7 @@ def share_of(rank, world, collate):
     """A rank's microbatches, and the trained tokens of the whole step."""
     rows = cases.rows(COUNT, weights=True)
     batches = [collate([rows[i] for i in part]) for part in parts_of(rank, world)]
-    tokens = sum((b["weights"] * (b["labels"] != -100)).sum() for b in batches)
+    tokens = sum((b["weights"] * (b["shift_labels"] != -100)).sum() for b in batches)
     dist.all_reduce(tokens)
     return batches, tokens
 

@@ -1,8 +1,9 @@
 """Rows to a batch: pads on the right, looks up the teacher, and shifts; nothing else ever shifts.
 
-In a batch, row i of a sequence predicts the token after token i: ``labels[i]`` is that token and
-``teacher_ids[i]``, ``teacher_logprobs[i]`` are the teacher's distribution for it. The last token
-of a document predicts nothing, also where another document follows it in the same row.
+In a batch, row i of a sequence predicts the token after token i: ``shift_labels[i]`` is that token
+(transformers' name for aligned labels) and ``teacher_ids[i]``, ``teacher_logprobs[i]`` are the
+teacher's distribution for it. The last token of a document predicts nothing, also where another
+document follows it in the same row.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd.training.alignment import IGNORE
 from kd.training.teachers import Document, Teachers
-
-IGNORE = -100
 
 
 @dataclass
@@ -74,7 +74,7 @@ class DistillationCollator:
                 self._check_length(documents[-1])
                 labels[i, start + size - 1] = IGNORE
                 start += size
-        batch = {"input_ids": input_ids, "labels": labels}
+        batch = {"input_ids": input_ids, "shift_labels": labels}
         if weights is not None:
             batch["weights"] = weights
         if any("lengths" in row for row in rows):

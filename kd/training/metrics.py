@@ -34,7 +34,7 @@ class StepMetrics:
 
     def observe(self, objective: Objective, student: Hidden, targets: dict[str, Any]) -> None:
         """Add one microbatch: student rows [N, H] and their targets."""
-        rows = (targets["labels"] != -100).nonzero().squeeze(1)[:MAX_ROWS]
+        rows = (targets["shift_labels"] != -100).nonzero().squeeze(1)[:MAX_ROWS]
         if rows.numel() == 0:
             return
         taken = selected(targets, rows)

@@ -15,6 +15,7 @@ from torch import Tensor
 import kd
 from kd.losses import Hidden
 from kd.losses.inputs import TAILS
+from kd.training.alignment import aligned_labels
 from kd.training.faults import check_context
 from kd.training.schedules import Schedule
 from kd.training.teachers import MODEL_KEYS, Teachers
@@ -128,16 +129,17 @@ class Objective:
         reduction: str = "mean",
         num_items: Any = None,
     ) -> Tensor:
-        """The objective on one batch whose labels are already aligned with the student's rows."""
+        """The objective on the ``shift_labels`` of a batch, row by row of the student's."""
         for name in SCHEDULED:
             if isinstance(getattr(self, name), Schedule):
                 raise TypeError(
                     f"Objective: {name} must be a number in a step, got a Schedule. Pass "
                     "objective.at(step, steps)."
                 )
+        labels = aligned_labels(batch, "Objective.loss")
         passes = list(self._passes(batch))
         if len(passes) > 1 and reduction == "mean" and num_items is None:
-            num_items = trained_weight(batch["labels"], batch.get("weights")).clamp(min=1e-30)
+            num_items = trained_weight(labels, batch.get("weights")).clamp(min=1e-30)
         losses = [
             self._one(student, batch, *item, reduction=reduction, num_items=num_items)
             for item in passes
@@ -179,7 +181,7 @@ class Objective:
         if (
             not asked and not self.ce_weight
         ):  # no row of this batch has a teacher: zero, with a graph
-            yield None, 0.0, 1.0, torch.zeros_like(batch["labels"], dtype=torch.bool)
+            yield None, 0.0, 1.0, torch.zeros_like(batch["shift_labels"], dtype=torch.bool)
         if owed and self.ce_weight:
             rows = None
             if owed != set(names):
@@ -199,7 +201,7 @@ class Objective:
         reduction: str,
         num_items: Any,
     ) -> Tensor:
-        labels, weights = batch["labels"], batch.get("weights")
+        labels, weights = batch["shift_labels"], batch.get("weights")
         if rows is not None:
             labels = torch.where(rows, labels, torch.full_like(labels, -100))
         options: dict[str, Any] = {
@@ -256,7 +258,7 @@ def trained_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 Observer = Callable[[Hidden, dict[str, Any]], None]
-TOKEN_KEYS = ("labels", "weights", "domain", "token_class")
+TOKEN_KEYS = ("shift_labels", "weights", "domain", "token_class")
 
 
 def flat_targets(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,6 +320,7 @@ def compute_loss(
         A scalar with a graph.
     """
     objective = objective or Objective()
+    aligned_labels(batch)
     config = getattr(getattr(model, "module", model), "config", None)
     if config is not None:
         check_context(config, batch)

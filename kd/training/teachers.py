@@ -151,7 +151,9 @@ class Teachers:
                 inputs = {key: value[rows] for key, value in inputs.items()}
             if rows is None or len(rows):
                 said = self._run(member, inputs)
-                found[keyed("teacher_hidden", number)] = _spread(said, rows, len(batch["labels"]))
+                found[keyed("teacher_hidden", number)] = _spread(
+                    said, rows, len(batch["input_ids"])
+                )
         return found
 
     def _run(self, member: Teacher, inputs: dict[str, Tensor]) -> kd.Hidden | Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd.training.alignment import aligned_labels
+
 THINK, ANSWER, DIGIT = 1, 2, 4
 ENDS_OF_THOUGHT = ("</think>", "<|end_of_thought|>")
 MAX_TOKENS = 1 << 16  # a step's classes cost a few milliseconds of Python
@@ -28,7 +30,7 @@ class TokenClasses:
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """[B, L] sums of THINK or ANSWER and DIGIT; 0 for tokens that are not trained."""
-        labels = batch["labels"].cpu()
+        labels = aligned_labels(batch, "TokenClasses").cpu()
         positions = batch.get("position_ids")
         kinds = torch.zeros(labels.shape, dtype=torch.uint8)
         if labels.numel() > MAX_TOKENS:
@@ -42,7 +44,7 @@ class TokenClasses:
                 kinds[row, start:stop] = torch.tensor(
                     self._document(tokens[start:stop]), dtype=torch.uint8
                 )
-        return kinds.to(batch["labels"].device)
+        return kinds.to(batch["shift_labels"].device)
 
     def _document(self, labels: list[int]) -> list[int]:
         texts = [self._text(token) if token >= 0 else "" for token in labels]

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kd.training import faults
+from kd.training.alignment import aligned_labels
 from kd.training.checkpoints import keep_newest, last_complete_checkpoint, mark_complete
 from kd.training.collator import DistillationCollator
 from kd.training.metrics import StepMetrics
-from kd.training.objective import Objective, compute_loss
+from kd.training.objective import Objective, compute_loss, trained_weight
 from kd.training.report import append_metrics, peak_memory, write_report
 from kd.training.student import prepare_student
 from kd.training.tokens import TokenClasses
@@ -85,6 +86,7 @@ class DistillationTrainer(Trainer):
             collator = dataclasses.replace(collator, max_length=most)
         options["data_collator"] = collator
         super().__init__(model=model, args=args, **options)
+        self.label_names = ["shift_labels"]  # what makes evaluate() compute a loss
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True  # the same, for transformers before 5.20
         tokenizer = options.get("processing_class")
@@ -116,10 +118,8 @@ class DistillationTrainer(Trainer):
         """Trained tokens (or their weights) of the optimiser step, over all ranks."""
         count = torch.zeros((), dtype=torch.float32, device=device)
         for batch in batch_samples:
-            trained = batch["labels"] != -100
-            weights = batch.get("weights")
-            part = trained.sum() if weights is None else (weights * trained).sum()
-            count += part.to(device)
+            labels = aligned_labels(batch, "DistillationTrainer")
+            count += trained_weight(labels, batch.get("weights")).to(device)
         if self.args.world_size > 1:  # ranks also agree here on whether to stop
             stop = torch.tensor(float(bool(self._stop.name)), device=device)
             both = self.accelerator.reduce(torch.stack([count, stop]), reduction="sum")
@@ -143,7 +143,7 @@ class DistillationTrainer(Trainer):
             if self.token_classes is not None and objective.soft:
                 inputs = {**inputs, "token_class": self.token_classes(inputs)}
         if num_items_in_batch is None:  # evaluation
-            num_items_in_batch = (inputs["labels"] != -100).sum().clamp(min=1)
+            num_items_in_batch = (inputs["shift_labels"] != -100).sum().clamp(min=1)
         loss = compute_loss(model, inputs, objective, num_items=num_items_in_batch, observe=observe)
         if training and self.args.world_size > 1:
             loss = loss * self.args.world_size  # DDP and FSDP average over ranks; we want the sum
@@ -155,6 +155,10 @@ class DistillationTrainer(Trainer):
             again = None if self.args.world_size > 1 else partial(self.compute_loss, model)
             self._not_finite("loss", loss.item(), faults.bad_batch(inputs, again))
         return loss
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        aligned_labels(inputs, "DistillationTrainer")  # without them transformers has no loss
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', asked before every optimiser step; a NaN never reaches the weights."""
