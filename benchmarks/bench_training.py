@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import json
 import multiprocessing
 import os
@@ -34,6 +33,14 @@ GROUPS = {
     "KD": ("kd online", "kd cached top-32", "TRL GKDTrainer", "plain logits KD"),
 }
 REFERENCE = {"SFT": "TRL SFTTrainer", "KD": "TRL GKDTrainer"}
+PRELOADED = [
+    "datasets",
+    "kd.teachers",
+    "kd.training.trainer",
+    "transformers.models.qwen2.modeling_qwen2",
+    "trl.trainer.sft_trainer",
+    "trl.experimental.gkd",
+]
 PLAIN = {"SFT": "plain logits SFT", "KD": "plain logits KD"}
 
 
@@ -104,8 +111,8 @@ def measure(
 def measure_group(
     group: str, names: Any, size: dict[str, Any], dtype: str, rounds: int, threads: int
 ) -> list[dict[str, Any]]:
-    preload()
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context("forkserver")  # it has run nothing that starts threads
+    context.set_forkserver_preload(PRELOADED)
     rows, running, started = [], {}, []
     for name in names:
         ours, theirs = context.Pipe()
@@ -137,21 +144,6 @@ def measure_group(
         pipe.send("stop")
         process.join()
     return rows
-
-
-def preload() -> None:
-    """Import once what every worker needs; nothing is computed before they are forked."""
-    import datasets  # noqa: F401
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
-
-    import kd.teachers
-    import kd.training.trainer  # noqa: F401
-
-    for name in ("trl.trainer.sft_trainer", "trl.experimental.gkd"):
-        try:
-            importlib.import_module(name)
-        except Exception as error:
-            print(f"{name}: {error}", file=sys.stderr)
 
 
 def compare(rows: list[dict[str, Any]], dtype: str) -> None:

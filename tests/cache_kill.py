@@ -2,28 +2,25 @@
 
     python cache_kill.py FOLDER KILLS SEED
 
-Every capture is a forked child, so that torch is imported once. Prints how many kills hit a running
-capture, and whether the survivor equals an uninterrupted capture file by file.
+Every capture is a child of a fork server that has imported what it needs and has run nothing: a
+process must not fork after torch has started threads. Prints how many kills hit a running capture,
+and whether the survivor equals an uninterrupted capture file by file.
 """
 
-import os
+import multiprocessing
 import random
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
 
 import cache_cases as cases
-import torch
-from transformers import Qwen2ForCausalLM  # noqa: F401  (imported once, before the forks)
 
 from kd.cache import TeacherCache
 from kd.teachers import build_cache
 
 
 def capture(folder):
-    torch.set_num_threads(1)
     build_cache(
         cases.teacher(),
         cases.texts(150, seed=3),
@@ -35,16 +32,17 @@ def capture(folder):
     )
 
 
-def forked(function, *args):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function(*args)
-            os._exit(0)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-    return pid
+def started(folder):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cache_cases", "kd.teachers", "transformers.models.qwen2"])
+    process = context.Process(target=capture, args=(folder,))
+    process.start()
+    return process
+
+
+def ended(process):
+    process.join()
+    return process.exitcode
 
 
 def contents(folder):
@@ -55,20 +53,20 @@ def contents(folder):
 def main(folder, kills, seed):
     rng, folder = random.Random(seed), Path(folder)
     start = time.perf_counter()
-    assert os.waitpid(forked(capture, folder / "whole"), 0)[1] == 0
+    assert ended(started(folder / "whole")) == 0
     took = time.perf_counter() - start
     hit = resumed = tries = 0
     while hit < kills and tries < 4 * kills:
         tries += 1
         before = len(list((folder / "killed").glob("shard-*")))
-        pid = forked(capture, folder / "killed")
+        process = started(folder / "killed")
         time.sleep(rng.uniform(0, took))
-        os.kill(pid, signal.SIGKILL)
-        if os.waitpid(pid, 0)[1] == 0:  # it had ended: start from an empty folder
+        process.kill()
+        if ended(process) == 0:  # it had ended: start from an empty folder
             shutil.rmtree(folder / "killed")
         else:
             hit, resumed = hit + 1, resumed + (before > 0)
-    status = os.waitpid(forked(capture, folder / "killed"), 0)[1]
+    status = ended(started(folder / "killed"))
     whole, survivor = contents(folder / "whole"), contents(folder / "killed")
     leftovers = [item.name for item in (folder / "killed").glob(".tmp*")]
     same = TeacherCache(folder / "whole").content_digest()

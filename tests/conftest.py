@@ -4,3 +4,26 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when anything first imports it
+
+import pytest
+import torch
+
+from kd.losses import torch_backend
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(monkeypatch):
+    """torch.empty and its relatives (NaN, or the largest integer), and the losses' own memory."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    real = torch_backend._empty
+
+    def filled(shape, dtype, device):
+        made = real(shape, dtype, device)
+        return made.fill_(float("nan")) if dtype.is_floating_point else made.fill_(255)
+
+    monkeypatch.setattr(torch_backend, "_empty", filled)
+    yield
+    torch.use_deterministic_algorithms(False)

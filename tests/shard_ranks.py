@@ -1,9 +1,10 @@
 """The ranks of the tensor-parallel tests: shard_ranks.py FOLDER.
 
-Each runs every case on its shard, counts the collectives, and writes what it found.
+Each runs every case on its shard, counts the collectives, and writes what it found. Ranks come
+from a fork server that has imported their libraries once and has run nothing.
 """
 
-import os
+import multiprocessing
 import sys
 
 import kernel_cases  # noqa: F401  Triton's interpreter, before any kernel
@@ -42,7 +43,6 @@ def run(case, rank, ranks, backend, counts):
 
 
 def work(rank, ranks, folder):
-    torch.set_num_threads(1)
     store = f"file://{folder}/store.{ranks}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     counts, found = counted(), {}
@@ -54,17 +54,18 @@ def work(rank, ranks, folder):
 
 
 def main():
-    """Every world, one after the other; ranks are forked, so that libraries load once."""
-    folder = sys.argv[1]
+    """Every world, one after the other."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["shard_cases"])
     for ranks in shard_cases.RANKS:
-        started = []
-        for rank in range(ranks):
-            child = os.fork()
-            if child == 0:
-                work(rank, ranks, folder)
-                os._exit(0)
-            started.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started]
+        started = [
+            context.Process(target=work, args=(rank, ranks, sys.argv[1])) for rank in range(ranks)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+        codes = [process.exitcode for process in started]
         if any(codes):
             sys.exit(f"{ranks} ranks exited with {codes}")
 

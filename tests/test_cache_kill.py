@@ -14,7 +14,7 @@ def run(folder, kills, seed):
     roots = [TESTS, TESTS.parent, TESTS.parent / "kernels", TESTS.parent / "recipes"]
     done = subprocess.run(
         [sys.executable, TESTS / "cache_kill.py", folder, str(kills), str(seed)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots))},
         capture_output=True,
         text=True,
         timeout=900,

@@ -2,11 +2,15 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kd.losses import torch_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = ("kernels", "recipes", "benchmarks", "tests")
@@ -26,6 +30,29 @@ def test_no_script_takes_a_library_name():
     libraries |= set(sys.stdlib_module_names) | {"torch", "triton", "accelerate", "numpy"}
     scripts = [p for folder in SOURCE_ROOTS for p in (ROOT / folder).glob("*.py")]
     assert not [p.name for p in scripts if p.stem in libraries]
+
+
+def test_nothing_forks_a_process_that_has_used_threads():
+    """Its child would wait for threads that do not exist; only sandboxed programs may try."""
+    forks = re.compile(
+        r"\bos\.fork\(|get_context\(\s*['\"]fork['\"]|set_start_method\(['\"]fork['\"]"
+    )
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for folder in ("kd", *SOURCE_ROOTS)
+        for path in (ROOT / folder).rglob("*.py")
+        if "verifiers" not in path.parts and path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if forks.search(line)
+    ]
+    assert not found
+
+
+def test_fresh_memory_is_nan():
+    """What conftest.py promises to every other test."""
+    assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(2, 2).isnan().all()
+    large = torch_backend._empty((3 << 20,), torch.float32, torch.device("cpu"))
+    assert large.isnan().all()
 
 
 def test_import_needs_torch_alone():

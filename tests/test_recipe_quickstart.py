@@ -76,7 +76,7 @@ def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(finished, tmp_p
     paths = os.pathsep.join(str(root / part) for part in (".", "kernels", "recipes"))
     process = subprocess.Popen(
         [sys.executable, "-m", "kd.cli", "run", "quickstart", "smoke", "--output", str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

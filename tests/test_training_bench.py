@@ -17,7 +17,7 @@ def test_smoke(tmp_path):
     done = subprocess.run(
         [sys.executable, "benchmarks/bench_training.py", "--smoke", "--results", str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=240,

@@ -4,16 +4,19 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import training_cases as cases
-from transformers import TrainerCallback
+from training_cases import At
+from training_cases import faulty_trainer as trainer
 
 from kd.training import (
     DistillationCollator,
-    DistillationTrainer,
     Objective,
     compute_loss,
     last_complete_checkpoint,
@@ -24,31 +27,6 @@ from kd.training.faults import TrainingInterrupted, check_coverage, context_leng
 
 TIMED = ("tokens_per_second", "peak_memory_gib", "train_runtime")
 TIMED += ("train_samples_per_second", "train_steps_per_second")
-
-
-class At(TrainerCallback):
-    """Does something at the end of one step."""
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
-            self.action(model)
-
-
-def trainer(folder, *callbacks, rows=None, collator=None, objective=None, **options):
-    """8 steps with dropout, a checkpoint every 2 and a log every 3."""
-    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
-    return DistillationTrainer(
-        cases.student(attention_dropout=0.2),
-        cases.arguments(folder, **{**settings, **options}),
-        objective=objective or cases.MIXED,
-        train_dataset=rows or cases.rows(13),
-        data_collator=collator or DistillationCollator(0, cases.RandomCache()),
-        callbacks=list(callbacks),
-        report=False,
-    )
 
 
 def outcome(made):
@@ -69,47 +47,25 @@ def undisturbed(tmp_path_factory):
     return outcome(made)
 
 
-def in_a_child(function):
-    """Run it in a forked process; the status as ``os.waitpid`` gives it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        finally:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
+def killed(*arguments):
+    """Run training_kill.py in a fresh interpreter; it must have died by SIGKILL."""
+    tests = Path(__file__).parent
+    command = [sys.executable, tests / "training_kill.py", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == -signal.SIGKILL, f"{arguments}: {done.stderr}"
 
 
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_at_a_random_step_and_resumed_is_bit_for_bit_the_same(tmp_path, undisturbed):
-    step = random.SystemRandom().randint(1, 7)
-    status = in_a_child(lambda: trainer(tmp_path, At(step, die)).train())
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"at step {step}"
+    killed(tmp_path, random.SystemRandom().randint(1, 7))
     again = trainer(tmp_path)
     again.train(resume_from_checkpoint=True)
     assert_same_outcome(outcome(again), undisturbed)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_while_it_writes_a_checkpoint(tmp_path, undisturbed, monkeypatch):
+def test_killed_while_it_writes_a_checkpoint(tmp_path, undisturbed):
     """The torn one has the highest number; it is passed over, and says so."""
-
-    def run():
-        from kd.training import trainer as module
-
-        real = module.mark_complete
-
-        def mark(folder):
-            return die() if folder.name == "checkpoint-4" else real(folder)
-
-        module.mark_complete = mark
-        trainer(tmp_path).train()
-
-    assert os.WIFSIGNALED(in_a_child(run))
+    killed(tmp_path, "mark", "checkpoint-4")
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
     again = trainer(tmp_path)
     with pytest.warns(UserWarning, match=f"checkpoint-4 has no {MARKER}.*trying the one before"):
@@ -167,7 +123,7 @@ def test_a_loss_that_is_nan_stops_and_names_the_row(tmp_path):
                     found.logprobs[row] = float("nan")
             return found
 
-    made = trainer(tmp_path, rows=rows, collator=DistillationCollator(0, Poisoned()))
+    made = trainer(tmp_path, data=rows, collator=DistillationCollator(0, Poisoned()))
     words = r"must be finite, got nan at step \d from row \d of the batch \(input_ids start with \["
     with pytest.raises(FloatingPointError, match=words) as caught:
         made.train()
@@ -264,7 +220,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     other = trainer(tmp_path, max_steps=2, learning_rate=0.5)
     with pytest.raises(FileExistsError, match=r"learning_rate: 0\.01 there, 0\.5 here"):
         other.train(resume_from_checkpoint=True)
-    data = trainer(tmp_path, max_steps=2, rows=cases.rows(13, seed=1))
+    data = trainer(tmp_path, max_steps=2, data=cases.rows(13, seed=1))
     with pytest.raises(FileExistsError, match="another run .data: "):
         data.train(resume_from_checkpoint=True)
     named = trainer(tmp_path, max_steps=3, learning_rate=0.5)  # whoever names one knows
@@ -278,7 +234,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_longer_than_the_students_context(tmp_path):
     row = {"input_ids": [1] * 40, "labels": [1] * 40}
     made = trainer(
-        tmp_path, rows=[row] * 4, collator=DistillationCollator(0), objective=Objective()
+        tmp_path, data=[row] * 4, collator=DistillationCollator(0), objective=Objective()
     )
     with pytest.raises(ValueError, match="at most 32 tokens, the student's context, got 40 in row"):
         made.train()
@@ -309,7 +265,7 @@ def test_a_sequence_the_cache_lacks_is_named_before_training(tmp_path, cached):
     rows, path = cached
     collator = DistillationCollator(0, TeacherCache(path))
     objective = Objective(kd_weight=1.0, ce_weight=0.0)
-    made = trainer(tmp_path / "run", rows=rows, collator=collator, objective=objective)
+    made = trainer(tmp_path / "run", data=rows, collator=collator, objective=objective)
     with pytest.raises(KeyError, match=r"row 5 \(\d+ tokens, starting with .*on_missing='skip'"):
         made.train()
     assert made.state.global_step == 0
@@ -327,7 +283,7 @@ def test_missing_sequences_are_skipped_and_counted_on_request(tmp_path, cached, 
     loss = compute_loss(student, collator(rows[5:]), objective)
     hard = compute_loss(student, collator(rows[5:]), Objective(ce_weight=0.5))
     torch.testing.assert_close(loss, hard)
-    made = trainer(tmp_path / "run", rows=rows, collator=collator, objective=objective)
+    made = trainer(tmp_path / "run", data=rows, collator=collator, objective=objective)
     made.train()
     assert "1 sequences are not in the teacher cache" in capsys.readouterr().out
     log = [entry for entry in made.state.log_history if "kd" in entry]

@@ -1,11 +1,12 @@
-"""Tiny students and rows for the training tests."""
+"""Tiny students, rows and runs for the training tests."""
 
 import random
 import types
 
 import torch
+from transformers import TrainerCallback
 
-from kd.training import Objective
+from kd.training import DistillationCollator, DistillationTrainer, Objective
 
 VOCABULARY = 23
 MIXED = Objective(kd_weight=0.7, ce_weight=0.3, temperature=2.0, vocab_size=VOCABULARY)
@@ -81,3 +82,28 @@ def arguments(folder, **options):
         "dataloader_pin_memory": False,
     }
     return TrainingArguments(**{**settings, **options})
+
+
+class At(TrainerCallback):
+    """Does something at the end of one step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.action(model)
+
+
+def faulty_trainer(folder, *callbacks, data=None, collator=None, objective=None, **options):
+    """8 steps with dropout, a checkpoint every 2 and a log every 3."""
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    return DistillationTrainer(
+        student(attention_dropout=0.2),
+        arguments(folder, **{**settings, **options}),
+        objective=objective or MIXED,
+        train_dataset=data or rows(13),
+        data_collator=collator or DistillationCollator(0, RandomCache()),
+        callbacks=list(callbacks),
+        report=False,
+    )
