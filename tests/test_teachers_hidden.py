@@ -100,15 +100,16 @@ def test_a_changed_or_missing_head_is_refused(tmp_path, model):
 def test_infinite_states_and_odd_heads_are_refused(tmp_path):
     poisoned = cases.teacher()
     poisoned.model.norm.register_forward_hook(lambda m, a, out: out.index_fill(1, torch.tensor([2]), float("inf")))  # noqa: E501  # fmt: skip
-    with pytest.raises(ValueError, match="does something else|NaN or infinity in row 2"):
+    with pytest.raises(ValueError, match="own logit|NaN or infinity in row 2"):
         build(poisoned, [torch.arange(5)], tmp_path / "a")
-    odd, own = cases.teacher(), cases.teacher().forward
+    odd = cases.teacher()
+    own = odd.forward
 
     def forward(*args, **kwargs):
         out = own(*args, **kwargs)
-        out.logits = out.logits * 0.25
+        out.logits = out.logits**3
         return out
 
     odd.forward = forward
-    with pytest.raises(ValueError, match="got Qwen2ForCausalLM, which does something else"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM: it does more .* than scale"):
         build(odd, [torch.arange(5)], tmp_path / "b")

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import kd
+from kd.heads import dense_logits, final_hidden
 from kd.losses import Hidden
-from kd.training.metrics import dense_logits
-from kd.training.student import as_hidden, head_options
 
 ROWS = 512  # rows whose logits exist at a time
 BINS = 10
@@ -181,14 +180,9 @@ def hidden_rows(model: Any, sequences: Sequence[Tensor]) -> tuple[Hidden, list[i
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            decoder = model.get_decoder()
-            hidden = decoder(input_ids=input_ids.to(device), use_cache=False).last_hidden_state
+        student = final_hidden(model, input_ids=input_ids.to(device))
     finally:
         model.train(was_training)
-    head = model.get_output_embeddings()
-    scale, softcap = head_options(model.config)
-    student = dataclasses.replace(as_hidden(head, hidden), logit_scale=scale, softcap=softcap)
     return student, lengths
 
 

@@ -53,11 +53,12 @@ def build_hidden_cache(
         raise ValueError(
             f"build_hidden_cache: model must have an lm_head, got {type(model).__name__}."
         )
+    found, bias = source.reading, getattr(source.head, "bias", None)
     head = Head(
-        source.head.weight,
-        getattr(source.head, "bias", None),
-        None if source.scale == 1 else source.scale,
-        source.softcap,
+        source.head.weight[: found.width],
+        None if bias is None else bias[: found.width],
+        found.scale,
+        found.softcap,
     )
     meta = hidden_meta(
         head,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kd
+from kd.heads import dense_logits
 from kd.losses import Hidden
 from kd.training.objective import Objective
 from kd.training.tokens import ANSWER, DIGIT, THINK
@@ -124,18 +125,3 @@ def top_tokens(source: Hidden | Tensor, vocab_size: int | None) -> Tensor:
         part = dataclasses.replace(source, hidden=source.hidden[start : start + BLOCK])
         best.append(dense_logits(part)[:, :vocab_size].argmax(dim=-1))
     return torch.cat(best)
-
-
-def dense_logits(student: Hidden) -> Tensor:
-    """The logits a ``kd.Hidden`` stands for."""
-    logits = student.hidden @ student.weight.T
-    if student.lora is not None:
-        first, second, scaling = student.lora
-        logits = logits + scaling * (student.hidden @ first.T @ second.T)
-    if student.bias is not None:
-        logits = logits + student.bias
-    if student.logit_scale is not None:
-        logits = logits * student.logit_scale
-    if student.softcap is not None:
-        logits = student.softcap * torch.tanh(logits / student.softcap)
-    return logits

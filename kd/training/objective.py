@@ -317,7 +317,9 @@ def compute_loss(
         observe: called without gradient with all rows [N, H] and their targets, for metrics.
 
     Returns:
-        A scalar with a graph.
+        A scalar with a graph. What the model itself adds to its loss (the routers' of a mixture of
+        experts with ``output_router_logits=True``, times the model's coefficient) is in it, as a
+        mean over the step's microbatches, weighted by their trained tokens.
     """
     objective = objective or Objective()
     aligned_labels(batch)
@@ -328,4 +330,9 @@ def compute_loss(
     if objective.soft and objective.teacher is not None:
         batch = objective.teacher.forward(batch)
     output = model(**inputs, head_loss=head_loss(objective, batch, num_items, observe))
-    return output["loss"]
+    loss, added = output["loss"], output["aux_loss"]
+    if added is None:
+        return loss
+    if num_items is not None:  # a mean over microbatches and ranks, weighted by their tokens
+        added = added * (trained_weight(batch["labels"], batch.get("weights")) / num_items)
+    return loss + added.to(loss.device)

@@ -6,27 +6,25 @@ A causal LM's own forward multiplies hidden states [B, L, H] with the lm_head an
 
     model(input_ids=..., attention_mask=..., head_loss=function)
 
-and then the lm_head module is called with its input as always, but computes
-``function(kd.Hidden(hidden, weight, ...))`` and returns that. Because the call still goes through
-the model's and the lm_head's ``__call__``, DDP sees a forward, and FSDP2 and ZeRO-3 gather the
-weight at their usual hooks. Without ``head_loss`` nothing changes.
+Then its own forward runs with an lm_head that lets its input through, and the lm_head module is
+called once more, to compute ``function(kd.Hidden(hidden, weight, ...))`` (see ``kd.heads``). The
+calls go through the model's and the lm_head's ``__call__``: DDP sees a forward, and FSDP2 and
+ZeRO-3 gather the weight at their usual hooks. Without ``head_loss`` nothing changes.
 """
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
-
-from kd.losses import Hidden
-
-HeadLoss = Callable[[Hidden], Any]
+from kd.heads import causal_lm, install, lm_head, lora_pair, reading, refusal
 
 
 def prepare_student(model: Any) -> Any:
     """Give a causal LM the ``head_loss`` argument; calling it twice does no harm.
+
+    Two forward passes of a few tokens compare the logits that the loss will stand for with the
+    model's own, in eval mode, without gradient and without touching random state. A model on the
+    meta device or already sharded (FSDP2, ZeRO-3) is compared in its first forward instead.
 
     Args:
         model: a transformers causal LM, or a peft model around one.
@@ -35,103 +33,31 @@ def prepare_student(model: Any) -> Any:
         The same object, changed in place.
 
     Raises:
-        TypeError: the model has no decoder or no output embeddings.
+        TypeError: it has no lm_head, is an encoder-decoder, reads images or sound, makes its logits
+            in another way than by scale and softcap of its lm_head's product (with both numbers),
+            or has a loss term that cannot be added without logits.
+        ValueError: the lm_head's adapter is more than one pair of matrices.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = causal.get_output_embeddings() if hasattr(causal, "get_output_embeddings") else None
-    if getattr(head, "_kd_original_forward", None) is not None:
-        return model
-    decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
-    if head is None or decoder is None or decoder is causal:
+    causal = causal_lm(model)
+    if lm_head(model) is None:
         raise TypeError(
-            "prepare_student: model must be a causal LM with a decoder and an lm_head, got "
+            "prepare_student: model must be a causal LM with an lm_head, got "
             f"{type(model).__name__}. Load it with AutoModelForCausalLM."
         )
-    scale, softcap = head_options(causal.config)
-    if getattr(causal, "_kd_original_forward", None) is None:
-        causal._kd_original_forward = causal.forward
-        causal.forward = types.MethodType(_forward, causal)
-    for inner in head.modules():  # peft may have put a layer of its own around a prepared head
-        if getattr(inner, "_kd_original_forward", None) is not None:
-            inner.forward, inner._kd_original_forward = inner._kd_original_forward, None
-    head._kd_original_forward = head.forward
-    head._kd_scale, head._kd_softcap = scale, softcap
-    head.forward = types.MethodType(_head_forward, head)
-    return model
-
-
-def head_options(config: Any) -> tuple[float | None, float | None]:
-    """What a model family does to its logits after the lm_head: (logit_scale, softcap)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = getattr(text, "logit_scale", None)  # Cohere multiplies
-    divisor = getattr(text, "logits_scaling", None)  # Granite divides
-    if divisor is not None:
-        scale = (1.0 if scale is None else float(scale)) / float(divisor)
-    softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and 3
-    return (None if scale is None else float(scale)), (None if softcap is None else float(softcap))
-
-
-def _forward(self: Any, *args: Any, head_loss: HeadLoss | None = None, **kwargs: Any) -> Any:
-    if head_loss is None:
-        return self._kd_original_forward(*args, **kwargs)
-    kwargs.setdefault("use_cache", False)
-    hidden = self.get_decoder()(*args, **kwargs).last_hidden_state  # [B, L, H]
-    return {"loss": self.get_output_embeddings()(hidden, head_loss=head_loss)}
-
-
-def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    head_loss = kwargs.pop("head_loss", None)
-    if head_loss is None:
-        return self._kd_original_forward(hidden, *args, **kwargs)  # type: ignore[operator]
-    return head_loss(as_hidden(self, hidden))
-
-
-def as_hidden(head: Any, hidden: Tensor) -> Hidden:
-    """Hidden states and the lm_head that would have read them, as a ``kd.Hidden``."""
-    if hasattr(head, "modules_to_save"):  # peft trains a whole copy of the head
-        active = head.active_adapters[0] if head.active_adapters else None
-        copies = {} if head.disable_adapters else head.modules_to_save
-        base = copies[active] if active in copies else head.original_module
-    else:
-        base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
-    return Hidden(
-        hidden,
-        base.weight,
-        getattr(base, "bias", None),
-        logit_scale=getattr(head, "_kd_scale", None),
-        softcap=getattr(head, "_kd_softcap", None),
-        lora=_lora(head),
-    )
-
-
-def _lora(head: Any) -> tuple[Tensor, Tensor, float] | None:
-    """The active LoRA pair of a peft lm_head, or None."""
-    if not hasattr(head, "lora_A") or getattr(head, "disable_adapters", False):
-        return None
-    if getattr(head, "merged", False):
-        return None
-    active = [name for name in head.active_adapters if name in head.lora_A]
-    if not active:
-        return None
-    if len(active) > 1:
-        raise ValueError(
-            f"prepare_student: lm_head must have one active LoRA adapter, got {active}. "
-            "Activate one with set_adapter, or leave lm_head out of target_modules."
+    others = set(_modalities(causal)) - {"text"}
+    if others:
+        raise TypeError(
+            f"prepare_student: model must read text only, got {type(causal).__name__}, which reads "
+            f"{' and '.join(sorted(others))} too: batches hold tokens alone. Train its text model."
         )
-    name = active[0]
-    dropout = getattr(head.lora_dropout[name], "p", 0.0) if name in head.lora_dropout else 0.0
-    if dropout and head.training:
-        raise ValueError(
-            f"prepare_student: the LoRA of the lm_head must have lora_dropout=0, got {dropout}: "
-            "its input is the loss's own. Set it to 0, or leave lm_head out of target_modules."
-        )
-    if name in getattr(head, "lora_magnitude_vector", {}):
-        raise ValueError(
-            "prepare_student: the LoRA of the lm_head must be a plain one, got DoRA. Use "
-            "use_dora=False, or leave lm_head out of target_modules."
-        )
-    return (
-        head.lora_A[name].weight,
-        head.lora_B[name].weight,
-        float(head.scaling[name]),
-    )
+    lora_pair(lm_head(model))
+    found = reading(model)
+    trouble = None if found is None else found.reason or found.weightless or found.untrainable
+    if trouble is not None:
+        raise TypeError(refusal("prepare_student", model, trouble))
+    return install(model)
+
+
+def _modalities(causal: Any) -> tuple[str, ...]:
+    said = getattr(causal, "input_modalities", "text")
+    return (said,) if isinstance(said, str) else tuple(said)

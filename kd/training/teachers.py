@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import kd
+from kd.heads import causal_lm, final_hidden, reading
 from kd.losses.inputs import TAILS
-from kd.training.student import prepare_student
 
 Document = tuple[int, int, Tensor, int]  # row of the batch, where it starts, its tokens, domain
 MODEL_KEYS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
@@ -219,21 +219,16 @@ def keyed(name: str, number: int) -> str:
 def hidden_of(model: Any, inputs: Mapping[str, Any]) -> kd.Hidden | Tensor:
     """Final hidden states [B, L, H] of a causal LM with its lm_head, through its own forward.
 
-    The logits [B, L, V] instead, where the lm_head is quantised and so no matrix to multiply by.
+    The logits [B, L, V] instead, where they are not the lm_head's product with hidden states,
+    scaled and softcapped at most (a quantised lm_head too: it is no matrix to multiply by).
+
+    Raises:
+        TypeError: the model is an encoder-decoder.
     """
-    prepare_student(model)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = causal.get_output_embeddings()
-    weight = getattr(head, "get_base_layer", lambda: head)().weight
-    if not weight.is_floating_point():
+    found = reading(model)
+    if found is not None and (found.reason or found.weightless):
         return model(**inputs, use_cache=False).logits.detach()
-    said = model(**inputs, head_loss=lambda hidden: hidden)["loss"]
-    fixed = {
-        field.name: value.detach()
-        for field in dataclasses.fields(said)
-        if isinstance(value := getattr(said, field.name), Tensor)
-    }
-    return dataclasses.replace(said, **fixed)
+    return final_hidden(model, **inputs)
 
 
 def _on(said: Any, device: torch.device) -> Any:
@@ -262,8 +257,8 @@ def offload(model: Any, device: torch.device) -> None:
     """Leave the decoder's weights in CPU memory; a layer visits ``device`` while it computes."""
     from accelerate import cpu_offload
 
-    prepare_student(model)
-    cpu_offload(model.get_decoder(), execution_device=device)
+    reading(model)  # compared while its weights are at hand
+    cpu_offload(causal_lm(model).get_decoder(), execution_device=device)
 
 
 def _looked_up(
