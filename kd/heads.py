@@ -85,7 +85,7 @@ def install(model: Any) -> Any:
     causal = causal_lm(model)
     if getattr(causal, "_kd_original_forward", None) is None:
         causal._kd_original_forward = causal.forward
-        causal._kd_takes_cache = "use_cache" in inspect.signature(causal.forward).parameters
+        causal._kd_takes_cache = _takes(causal.forward, "use_cache")
         causal.forward = types.MethodType(_forward, causal)
     return model
 
@@ -105,6 +105,11 @@ def final_hidden(model: Any, **inputs: Any) -> Hidden:
         if isinstance(value := getattr(said, field.name), Tensor)
     }
     return dataclasses.replace(said, **fixed)
+
+
+def _takes(function: Any, name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 @torch.compiler.disable(recursive=False)  # the model's own forward is compiled, the loss is not
@@ -364,7 +369,7 @@ def _compared(causal: Any, ids: Tensor, sharded: bool) -> HeadReading:
     made = output.logits
     if made.shape != (*ids.shape, 1) or hidden.shape[:-1] != ids.shape:
         return HeadReading(reason="its logits are not those of its lm_head, token by token")
-    fitted = _fit(values.double(), made.detach().flatten().double().cpu())
+    fitted = _fit(values.double(), made.detach().flatten().cpu())
     if fitted is None:
         return HeadReading(
             reason=f"it does more to its lm_head's product than scale and softcap: "
@@ -445,23 +450,25 @@ def _same_terms(own: float | None, observed: Any) -> bool:
 
 def _fit(given: Tensor, made: Tensor) -> tuple[float | None, float | None] | None:
     """(scale, softcap) with made = softcap * tanh(scale * given / softcap), or None."""
+    exact = made.dtype == torch.float64  # a model that casts to float32 leaves seven digits
+    made = made.double()
 
     def holds(expected: Tensor) -> bool:
         return bool(torch.isclose(made, expected, rtol=1e-5, atol=1e-7).all())
 
+    def plain(value: float, exact: bool) -> float | None:
+        value = value if exact else float(f"{value:.7g}")
+        return None if abs(value - 1) < 1e-6 else value
+
     scale, cap = float(made[1] / given[1]), float(made[-1])
     if scale > 0 and holds(scale * given):
-        return _plain(scale), None
+        return plain(scale, exact), None
     if not (0 < cap < given[-1] and 0 < float(made[0]) < cap):
         return None
     scale = cap * float(torch.atanh(made[0] / cap) / given[0])
-    return (_plain(scale), cap) if holds(cap * torch.tanh(scale * given / cap)) else None
-
-
-def _plain(scale: float) -> float | None:
-    """A measured scale as it was written: seven digits are what float32 carries."""
-    scale = float(f"{scale:.7g}")
-    return None if scale == 1 else scale
+    if not holds(cap * torch.tanh(scale * given / cap)):
+        return None
+    return plain(scale, False), cap if exact else float(f"{cap:.7g}")
 
 
 def _difference(ours: Tensor, own: Tensor) -> str | None:
@@ -489,6 +496,7 @@ def _few_tokens(causal: Any) -> Tensor:
     count = min(len(PROBES), longest)
     embeddings = causal.get_input_embeddings()
     size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    size = min(size, getattr(text, "vocab_size", None) or size)
     return ((torch.arange(count) * 3 + size // 2) % size)[None]
 
 

@@ -322,7 +322,7 @@ def compute_loss(
         mean over the step's microbatches, weighted by their trained tokens.
     """
     objective = objective or Objective()
-    aligned_labels(batch)
+    labels = aligned_labels(batch)
     config = getattr(getattr(model, "module", model), "config", None)
     if config is not None:
         check_context(config, batch)
@@ -334,5 +334,5 @@ def compute_loss(
     if added is None:
         return loss
     if num_items is not None:  # a mean over microbatches and ranks, weighted by their tokens
-        added = added * (trained_weight(batch["labels"], batch.get("weights")) / num_items)
+        added = added * (trained_weight(labels, batch.get("weights")) / num_items)
     return loss + added.to(loss.device)

@@ -14,9 +14,14 @@ ZeRO-3 gather the weight at their usual hooks. Without ``head_loss`` nothing cha
 
 from __future__ import annotations
 
+import re
+from inspect import signature
 from typing import Any
 
 from kd.heads import causal_lm, install, lm_head, lora_pair, reading, refusal
+
+# Arguments of a forward that hold images or sound, as transformers names them.
+OTHER_INPUTS = re.compile("pixel|image|video|audio|input_features")
 
 
 def prepare_student(model: Any) -> Any:
@@ -44,11 +49,11 @@ def prepare_student(model: Any) -> Any:
             "prepare_student: model must be a causal LM with an lm_head, got "
             f"{type(model).__name__}. Load it with AutoModelForCausalLM."
         )
-    others = set(_modalities(causal)) - {"text"}
-    if others:
+    other = [name for name in signature(causal.forward).parameters if OTHER_INPUTS.search(name)]
+    if other:
         raise TypeError(
             f"prepare_student: model must read text only, got {type(causal).__name__}, which reads "
-            f"{' and '.join(sorted(others))} too: batches hold tokens alone. Train its text model."
+            f"{other[0]} too: batches hold tokens alone. Train its text model."
         )
     lora_pair(lm_head(model))
     found = reading(model)
@@ -56,8 +61,3 @@ def prepare_student(model: Any) -> Any:
     if trouble is not None:
         raise TypeError(refusal("prepare_student", model, trouble))
     return install(model)
-
-
-def _modalities(causal: Any) -> tuple[str, ...]:
-    said = getattr(causal, "input_modalities", "text")
-    return (said,) if isinstance(said, str) else tuple(said)
