@@ -71,7 +71,7 @@ def move_targets(batch, move):
 
 
 def unshift_labels(batch, rows, collator):
-    batch["labels"] = batch["labels"].roll(1, 1)
+    batch["shift_labels"] = batch["shift_labels"].roll(1, 1)
 
 
 def targets_one_late(batch, rows, collator):
@@ -79,7 +79,7 @@ def targets_one_late(batch, rows, collator):
 
 
 def targets_on_the_right(batch, rows, collator):
-    width = batch["labels"].shape[1]
+    width = batch["shift_labels"].shape[1]
     lengths = [len(row["input_ids"]) for row in rows]
 
     def move(targets):
@@ -94,7 +94,7 @@ def targets_by_position(batch, rows, collator):
 
 
 def mask_every_pad(batch, rows, collator):
-    batch["labels"][batch["labels"] == collator.pad_token_id] = -100
+    batch["shift_labels"][batch["shift_labels"] == collator.pad_token_id] = -100
 
 
 def run(mutation):

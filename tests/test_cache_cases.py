@@ -114,7 +114,7 @@ def test_a_student_that_is_not_finite_shows_in_the_loss(tmp_path, value):
 
 def test_a_batch_without_a_trained_token(tmp_path):
     student, batch = cached_batch(tmp_path, lambda s: torch.full_like(s, -100))
-    assert (batch["labels"] == -100).all() and (batch["teacher_ids"] >= 0).any()
+    assert (batch["shift_labels"] == -100).all() and (batch["teacher_ids"] >= 0).any()
     loss = compute_loss(student, batch, Objective(kd_weight=0.5, ce_weight=0.5))
     loss.backward()
     assert loss.item() == 0
@@ -124,7 +124,7 @@ def test_a_batch_without_a_trained_token(tmp_path):
 def test_a_row_without_a_trained_token_adds_nothing(tmp_path):
     objective = Objective(kd_weight=0.5, ce_weight=0.5)
     _, batch = cached_batch(tmp_path)
-    batch["labels"][1] = -100
+    batch["shift_labels"][1] = -100
     gradients = []
     for rows in ([0, 1, 2], [0, 2]):
         student = prepare_student(cases.teacher(seed=1))

@@ -109,7 +109,7 @@ MUTATIONS = [
     edit(
         "denominator counted on the raw rows",
         *(trainer, "DistillationTrainer._get_num_items_in_batch"),
-        *('batch["labels"] != -100', 'batch["input_ids"] != 0'),
+        *('aligned_labels(batch, "DistillationTrainer")', 'batch["input_ids"]'),
         regressions.test_denominator_counts_the_labels_the_loss_sees,
     ),
     edit(

@@ -121,7 +121,7 @@ def test_denominator_counts_the_labels_the_loss_sees():
         fake, [batch, batch], torch.device("cpu")
     )
     logits = random(8, 11)
-    each = kd.cross_entropy(logits, batch["labels"].flatten(), reduction="none")
+    each = kd.cross_entropy(logits, batch["shift_labels"].flatten(), reduction="none")
     assert count == 2 * (each != 0).sum() == 8
 
 
@@ -207,7 +207,8 @@ def test_completion_mask_is_shifted_with_its_labels():
     """Masked by the unshifted labels, the first completion token is never learnt."""
     batch = DistillationCollator(0)([ROW])
     losses = [
-        float(kd.cross_entropy(perfect_logits(batch, wrong), batch["labels"])) for wrong in range(5)
+        float(kd.cross_entropy(perfect_logits(batch, wrong), batch["shift_labels"]))
+        for wrong in range(5)
     ]
     # Rows 1, 2, 3 predict tokens 2, 3, 4, the completion; rows 0 and 4 are outside it.
     assert [loss > 1 for loss in losses] == [False, True, True, True, False]
@@ -233,8 +234,8 @@ def test_teacher_rows_are_aligned_with_the_labels():
         batch = DistillationCollator(0, NextTokenCache())(rows)
         soft = Objective(kd_weight=1.0, ce_weight=0.0)
         right = soft.loss(perfect_logits(batch), batch, reduction="none")
-        wrong = soft.loss(torch.zeros(*batch["labels"].shape, 11), batch, reduction="none")
-        trained = batch["labels"] != -100
+        wrong = soft.loss(torch.zeros(*batch["shift_labels"].shape, 11), batch, reduction="none")
+        trained = batch["shift_labels"] != -100
         assert right.max() < 0.05 and (wrong[trained] > 1).all() and wrong[~trained].eq(0).all()
 
 
@@ -245,7 +246,7 @@ def test_targets_follow_their_sequence_under_shuffling():
     whole = collate(rows)
     order = [4, 0, 5, 2, 1, 3]
     shuffled = collate([rows[i] for i in order])
-    for key in ("teacher_ids", "teacher_logprobs", "labels"):
+    for key in ("teacher_ids", "teacher_logprobs", "shift_labels"):
         assert torch.equal(shuffled[key], whole[key][order])
     for i, row in enumerate(rows):
         alone = collate([row])["teacher_logprobs"]
@@ -256,8 +257,8 @@ def test_stop_token_is_learnt_when_pad_is_eos():
     """Masking every pad id masks the end of the answer too: the student never stops."""
     eos = 5
     batch = DistillationCollator(pad_token_id=eos)([ROW, {"input_ids": [4], "labels": [-100]}])
-    assert batch["labels"][0].tolist() == [-100, 2, 7, eos, -100]
-    assert batch["labels"][1].eq(-100).all()
+    assert batch["shift_labels"][0].tolist() == [-100, 2, 7, eos, -100]
+    assert batch["shift_labels"][1].eq(-100).all()
 
 
 # --- the tail of a sparse teacher -----------------------------------------------------------------
