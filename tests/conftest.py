@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when anything first imports it
+# Threads that wait give their core away: the suite may share it with another process.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

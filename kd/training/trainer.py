@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kd.training import faults
 from kd.training.alignment import aligned_labels
+from kd.training.arguments import apply_arguments, check_resumable
 from kd.training.checkpoints import keep_newest, last_complete_checkpoint, mark_complete
 from kd.training.collator import DistillationCollator
 from kd.training.metrics import StepMetrics
@@ -56,8 +57,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student, a causal LM.
-        args: transformers' TrainingArguments; ``remove_unused_columns`` is switched off, since the
-            collator needs every column.
+        args: transformers' TrainingArguments. Each field is honoured, replaced or refused, as
+            docs/training-arguments.md lists; so are ``Trainer``'s own arguments in ``options``.
         objective: what to minimise and its teachers; plain SFT when None.
         token_classes: finds thoughts, answers and digits for the log; made from
             ``processing_class`` (a tokenizer) when None.
@@ -77,8 +78,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         if args is None:
             raise TypeError("DistillationTrainer: args must be TrainingArguments, got None.")
-        args.remove_unused_columns = False
-        args.logging_nan_inf_filter = False  # a NaN must be seen, not averaged away
+        apply_arguments(args, options)
         prepare_student(model)
         self.objective, collator = _joined(objective or Objective(), options.get("data_collator"))
         if isinstance(collator, DistillationCollator) and collator.max_length is None:
@@ -182,9 +182,14 @@ class DistillationTrainer(Trainer):
     # --- the log ----------------------------------------------------------------------------------
 
     def _step_is_logged(self) -> bool:
-        every = int(self.args.logging_steps) if self.args.logging_strategy == "steps" else 0
-        first = self.args.logging_first_step and self.state.global_step == 0
-        return first or (every > 0 and (self.state.global_step + 1) % every == 0)
+        args, state = self.args, self.state
+        every = 0
+        if args.logging_strategy == "steps":
+            every = int(state.logging_steps)  # a share of the run is steps there
+        elif args.logging_strategy == "epoch":
+            every = max(1, round(state.max_steps / max(state.num_train_epochs, 1)))
+        first = args.logging_first_step and state.global_step == 0
+        return first or (every > 0 and (state.global_step + 1) % every == 0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, agreement, speed and memory (see the README's table)."""
@@ -294,6 +299,8 @@ class DistillationTrainer(Trainer):
             if missing:
                 print(f"{missing} sequences are not in the teacher cache; they have labels only")
         self._resumed_from = resume_from_checkpoint or None
+        if self._resumed_from:
+            check_resumable(self._resumed_from)
         self._stop_agreed = False
         self._last_log = (time.perf_counter(), float(self._tokens_seen))
         with self._stop.listening():
