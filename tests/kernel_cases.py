@@ -1,21 +1,12 @@
-"""Shared by the kernel tests: Triton's interpreter, inputs, and the comparison with the oracle.
+"""Shared by the kernel tests: Triton's interpreter (see conftest.py), inputs, and the comparison
+with the oracle."""
 
-Imported before anything imports Triton kernels, because the interpreter is chosen when a kernel is
-decorated.
-"""
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
-import os
-import sys
-
-os.environ["TRITON_INTERPRET"] = "1"
-assert "kd_kernels.algebra" not in sys.modules, "import kernel_cases before any kernel"
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-import kd  # noqa: E402
+import kd
 
 _patch_language = interpreter._patch_lang
 _patched = []

@@ -6,6 +6,7 @@ what it claims. How they are put in: loss_mutations.py.
 
 import pytest
 import test_losses_contract as contract
+import test_losses_faults as faults
 import test_losses_oracle as oracle
 import test_losses_properties as properties
 import test_losses_regressions as regressions
@@ -21,7 +22,16 @@ from loss_mutations import (
     unshift_labels,
 )
 
-from kd.losses import autograd, checks, divergences, inputs, objective, rows, torch_backend
+from kd.losses import (
+    autograd,
+    checks,
+    divergences,
+    inputs,
+    objective,
+    reference,
+    rows,
+    torch_backend,
+)
 from kd.training import trainer
 
 
@@ -88,7 +98,8 @@ MUTATIONS = [
     ),
     edit(
         "mean over the vocabulary",
-        *(objective, "_loss", "row_weight * scale", "row_weight * scale / objective.vocab_size"),
+        *(objective, "_loss", "_scale(row_weight, reduction, num_items)"),
+        "_scale(row_weight, reduction, num_items) / objective.vocab_size",
         regressions.test_mean_is_over_tokens_and_not_over_the_vocabulary,
     ),
     edit(
@@ -98,7 +109,7 @@ MUTATIONS = [
     ),
     edit(
         "num_items ignored",
-        *(objective, "_scale", "if num_items is not None", "if False"),
+        *(objective, "_scale", "return 1.0 / num_items", "return 1.0 / weight.sum()"),
         regressions.test_uneven_microbatches_and_ranks_add_up_to_the_one_batch_gradient,
     ),
     edit(
@@ -340,19 +351,82 @@ MUTATIONS = [
     ),
     edit(
         "upstream gradient ignored, scalar",
-        *(autograd, "ReducedLoss.backward", "g * upstream.to(g.dtype)", "g"),
+        *(autograd, "ReducedLoss.backward", "scaled(g, factor, dtype, **how)", "g"),
         contract.test_backward_twice_and_upstream_scale,
     ),
     edit(
         "upstream gradient ignored, scalar, graph freed",
-        *(autograd, "ReducedLoss.backward", "g.mul_(upstream.to(g.dtype))", "g"),
+        *(
+            autograd,
+            "scaled",
+            "torch.mul(gradient, factor.to(gradient.dtype), out=out)",
+            "gradient",
+        ),
         *oracle_case("forward_kl"),
     ),
     edit(
         "upstream gradient ignored, per token",
-        *(autograd, "TokenLoss.backward", "run(problem, upstream,"),
-        "run(problem, torch.ones_like(upstream),",
+        *(autograd, "TokenLoss.backward", "run(problem, weight,"),
+        "run(problem, torch.ones_like(weight),",
         *oracle_case("forward_kl"),
+    ),
+    edit(
+        "1 / N before the loss scale, half logits",
+        *(autograd, "reduced", "isinstance(student, Tensor) and is_half(student)", "False"),
+        *(faults.test_half_logits_under_a_loss_scale, "torch", "forward_kl"),
+    ),
+    edit(
+        "1 / N before the loss scale, half hidden states",
+        *(autograd, "in_units", "not is_half(student)", "True"),
+        *(faults.test_half_hidden_states_under_a_loss_scale, "torch", "forward_kl", "mean"),
+    ),
+    edit(
+        "half gradients in units too small for them",
+        *(autograd, "in_units", "/ 32)", "* 1e5)"),
+        *(faults.test_half_hidden_states_under_a_loss_scale, "torch", "forward_kl", "mean"),
+    ),
+    edit(
+        "upstream gradient rounded to the logits' dtype",
+        *(autograd, "scaled", "gradient[block].to(factor.dtype) * factor"),
+        "gradient[block] * factor.to(gradient.dtype)",
+        *(faults.test_upstream_gradients_are_not_rounded_to_the_logits,),
+        *("torch", torch.bfloat16, False),
+    ),
+    edit(
+        "one row of padding and tokens taken for a row of tokens",
+        *(
+            torch_backend,
+            "_run_logits",
+            "gradient[first:last, :vocab] if",
+            "gradient[first:last] if",
+        ),
+        *(faults.test_one_row_with_padding, (1, 8), "cross_entropy", "torch", True),
+    ),
+    edit(
+        "teacher kept beside autograd",
+        *(autograd, "TokenLoss.forward", "take_out(problem, saved), run", "problem, run"),
+        *(faults.test_a_teacher_changed_before_backward_is_refused, "logits", "torch"),
+    ),
+    edit(
+        "any denominator taken",
+        *(objective, "_check_num_items", "not 0 < value < math.inf", "False"),
+        *(faults.test_a_denominator_is_finite_and_above_zero, torch.tensor, -3.0),
+    ),
+    edit(
+        "bad denominator on a device flips the sign",
+        *(objective, "_scale", "(count > 0) & count.isfinite()", "count == count"),
+        faults.test_a_denominator_that_cannot_be_looked_at_makes_nan,
+    ),
+    edit(
+        "no distribution taken for zeros",
+        *(reference, "log_softmax", "logits * torch.nan", "logits"),
+        *(faults.test_a_row_of_minus_infinity_is_nan_and_alone_so,),
+        *("reference", "student", "forward_kl"),
+    ),
+    edit(
+        "no graph where nothing counts, reference",
+        *(reference, "per_token_loss", "logits[row, :0].sum()", "logits.new_zeros(())"),
+        *(faults.test_nothing_that_counts_is_zero_with_a_graph, "reference", "mean", "labels"),
     ),
     edit(
         "graph-less zero where nothing is trained",

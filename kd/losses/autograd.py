@@ -1,8 +1,15 @@
 """Autograd around a backend's losses and gradients.
 
 A reduced loss computes its gradients in forward, where the logits are at hand, and backward only
-scales them. An unreduced one returns per-token losses and recomputes in backward, because the
-upstream gradient of each token is known only then.
+scales them, in float32. An unreduced one returns per-token losses and recomputes in backward,
+because the upstream gradient of each token is known only then.
+
+What backward reads again goes through ``save_for_backward``: autograd refuses where it has been
+changed, and hooks on saved tensors see it.
+
+Half precision: a gradient times 1 / N lies below what float16 holds, until the loss scale that
+arrives in backward. Of float16 logits it is therefore made in backward; of float16 hidden states it
+is that of the sum, in units that float16 holds, until backward.
 """
 
 from __future__ import annotations
@@ -10,24 +17,60 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from kd.losses.torch_backend import Gradients, Needs, Problem, Projection, run
+from kd.losses import torch_backend
+from kd.losses.rows import Objective
+from kd.losses.torch_backend import Gradients, Needs, Problem, Projection
+
+T = TypeVar("T")
+BLOCK = 1 << 20
+"""Elements of a narrow gradient that are scaled in float32 at a time."""
 
 
-def _rebuild(problem: Problem, tensors: tuple[Tensor | None, ...]) -> Problem:
-    """The problem over detached tensors, in the order of ``leaves``."""
-    if isinstance(problem.student, Tensor):
-        assert tensors[0] is not None
-        return dataclasses.replace(problem, student=tensors[0])
-    *flat, bias = tensors
-    pairs: Any = tuple(zip(flat[0::2], flat[1::2], strict=True))
-    return dataclasses.replace(
-        problem, student=dataclasses.replace(problem.student, pairs=pairs, bias=bias)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor was, by its number among those taken out."""
+
+    number: int
+
+
+def take_out(value: T, tensors: list[Tensor]) -> T:
+    """``value``, dataclasses and tuples of them, without its tensors, which join ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Place(len(tensors) - 1)  # type: ignore[return-value]
+    if isinstance(value, Objective):
+        return value
+    if isinstance(value, tuple):
+        return tuple(take_out(v, tensors) for v in value)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{k: take_out(v, tensors) for k, v in fields.items()})
+    return value
+
+
+def put_back(value: T, tensors: tuple[Tensor, ...] | list[Tensor]) -> T:
+    """The inverse of ``take_out``; the tensors come back detached."""
+    if isinstance(value, _Place):
+        return tensors[value.number].detach()  # type: ignore[return-value]
+    if isinstance(value, Objective):
+        return value
+    if isinstance(value, tuple):
+        return tuple(put_back(v, tensors) for v in value)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{k: put_back(v, tensors) for k, v in fields.items()})
+    return value
+
+
+def detached(value: T) -> T:
+    """The same over detached tensors."""
+    tensors: list[Tensor] = []
+    return put_back(take_out(value, tensors), tensors)
 
 
 def leaves(student: Tensor | Projection) -> tuple[Tensor | None, ...]:
@@ -37,7 +80,8 @@ def leaves(student: Tensor | Projection) -> tuple[Tensor | None, ...]:
     return (*(t for pair in student.pairs for t in pair), student.bias)
 
 
-def _in_order(grads: Gradients, student: Tensor | Projection) -> list[Tensor | None]:
+def in_order(grads: Gradients, student: Tensor | Projection) -> list[Tensor | None]:
+    """Gradients as ``leaves`` orders the tensors."""
     if isinstance(student, Tensor):
         return [grads.logits]
     pairs = zip(grads.inputs, grads.weights, strict=True)
@@ -84,87 +128,179 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def is_half(student: Tensor | Projection) -> bool:
+    """Whether the student's gradients lie in float16."""
+    first = next(t for t in leaves(student) if t is not None)
+    return first.dtype == torch.float16
+
+
+def in_units(
+    student: Tensor | Projection, objective: Objective, weight: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor | float | None]:
+    """(row coefficients, what is left of ``scale``) of the gradient of the raw logits.
+
+    Their product is weight * scale, and None is one. A float16 projection's gradients come in
+    units of 1/32 of the largest that a row's cross-entropy can have: small entries stay normal
+    numbers, and a divergence may be a thousand times as steep. Everything else has the exponents
+    for the whole scale.
+    """
+    if isinstance(student, Tensor) or not is_half(student) or len(weight) == 0:
+        return weight * scale, None
+    steepest = max(objective.kd_weight / objective.temperature, objective.ce_weight)
+    if student.logit_scale is not None:
+        steepest *= abs(student.logit_scale)
+    heaviest = weight.abs().amax()
+    unit = torch.where(heaviest == 0, 1.0, heaviest) * ((steepest or 1.0) / 32)
+    return weight / unit, unit * scale
+
+
+def given_back(
+    grads: Gradients,
+    student: Tensor | Projection,
+    needed: tuple[bool, ...],
+    rest: Tensor | float | None,
+) -> list[Tensor | None]:
+    """The gradients that autograd asked for, times ``rest``, in their tensors' dtypes."""
+    out: list[Tensor | None] = []
+    for g, wanted, tensor in zip(in_order(grads, student), needed, leaves(student), strict=True):
+        if g is None or tensor is None or not wanted:
+            out.append(None)
+        else:
+            out.append((g if rest is None else g * rest).to(tensor.dtype))
+    return out
+
+
+def scaled(
+    gradient: Tensor, factor: Tensor, dtype: torch.dtype, *, reuse: bool, kernel: bool = False
+) -> Tensor:
+    """gradient * factor, multiplied in float32 or float64 and cast once.
+
+    factor: one number, float32 or float64, on the gradient's device. reuse: in the gradient's own
+    memory. kernel: by a Triton kernel, where it may be in place.
+    """
+    if torch.compiler.is_compiling():
+        return (gradient.to(factor.dtype) * factor).to(dtype)
+    if kernel and reuse:
+        from kd_kernels.scale import scale_
+
+        return scale_(gradient, factor).to(dtype)
+    if not kernel and gradient.device.type == "cpu" and float(factor) == 1.0:
+        return gradient.to(dtype, copy=not reuse)
+    out = gradient if reuse else torch.empty_like(gradient)
+    if gradient.dtype in (torch.float32, torch.float64):
+        return torch.mul(gradient, factor.to(gradient.dtype), out=out).to(dtype)
+    rows = max(1, BLOCK // max(1, gradient[:1].numel()))
+    for start in range(0, len(gradient), rows):
+        block = slice(start, start + rows)
+        out[block] = gradient[block].to(factor.dtype) * factor
+    return out.to(dtype)
+
+
+Run = Callable[[Problem, Tensor, "Needs | None"], tuple[Tensor, Gradients]]
+"""A backend: row losses [N], and the gradient of sum(weight * losses) where it is needed."""
+
+
 class ReducedLoss(torch.autograd.Function):
-    """sum(weight * row loss), its gradients computed in forward."""
+    """scale * sum(weight * row loss), its gradients computed in forward."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, weight: Tensor, *tensors: Tensor | None) -> Tensor:
-        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
-        needed = ctx.needs_input_grad[2:]
-        losses, grads = run(problem, weight, Needs.of(problem.student, needed))
+    def forward(
+        ctx: Any,
+        run: Run,
+        problem: Problem,
+        weight: Tensor,
+        scale: Tensor | float,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        problem = detached(problem)
+        needed = ctx.needs_input_grad[4:]
+        coefficient, rest = in_units(problem.student, problem.objective, weight, scale)
+        losses, grads = run(problem, coefficient, Needs.of(problem.student, needed))
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.run, ctx.rest, ctx.overwritten = run, rest, problem.overwrite
+        ctx.gradients = None
         if any(needed):
-            ordered = _in_order(grads, problem.student)
-            ctx.gradients = [g if n else None for g, n in zip(ordered, needed, strict=True)]
-            ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        return torch.dot(losses, weight.to(losses.dtype))
+            ordered = in_order(grads, problem.student)
+            kept = [g if n else None for g, n in zip(ordered, needed, strict=True)]
+            if torch.compiler.is_compiling():
+                ctx.save_for_backward(*kept)
+            else:  # so that backward may scale them in place and let them go
+                ctx.gradients = kept
+                ctx.versions = [None if g is None else g._version for g in kept]
+        loss = torch.dot(losses, coefficient.to(losses.dtype))
+        return loss if rest is None else loss * rest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
+        gradients = ctx.saved_tensors if ctx.gradients is None else ctx.gradients
+        if not gradients:
             raise RuntimeError(
                 "distillation_loss: backward was called twice over a graph that was not kept. "
                 "Pass retain_graph=True to the first call."
             )
-        keep = _keeps_graph()
-        out: list[Tensor | None] = [None, None]
-        for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True):
-            if g is None:
-                out.append(None)
-                continue
-            unit = upstream.device.type == "cpu" and float(upstream) == 1.0
-            scaled = g if keep or unit else g.mul_(upstream.to(g.dtype))
-            if keep:
-                scaled = g * upstream.to(g.dtype)
-            out.append(scaled.to(dtype))
-            del g, scaled
+        keep = ctx.gradients is None or _keeps_graph()
+        if ctx.gradients is not None and ctx.overwritten:
+            _check_untouched(gradients, ctx.versions)
+        factor = upstream if ctx.rest is None else (upstream * ctx.rest).to(upstream.dtype)
+        how = dict(reuse=not keep, kernel=ctx.run is not torch_backend.run)
+        out: list[Tensor | None] = [None] * 4
+        for g, dtype in zip(gradients, ctx.dtypes, strict=True):
+            out.append(None if g is None else scaled(g, factor, dtype, **how))
+            del g
         if not keep:
-            ctx.gradients = None
+            ctx.gradients = ()
         return tuple(out)
 
 
+def _check_untouched(gradients: Any, versions: list[int | None]) -> None:
+    """The gradient that lies in the student's logits is what forward left there."""
+    for gradient, version in zip(gradients, versions, strict=True):
+        if gradient is not None and gradient._version != version:
+            raise RuntimeError(
+                "distillation_loss: student logits given with overwrite_student_logits must be "
+                "left alone until backward, which finds the gradient there, got a change in "
+                "place. Leave overwrite_student_logits out."
+            )
+
+
+def reduced(run: Run, problem: Problem, weight: Tensor, scale: Tensor | float) -> Tensor:
+    """scale * sum(weight * row loss)."""
+    student = problem.student
+    if isinstance(student, Tensor) and is_half(student):
+        losses = TokenLoss.apply(run, problem, weight, student)
+        return torch.dot(losses, weight) * scale
+    return ReducedLoss.apply(run, problem, weight, scale, *leaves(student))
+
+
 class TokenLoss(torch.autograd.Function):
-    """Row losses [N], recomputed in backward under any upstream gradient."""
+    """Row losses [N], zero where they do not count; recomputed in backward under any upstream."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, *tensors: Tensor | None) -> Tensor:
-        ctx.problem = dataclasses.replace(problem, student=_without_tensors(problem.student))
-        ctx.save_for_backward(*tensors)
-        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
-        first = next(t for t in tensors if t is not None)
-        losses, _ = run(problem, first.new_ones(len(first), dtype=torch.float32), None)
-        return losses
+    def forward(
+        ctx: Any, run: Run, problem: Problem, weight: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        saved: list[Tensor] = []
+        ctx.problem, ctx.run = take_out(problem, saved), run
+        ctx.save_for_backward(*saved)
+        return run(put_back(ctx.problem, saved), weight, None)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        if isinstance(ctx.problem.student, Projection):
-            blank = tensors[:-1]
-            pairs = tuple(zip(blank[0::2], blank[1::2], strict=True))
-            student: Any = dataclasses.replace(ctx.problem.student, pairs=pairs)
-        else:
-            student = tensors[0]
-        # Rows without an upstream gradient do not count: 0 * inf would poison the others.
-        rows, counts = ctx.problem.rows, upstream != 0
-        rows = counts.nonzero().squeeze(1) if rows is None else rows[counts[rows]]
-        rows = None if len(rows) == len(counts) else rows
-        problem = dataclasses.replace(ctx.problem, student=student, rows=rows)
-        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
-        needed = ctx.needs_input_grad[1:]
-        _, grads = run(problem, upstream, Needs.of(problem.student, needed))
-        ordered = _in_order(grads, problem.student)
-        return (
-            None,
-            *(
-                g.to(t.dtype) if n and g is not None and t is not None else None
-                for g, n, t in zip(ordered, needed, tensors, strict=True)
-            ),
-        )
+        problem = put_back(ctx.problem, ctx.saved_tensors)
+        if problem.overwrite and _keeps_graph():
+            problem = dataclasses.replace(problem, overwrite=False)
+        if ctx.run is torch_backend.run:
+            problem = _where_counted(problem, upstream)
+        needed = ctx.needs_input_grad[3:]
+        weight, rest = in_units(problem.student, problem.objective, upstream, 1.0)
+        _, grads = ctx.run(problem, weight, Needs.of(problem.student, needed))
+        return (*(None, None, None), *given_back(grads, problem.student, needed, rest))
 
 
-def _without_tensors(student: Tensor | Projection) -> Any:
-    """The student's options without its tensors, which autograd saves itself."""
-    if isinstance(student, Tensor):
-        return None
-    return dataclasses.replace(student, pairs=(), bias=None)
+def _where_counted(problem: Problem, upstream: Tensor) -> Problem:
+    """Rows without an upstream gradient do not count: 0 * inf would poison the others."""
+    rows, counts = problem.rows, upstream != 0
+    rows = counts.nonzero().squeeze(1) if rows is None else rows[counts[rows]]
+    return dataclasses.replace(problem, rows=None if len(rows) == len(counts) else rows)

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from kd.losses import checks, triton_backend
-from kd.losses.autograd import ReducedLoss, TokenLoss, leaves
+from kd.losses import checks, torch_backend, triton_backend
+from kd.losses.autograd import TokenLoss, leaves, reduced
 from kd.losses.divergences import Divergence, forward_kl, resolve
 from kd.losses.inputs import Hidden, Student, Teacher, TopK, full_tensor
 from kd.losses.rows import Objective
@@ -76,7 +76,7 @@ def distillation_loss(
     """
     where = "distillation_loss"
     chosen = resolve(divergence)
-    _check_options(where, temperature, kd_weight, ce_weight, reduction, backend, floor)
+    _check_options(where, temperature, kd_weight, ce_weight, reduction, num_items, backend, floor)
     _check_combination(where, chosen, teacher, temperature, ce_weight, labels, floor)
     objective = Objective(
         divergence=chosen,
@@ -131,7 +131,7 @@ def cross_entropy(
     where = "cross_entropy"
     if not isinstance(labels, Tensor):
         raise TypeError(f"{where}: labels must be a tensor, got {type(labels).__name__}.")
-    _check_options(where, 1.0, 0.0, 1.0, reduction, backend, None)
+    _check_options(where, 1.0, 0.0, 1.0, reduction, num_items, backend, None)
     vocab = _check_inputs(where, student, None, labels, weights, vocab_size)
     return _loss(
         where,
@@ -148,7 +148,9 @@ def cross_entropy(
     )
 
 
-def _check_options(where, temperature, kd_weight, ce_weight, reduction, backend, floor) -> None:
+def _check_options(
+    where, temperature, kd_weight, ce_weight, reduction, num_items, backend, floor
+) -> None:
     checks.positive("temperature", temperature, where)
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         if isinstance(value, Tensor) or not math.isfinite(value) or value < 0:
@@ -157,6 +159,7 @@ def _check_options(where, temperature, kd_weight, ce_weight, reduction, backend,
         raise ValueError(
             f"{where}: reduction must be one of {', '.join(checks.REDUCTIONS)}, got {reduction!r}."
         )
+    _check_num_items(where, reduction, num_items)
     if backend not in checks.BACKENDS:
         raise ValueError(
             f"{where}: backend must be one of {', '.join(checks.BACKENDS)}, got {backend!r}."
@@ -300,7 +303,7 @@ def _loss(
     dtype = compute_dtype(leaf.dtype)
     row_weight = _row_weights(flat_labels, weights, ignore_index, leaf, dtype)
     if backend == "reference":
-        losses = _reference(student, flat_teacher, flat_labels, objective, ignore_index)
+        losses = _reference(student, flat_teacher, flat_labels, objective, row_weight != 0)
         return _reduce(losses, row_weight.double(), reduction, num_items, shape)
     on_triton = triton_backend.chosen(where, backend, leaf)
     rows = None if on_triton else row_weight.nonzero().squeeze(1)
@@ -312,16 +315,13 @@ def _loss(
         objective=objective,
         overwrite=_may_overwrite(where, overwrite, student, reduction),
     )
+    run = triton_backend.run if on_triton else torch_backend.run
+    problem = triton_backend.counted(problem, row_weight) if on_triton else problem
     with torch.autocast(leaf.device.type, enabled=False):
-        if on_triton:
-            factor = None if reduction == "none" else _scale(row_weight, reduction, num_items)
-            losses = triton_backend.loss(problem, row_weight, factor, *leaves(flat_student))
-            return losses.reshape(shape if reduction == "none" else ())
         if reduction == "none":
-            losses = TokenLoss.apply(problem, *leaves(flat_student))
+            losses = TokenLoss.apply(run, problem, row_weight, *leaves(flat_student))
             return (losses * row_weight).reshape(shape)
-        scale = _scale(row_weight, reduction, num_items)
-        return ReducedLoss.apply(problem, row_weight * scale, *leaves(flat_student))
+        return reduced(run, problem, row_weight, _scale(row_weight, reduction, num_items))
 
 
 def _may_overwrite(where: str, asked: bool, student: Student, reduction: str) -> bool:
@@ -357,20 +357,50 @@ def _row_weights(labels, weights, ignore_index, like: Tensor, dtype: torch.dtype
     return weight
 
 
+def _check_num_items(where: str, reduction: str, num_items: float | Tensor | None) -> None:
+    """A denominator is one finite number > 0, of "mean" alone.
+
+    A tensor's value is looked at on a CPU only: elsewhere that would wait for the device, and a
+    bad one makes the loss NaN instead.
+    """
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"{where}: num_items must be used with reduction='mean', which it divides, got "
+            f"reduction={reduction!r}. Leave it out."
+        )
+    value: float | bool = False
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(
+                f"{where}: num_items must be one number, got a tensor of shape "
+                f"{tuple(num_items.shape)}. Sum it."
+            )
+        if num_items.dtype == torch.bool or num_items.is_complex():
+            raise TypeError(f"{where}: num_items must be a number, got {num_items.dtype}.")
+        if num_items.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = float(num_items.detach())
+    elif isinstance(num_items, (int, float)) and not isinstance(num_items, bool):
+        value = float(num_items)
+    else:
+        raise TypeError(f"{where}: num_items must be a number, got {type(num_items).__name__}.")
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"{where}: num_items must be finite and > 0, got {value:g}. Pass the number of "
+            "trained tokens of the whole step."
+        )
+
+
 def _scale(weight: Tensor, reduction: str, num_items: float | Tensor | None) -> Tensor | float:
-    """What turns the weighted sum into the reduction."""
+    """What turns the weighted sum into the reduction; NaN for a tensor that no divisor is."""
     if reduction == "sum":
         return 1.0
+    if isinstance(num_items, Tensor):
+        count = num_items.detach().reshape(())
+        return torch.where((count > 0) & count.isfinite(), 1.0 / count, torch.nan)
     if num_items is not None:
-        if isinstance(num_items, Tensor):
-            if num_items.numel() != 1:
-                raise ValueError(
-                    "distillation_loss: num_items must be one number, got a tensor of shape "
-                    f"{tuple(num_items.shape)}. Sum it."
-                )
-            return 1.0 / num_items.detach().reshape(())
-        if not num_items > 0:
-            raise ValueError(f"distillation_loss: num_items must be > 0, got {num_items}.")
         return 1.0 / num_items
     total = weight.sum()
     return torch.where(total == 0, torch.zeros_like(total), 1 / total)
@@ -383,7 +413,7 @@ def _reduce(losses, weight, reduction, num_items, shape) -> Tensor:
     return weighted.sum() * _scale(weight, reduction, num_items)
 
 
-def _reference(student, teacher, labels, objective: Objective, ignore_index: int) -> Tensor:
+def _reference(student, teacher, labels, objective: Objective, counts: Tensor) -> Tensor:
     from kd.losses.reference import per_token_loss
 
     if isinstance(student, Hidden):
@@ -400,7 +430,7 @@ def _reference(student, teacher, labels, objective: Objective, ignore_index: int
         temperature=objective.temperature,
         kd_weight=objective.kd_weight,
         ce_weight=objective.ce_weight,
-        ignore_index=ignore_index,
+        counts=counts,
         vocab_size=objective.vocab_size,
         floor=objective.floor,
     )

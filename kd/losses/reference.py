@@ -34,10 +34,13 @@ def logits_of(source: Tensor | Hidden, vocab_size: int) -> Tensor:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-softmax of one row [V]; a logit of -inf is probability 0, without part in the graph."""
+    """Log-softmax of one row [V]; a logit of -inf is probability 0, without part in the graph.
+
+    A row of nothing else is no distribution: NaN.
+    """
     index = (logits != -torch.inf).nonzero().squeeze(1)
     if len(index) == 0:
-        return logits
+        return logits * torch.nan
     live = logits[index] - logits[index].max().detach()
     live = live - live.exp().sum().log()
     return torch.full_like(logits, -torch.inf).index_copy(0, index, live)
@@ -194,22 +197,24 @@ def per_token_loss(
     temperature: float,
     kd_weight: float,
     ce_weight: float,
-    ignore_index: int,
+    counts: Tensor,
     vocab_size: int,
     floor: float | None,
 ) -> Tensor:
     """kd_weight * divergence + ce_weight * cross-entropy for each row, [N] float64.
 
-    Differentiable in everything the student is made of. Rows whose label is ignored are zero.
+    Differentiable in everything the student is made of. counts [N]: False where a row's loss is
+    zero whatever it holds.
     """
     logits = logits_of(student, vocab_size)
     losses = []
     for row in range(len(logits)):
-        loss = logits.new_zeros(())
-        if labels is None or labels[row] != ignore_index:
+        loss = logits[row, :0].sum()  # zero, with a graph
+        if counts[row]:
             if teacher is not None and kd_weight != 0:
                 log_q = log_softmax(logits[row] / temperature)
-                loss = kd_weight * soft_loss(divergence, teacher, row, log_q, temperature, floor)
+                soft = soft_loss(divergence, teacher, row, log_q, temperature, floor)
+                loss = loss + kd_weight * soft
             if labels is not None and ce_weight != 0:
                 loss = loss - ce_weight * log_softmax(logits[row])[labels[row]]
         losses.append(loss)

@@ -78,17 +78,11 @@ def densify(sparse: SparseRows, vocab_size: int) -> Tensor:
 def softmax_and_log_sum_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrite rows with their softmax; returns their peak and log(sum(exp(z - peak))), [R, 1].
 
-    Kept apart because their sum, the log-sum-exp, is rounded to the logits' size. A row of -inf
-    becomes zeros, with a peak of -inf and a log-sum of 0.
+    Kept apart because their sum, the log-sum-exp, is rounded to the logits' size.
     """
     peak = logits.amax(-1, keepdim=True)
     torch.softmax(logits, -1, out=logits)
-    log_sum = -logits.amax(-1, keepdim=True).log()
-    empty = peak == -torch.inf
-    if bool(empty.any()):
-        logits.masked_fill_(empty, 0.0)
-        log_sum = log_sum.masked_fill(empty, 0.0)
-    return peak, log_sum
+    return peak, -logits.amax(-1, keepdim=True).log()
 
 
 def dense_forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
@@ -150,6 +144,10 @@ def sparse_divergence_(
     top = student.gather(1, index).masked_fill_(empty, -torch.inf)  # [R, K]
     hide_at_ids_(student, sparse.ids)
     tail_peak, tail_log_sum = softmax_and_log_sum_(student)
+    no_tail = tail_peak == -torch.inf
+    if bool(no_tail.any()):
+        student.masked_fill_(no_tail, 0.0)
+        tail_log_sum = tail_log_sum.masked_fill(no_tail, 0.0)
     # Relative to the row's largest logit: differences of logits are all but exact, while a
     # log-sum-exp of the logits' own size is rounded to it.
     peak = torch.maximum(top.amax(-1, keepdim=True), tail_peak)

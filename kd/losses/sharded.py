@@ -6,14 +6,24 @@ and keeps what crossed ranks, so that its backward needs no collective but the h
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd.losses import chunks, shards, triton_backend
-from kd.losses.autograd import _in_order, _rebuild, leaves, once_differentiable
+from kd.losses.autograd import (
+    detached,
+    given_back,
+    in_order,
+    in_units,
+    is_half,
+    leaves,
+    once_differentiable,
+    put_back,
+    scaled,
+    take_out,
+)
 from kd.losses.exchange import Known, Sharded, solve, tile_gradient_
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import SparseRows, canonical_sparse
@@ -94,8 +104,9 @@ def _room(sharded: Sharded, rows: Tensor | None, needs: Needs | None, chunked: b
     if needs is None:
         return Gradients()
     if isinstance(student, Projection):
-        dtype = torch.float32 if chunked else student.pairs[0][0].dtype
-        wide = compute_dtype(student.pairs[0][0].dtype)
+        narrow = student.pairs[0][0].dtype
+        dtype = torch.float32 if chunked or is_half(student) else narrow
+        wide = compute_dtype(narrow)
         return room(student, rows, needs, wide if wide == torch.float64 else dtype)
     return Gradients(logits=torch.empty_like(student))
 
@@ -171,25 +182,33 @@ def _spread(sparse: SparseRows, sharded: Sharded) -> Tensor:
 
 
 class ReducedLoss(torch.autograd.Function):
-    """sum(coefficient * row loss), its gradients computed in forward."""
+    """scale * sum(weight * row loss), its gradients computed in forward."""
 
     @staticmethod
-    def forward(ctx: Any, sharded: Sharded, coefficient: Tensor, *tensors: Tensor | None) -> Tensor:
-        sharded = _with(sharded, tensors)
-        needed = ctx.needs_input_grad[2:]
-        needs = Needs.of(sharded.problem.student, needed)
+    def forward(
+        ctx: Any, sharded: Sharded, scale: Tensor | float, *tensors: Tensor | None
+    ) -> Tensor:
+        sharded = detached(sharded)
+        student, needed = sharded.problem.student, ctx.needs_input_grad[2:]
+        coefficient, rest = in_units(student, sharded.problem.objective, sharded.weight, scale)
+        needs = Needs.of(student, needed)
         losses, grads, _ = run(sharded, coefficient, needs)
-        ordered = _in_order(grads, sharded.problem.student) if needs else [None] * len(tensors)
+        ordered = in_order(grads, student) if needs else [None] * len(tensors)
         ctx.save_for_backward(*(g if n else None for g, n in zip(ordered, needed, strict=True)))
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        return torch.dot(losses, coefficient.to(losses.dtype))
+        ctx.dtypes, ctx.rest = [None if t is None else t.dtype for t in tensors], rest
+        loss = torch.dot(losses, coefficient.to(losses.dtype))
+        return loss if rest is None else loss * rest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        factor = upstream if ctx.rest is None else (upstream * ctx.rest).to(upstream.dtype)
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = (None if g is None else (g * upstream.to(g.dtype)).to(d) for g, d in pairs)
-        return None, None, *scaled
+        return (
+            None,
+            None,
+            *(None if g is None else scaled(g, factor, d, reuse=False) for g, d in pairs),
+        )
 
 
 class TokenLoss(torch.autograd.Function):
@@ -197,33 +216,27 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sharded: Sharded, *tensors: Tensor | None) -> Tensor:
-        ctx.sharded = sharded
-        ctx.save_for_backward(*tensors)
-        losses, _, ctx.known = run(_with(sharded, tensors), None, None)
+        saved: list[Tensor] = []
+        ctx.sharded = take_out(sharded, saved)
+        ctx.save_for_backward(*saved)
+        losses, _, ctx.known = run(put_back(ctx.sharded, saved), None, None)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        sharded = _with(ctx.sharded, tensors)
-        needed = ctx.needs_input_grad[1:]
-        _, grads, _ = run(sharded, upstream, Needs.of(sharded.problem.student, needed), ctx.known)
-        ordered = _in_order(grads, sharded.problem.student)
-        triples = zip(ordered, needed, tensors, strict=True)
-        return None, *(
-            g.to(t.dtype) if n and g is not None and t is not None else None for g, n, t in triples
-        )
-
-
-def _with(sharded: Sharded, tensors: tuple[Tensor | None, ...]) -> Sharded:
-    detached = tuple(None if t is None else t.detach() for t in tensors)
-    return dataclasses.replace(sharded, problem=_rebuild(sharded.problem, detached))
+        sharded = put_back(ctx.sharded, ctx.saved_tensors)
+        problem, needed = sharded.problem, ctx.needs_input_grad[1:]
+        weight, rest = in_units(problem.student, problem.objective, upstream, 1.0)
+        _, grads, _ = run(sharded, weight, Needs.of(problem.student, needed), ctx.known)
+        return None, *given_back(grads, problem.student, needed, rest)
 
 
 def loss(sharded: Sharded, scale: Tensor | float | None) -> Tensor:
     """Weighted losses [N] where scale is None, else scale * their sum."""
-    tensors = leaves(sharded.problem.student)
+    student = sharded.problem.student
     if scale is None:
-        return TokenLoss.apply(sharded, *tensors) * sharded.weight
-    return ReducedLoss.apply(sharded, sharded.weight * scale, *tensors)
+        return TokenLoss.apply(sharded, *leaves(student)) * sharded.weight
+    if isinstance(student, Tensor) and is_half(student):
+        return torch.dot(TokenLoss.apply(sharded, student), sharded.weight) * scale
+    return ReducedLoss.apply(sharded, scale, *leaves(student))

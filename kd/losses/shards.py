@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kd.losses.rows import Objective, add_at_ids_, hide_at_ids_
-from kd.losses.torch_backend import _block_rows, compute_dtype
+from kd.losses.torch_backend import block_rows, compute_dtype
 
 STATISTICS = 7
 """Student peak and sum, teacher peak and sum, reference and mean of the gap, sum at T = 1."""
@@ -76,7 +76,7 @@ def final_logits(
 
 
 def _blocks(tile: Tile) -> Iterator[slice]:
-    step = _block_rows(tile.student.shape[1], tile.student.device)
+    step = block_rows(tile.student.shape[1], tile.student.device)
     for start in range(0, len(tile.student), step):
         yield slice(start, start + step)
 
@@ -232,10 +232,12 @@ def merge(
     """
     peak, total, t_peak, t_total, reference, mean, hard = stats.double().unbind(-1)
     s_top, s_log, s_share = normaliser(peak, total, unit)
+    s_log = s_log.masked_fill(s_log == -torch.inf, torch.nan)  # no token lives: no distribution
     zero = torch.zeros_like(s_top)
     t_top, t_log, t_share = (zero, zero, zero)
     if gap:
         t_top, t_log, t_share = normaliser(t_peak, t_total, unit)
+        t_log = t_log.masked_fill(t_log == -torch.inf, torch.nan)
     value, h_sum, shift = None, zero, zero
     if gap == "forward":
         mean_gap = _times(t_share, reference + mean).sum(-1, keepdim=True)

@@ -78,7 +78,9 @@ def vocab_parallel_loss(
         sharded softmax.
     """
     chosen = resolve(divergence)
-    objective._check_options(WHERE, temperature, kd_weight, ce_weight, reduction, backend, floor)
+    objective._check_options(
+        WHERE, temperature, kd_weight, ce_weight, reduction, num_items, backend, floor
+    )
     objective._check_combination(WHERE, chosen, teacher, temperature, ce_weight, labels, floor)
     _check_shardable(chosen, teacher, kd_weight, backend)
     shard, vocab = _shard(student, teacher, group, first_token, vocab_size)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd.losses import chunks
+from kd.losses import chunks, threads
 from kd.losses.chunks import even
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import Objective, SparseRows, canonical_sparse, rows_loss_
@@ -112,9 +113,12 @@ def _empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torc
     return memory.view(dtype).view(shape)
 
 
-def _block_rows(vocab: int, device: torch.device) -> int:
-    threads = torch.get_num_threads() if device.type == "cpu" else 64
-    return max(1, BLOCK_ELEMENTS * threads // max(1, vocab))
+def block_rows(vocab: int, device: torch.device) -> int:
+    """Rows of a block: of one thread's, or of what all of PyTorch's threads share."""
+    sharing = (
+        64 if device.type != "cpu" else 1 if threads.count(device) > 1 else torch.get_num_threads()
+    )
+    return max(1, BLOCK_ELEMENTS * sharing // max(1, vocab))
 
 
 def _take(tensor: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
@@ -123,17 +127,16 @@ def _take(tensor: Tensor, rows: Tensor | None, start: int, stop: int) -> Tensor:
 
 
 class _TeacherRows:
-    """The teacher's rows in order, a block at a time, in memory that may be overwritten."""
+    """The teacher's rows, a block at a time, in memory that may be overwritten."""
 
     def __init__(self, problem: Problem, count: int, dtype: torch.dtype, device: torch.device):
         self.problem, self.count, self.dtype = problem, count, dtype
         self.vocab = problem.objective.vocab_size
         self.source = problem.teacher if problem.objective.kd_weight != 0 else None
-        self.block_rows = _block_rows(self.vocab, device)
+        self.block_rows = block_rows(self.vocab, device)
         self.first = self.last = 0  # rows that `ready` holds
         self.ready: Tensor | SparseRows | None = None
         self.memory: Tensor | None = None  # bytes that hold a sub-chunk's logits
-        self.scratch: Tensor | None = None  # a block in the compute dtype
 
     def prepare(self, start: int, stop: int) -> int:
         """Make rows from ``start`` ready, as far as ``stop``; returns where they end."""
@@ -168,8 +171,11 @@ class _TeacherRows:
             return 0
         return self.vocab * self.source.weight.dtype.itemsize
 
-    def block(self, start: int, stop: int) -> Tensor | SparseRows | None:
-        """Rows start..stop, prepared: final logits [R, V] in the compute dtype, or sparse rows."""
+    def block(self, start: int, stop: int, scratch: list[Tensor]) -> Tensor | SparseRows | None:
+        """Rows start..stop, prepared: final logits [R, V] in the compute dtype, or sparse rows.
+
+        scratch: a thread's own, empty at first; holds the block where it has to be copied.
+        """
         if self.source is None:
             return None
         if isinstance(self.source, Tensor):
@@ -181,10 +187,10 @@ class _TeacherRows:
             rows = self.ready[start - self.first : stop - self.first]
             if rows.dtype == self.dtype:
                 return rows
-        if self.scratch is None:
+        if not scratch:
             size = min(self.block_rows, self.count)
-            self.scratch = rows.new_empty((size, self.vocab), dtype=self.dtype)
-        return self.scratch[: stop - start].copy_(rows)
+            scratch.append(rows.new_empty((size, self.vocab), dtype=self.dtype))
+        return scratch[0][: stop - start].copy_(rows)
 
 
 def _teacher_logits(teacher: Hidden, hidden: Tensor, out: Tensor) -> Tensor:
@@ -226,30 +232,37 @@ def _run_logits(
     # Where the gradient's rows can hold the arithmetic, no other memory is touched.
     direct = gradient is not None and rows is None and gradient.dtype == dtype
     direct = direct and gradient is not None and gradient[:, :vocab].is_contiguous()
-    step = _block_rows(vocab, logits.device)
-    scratch = None if direct else logits.new_empty((min(step, count), vocab), dtype=dtype)
     teacher = _TeacherRows(problem, count, dtype, logits.device)
-    start = 0
-    while start < count:
-        stop = teacher.prepare(start, count)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            z = gradient[first:last] if scratch is None else scratch[: last - first]  # type: ignore[index]
+    step = teacher.block_rows
+
+    def begin() -> threads.Work:
+        scratch = None if direct else logits.new_empty((min(step, count), vocab), dtype=dtype)
+        of_teacher: list[Tensor] = []
+
+        def work(first: int, last: int) -> None:
+            z = gradient[first:last, :vocab] if scratch is None else scratch[: last - first]  # type: ignore[index]
             if z.data_ptr() != logits[first:last].data_ptr():
                 z.copy_(_take(logits, rows, first, last)[:, :vocab])
             losses[first:last] = rows_loss_(
                 z,
-                teacher.block(first, last),
+                teacher.block(first, last, of_teacher),
                 None if problem.labels is None else _take(problem.labels, rows, first, last),
                 _take(weight, rows, first, last).to(dtype) if wanted else None,
                 problem.objective,
             )
             if gradient is None or scratch is None:
-                continue
+                return
             if rows is None:
                 gradient[first:last, :vocab].copy_(z)
             else:
                 gradient[:, :vocab].index_copy_(0, rows[first:last], z.to(gradient.dtype))
+
+        return work
+
+    start = 0
+    while start < count:
+        stop = teacher.prepare(start, count)
+        threads.spread(start, stop, step, begin, logits.device)
         start = stop
     return _scatter_rows(losses, rows, len(logits)), Gradients(logits=gradient)
 
@@ -277,10 +290,11 @@ def _run_projection(
     losses = torch.zeros(count, dtype=dtype, device=first_input.device)
     teacher = _TeacherRows(problem, count, dtype, first_input.device)
     plan, wide = _plan(student, needs, narrow, count, vocab, teacher.row_bytes())
+    # Half precision's sum over rows in units (kd.losses.autograd) would overflow.
+    wide = wide or narrow == torch.float16
     grads = room(student, rows, needs, dtype if wide else narrow)
     memory = _empty((plan.bytes,), torch.uint8, first_input.device)
-    step = _block_rows(vocab, first_input.device)
-    scratch = None if narrow == dtype else weight.new_empty((step, vocab), dtype=dtype)
+    step = teacher.block_rows
     start = 0
     while start < count:
         stop = min(start + (plan.later if start else plan.first), count)
@@ -294,29 +308,60 @@ def _run_projection(
         labels = None if problem.labels is None else _take(problem.labels, rows, start, stop)
         # In full precision the weights go to the matmuls' small sides, saving a pass; in a
         # narrow type that would round twice.
-        in_block = row_weight if scratch is not None and needs is not None else None
+        in_block = row_weight if narrow != dtype and needs is not None else None
+        begin = _of_chunk(problem, student, teacher, logits, start, labels, in_block, losses)
         first = start
         while first < stop:
-            last = min(first + step, teacher.prepare(first, stop))
+            last = teacher.prepare(first, stop)
+            threads.spread(first, last, step, begin, logits.device)
+            first = last
+        if needs is not None:
+            outer = row_weight if narrow == dtype else None
+            _accumulate(student, grads, inputs, logits, outer, start, rows)
+        start = stop
+    return _scatter_rows(losses, rows, total), grads
+
+
+def _of_chunk(
+    problem: Problem,
+    student: Projection,
+    teacher: _TeacherRows,
+    logits: Tensor,
+    start: int,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    losses: Tensor,
+) -> Callable[[], threads.Work]:
+    """Work on blocks of a projection's chunk: raw logits [c, vocab] from row ``start`` on.
+
+    Logits become their gradient. labels and weight: [c], the chunk's.
+    """
+    dtype = compute_dtype(logits.dtype)
+
+    def begin() -> threads.Work:
+        scratch, of_teacher = None, []  # type: ignore[var-annotated]
+        if logits.dtype != dtype:
+            rows = min(teacher.block_rows, len(logits))
+            scratch = logits.new_empty((rows, logits.shape[1]), dtype=dtype)
+
+        def work(first: int, last: int) -> None:
             block = slice(first - start, last - start)
             z = logits[block] if scratch is None else scratch[: last - first].copy_(logits[block])
             losses[first:last] = rows_loss_(
                 z,
-                teacher.block(first, last),
+                teacher.block(first, last, of_teacher),
                 None if labels is None else labels[block],
-                None if in_block is None else in_block[block],
+                None if weight is None else weight[block],
                 problem.objective,
                 logit_scale=student.logit_scale,
                 softcap=student.softcap,
             )
-            if scratch is not None and needs is not None:
+            if weight is not None:
                 logits[block].copy_(z)
-            first = last
-        if needs is not None:
-            outer = row_weight if scratch is None else None
-            _accumulate(student, grads, inputs, logits, outer, start, rows)
-        start = stop
-    return _scatter_rows(losses, rows, total), grads
+
+        return work
+
+    return begin
 
 
 def _plan(

@@ -15,13 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.losses.autograd import (
-    _in_order,
-    _keeps_graph,
-    _rebuild,
-    _without_tensors,
-    once_differentiable,
-)
 from kd.losses.divergences import Divergence, head_mask
 from kd.losses.inputs import Hidden, TopK
 from kd.losses.rows import Objective, SparseRows, canonical_sparse, densify
@@ -75,95 +68,15 @@ def _import_triton() -> bool:
     return True
 
 
-def loss(problem: Problem, weight: Tensor, scale: Tensor | float | None, *leaves: Any) -> Tensor:
-    """Weighted losses [N] where scale is None, else scale * their sum. weight [N]."""
-    # A graph has no number of rows to pack: there, masked rows go through the matmuls as zeros.
-    if isinstance(problem.student, Projection) and not torch.compiler.is_compiling():
-        rows = weight.nonzero().squeeze(1)  # waits for the device: the number of rows that count
-        problem = dataclasses.replace(problem, rows=None if len(rows) == len(weight) else rows)
-    if scale is None:
-        return TokenLoss.apply(problem, weight, *leaves) * weight
-    return ReducedLoss.apply(problem, weight * scale, *leaves)
+def counted(problem: Problem, weight: Tensor) -> Problem:
+    """The problem with the rows of a projection that count, which are packed for its matmuls.
 
-
-class ReducedLoss(torch.autograd.Function):
-    """sum(weight * row loss), its gradients computed in forward."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, weight: Tensor, *tensors: Tensor | None) -> Tensor:
-        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
-        needed = ctx.needs_input_grad[2:]
-        losses, grads = run(problem, weight, Needs.of(problem.student, needed))
-        if any(needed):
-            ordered = _in_order(grads, problem.student)
-            kept = [g if n else None for g, n in zip(ordered, needed, strict=True)]
-            if torch.compiler.is_compiling():
-                ctx.save_for_backward(*kept)
-            else:  # so that backward may scale them in place and let them go
-                ctx.gradients = kept
-            ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        return torch.dot(losses, weight.float())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        from kd_kernels.scale import scale_
-
-        if torch.compiler.is_compiling():
-            scaled = [None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors]
-            pairs = zip(scaled, ctx.dtypes, strict=True)
-            return (None, None, *(None if g is None else g.to(d) for g, d in pairs))
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "distillation_loss: backward was called twice over a graph that was not kept. "
-                "Pass retain_graph=True to the first call."
-            )
-        keep = _keeps_graph()
-        out: list[Tensor | None] = [None, None]
-        for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True):
-            scaled = gradient
-            if gradient is not None:
-                scaled = (
-                    gradient * upstream.to(gradient.dtype) if keep else scale_(gradient, upstream)
-                )
-            out.append(None if scaled is None else scaled.to(dtype))
-        if not keep:
-            ctx.gradients = None
-        return tuple(out)
-
-
-class TokenLoss(torch.autograd.Function):
-    """Row losses [N], zero where weight is zero; recomputed in backward under any upstream."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, weight: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.problem = dataclasses.replace(problem, student=_without_tensors(problem.student))
-        ctx.save_for_backward(*tensors)
-        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
-        losses, _ = run(problem, weight, None)
-        return losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        student = tensors[0]
-        if isinstance(ctx.problem.student, Projection):
-            pairs = tuple(zip(tensors[:-1:2], tensors[1:-1:2], strict=True))
-            student = dataclasses.replace(ctx.problem.student, pairs=pairs)
-        problem = dataclasses.replace(ctx.problem, student=student)
-        problem = _rebuild(problem, tuple(None if t is None else t.detach() for t in tensors))
-        needed = ctx.needs_input_grad[2:]
-        _, grads = run(problem, upstream, Needs.of(problem.student, needed))
-        ordered = _in_order(grads, problem.student)
-        return (
-            None,
-            None,
-            *(
-                g.to(t.dtype) if n and g is not None and t is not None else None
-                for g, n, t in zip(ordered, needed, tensors, strict=True)
-            ),
-        )
+    A graph has no number of rows to pack: there, masked rows go through the matmuls as zeros.
+    """
+    if not isinstance(problem.student, Projection) or torch.compiler.is_compiling():
+        return problem
+    rows = weight.nonzero().squeeze(1)  # waits for the device: the number of rows that count
+    return dataclasses.replace(problem, rows=None if len(rows) == len(weight) else rows)
 
 
 def run(problem: Problem, weight: Tensor, needs: Needs | None) -> tuple[Tensor, Gradients]:
@@ -349,7 +262,8 @@ def _run_projection(
     count = len(first) if rows is None else len(rows)
     losses = torch.zeros(count, dtype=torch.float32, device=first.device)
     size = chunk_tokens(count, vocab * 10, first.device)
-    grads = room(student, rows, needs, torch.float32 if size < count else first.dtype)
+    wide = size < count or first.dtype == torch.float16
+    grads = room(student, rows, needs, torch.float32 if wide else first.dtype)
     for start in range(0, count, size):
         stop = min(start + size, count)
         index = slice(start, stop) if rows is None else rows[start:stop]

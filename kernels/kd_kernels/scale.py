@@ -29,7 +29,7 @@ def scale_in_place(values, factor, count, BLOCK: tl.constexpr):
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """values *= factor, a one-element tensor on the same device."""
     if not values.is_contiguous():
-        return values.mul_(factor.to(values.dtype))
+        return values.copy_(values.float() * factor)
     if values.numel():
         block = 4096
         grid = (triton.cdiv(values.numel(), block),)
