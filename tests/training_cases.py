@@ -12,7 +12,7 @@ VOCABULARY = 23
 MIXED = Objective(kd_weight=0.7, ce_weight=0.3, temperature=2.0, vocab_size=VOCABULARY)
 
 
-def student(seed=0, **options):
+def student(seed=0, tie_word_embeddings=True, **options):
     """A Qwen2 of 8k parameters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -24,7 +24,7 @@ def student(seed=0, **options):
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=32,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_word_embeddings,
         use_cache=False,
         pad_token_id=0,
         initializer_range=0.3,

@@ -47,12 +47,17 @@ def objective_of(mode):
     return objective, DistillationCollator(0)
 
 
+def student_of(mode):
+    """The student; one whose lm_head is sharded by itself, and so not tied."""
+    return cases.student(tie_word_embeddings="head" not in mode)
+
+
 def whole_batch(mode):
     """The gradient of the whole batch in one piece, on one process."""
     objective, collate = objective_of(mode)
     batch = collate(cases.rows(12 if mode.startswith("trainer") else COUNT, weights=True))
     tokens = (batch["weights"] * (batch["shift_labels"] != -100)).sum()
-    model = prepare_student(cases.student())
+    model = prepare_student(student_of(mode))
     compute_loss(model, batch, objective, num_items=tokens).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -69,8 +74,10 @@ def gradients(model):
 def bare_loop(mode):
     """The ten lines of one's own loop, under DDP or FSDP2."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    model = prepare_student(cases.student())
-    if mode == "zero3":
+    model = student_of(mode)
+    if "late" not in mode:  # else its head is compared in the first forward, already sharded
+        prepare_student(model)
+    if mode.endswith("zero3"):
         return zero3(model, rank, world)
     if mode.endswith("ddp"):
         model = torch.nn.parallel.DistributedDataParallel(model)
@@ -81,7 +88,10 @@ def bare_loop(mode):
         mesh = init_device_mesh("cpu", (world,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
+        if "head" in mode:
+            fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        prepare_student(model)
     objective, collate = objective_of(mode)
     batches, tokens = share_of(rank, world, collate)
     for batch in batches:
@@ -115,6 +125,7 @@ def zero3(model, rank, world):
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    prepare_student(engine.module)
     for batch in batches:
         loss = compute_loss(engine, batch, objective, num_items=tokens)
         engine.backward(loss * world * len(batches))  # it divides by the microbatches
