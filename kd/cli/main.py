@@ -148,9 +148,10 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: kd run NAME [PRESET] [--field value ...]\n")
         print("Runs a recipe; a run that was stopped continues when it is run again.")
-        print("Every setting of a recipe: kd run NAME --help\n")
+        print("Every setting of a recipe: kd run NAME --help")
+        print("Two batches of its next training, looked at and not trained: kd run NAME --check\n")
         _recipes(argparse.Namespace(name=None))
         return 0 if arguments else 2
     recipe = _named(arguments[0])
-    run_recipe(recipe.module, arguments[1:], prog=f"kd run {recipe.name}")
-    return 0
+    found = run_recipe(recipe.module, arguments[1:], prog=f"kd run {recipe.name}")
+    return int("--check" in arguments and found > 0)

@@ -46,13 +46,16 @@ def run_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None = 
         prog: how the command was called, for its help.
 
     Returns:
-        What ``main(config)`` returns.
+        What ``main(config)`` returns. With ``--check`` among the arguments, the number of problems
+        that two batches of the next training show; the stages before it are done as always.
 
     Raises:
         ValueError: there is no such preset.
     """
     import tyro
 
+    if "--check" in arguments:
+        return _check_recipe(module, [word for word in arguments if word != "--check"], prog)
     recipe = entry(module)
     prog = prog or f"python -m {module.__name__}"
     rest = list(arguments)
@@ -71,3 +74,27 @@ def run_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None = 
         type(default), default=default, args=rest, prog=f"{prog} {preset}", description=description
     )
     return module.main(config)
+
+
+def _check_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None) -> int:
+    """The checks of the next stage that trains, those that find the same in one."""
+    from rich.markup import escape
+
+    from kd.recipe.progress import say
+    from kd.training import preflight
+
+    try:
+        with preflight.instead_of_training():
+            run_recipe(module, arguments, prog)
+    except preflight.Checked as found:
+        pages: dict[str, preflight.Check] = {}
+        for check in found.checks:
+            _, _, what = check.title.partition(": ")
+            pages.setdefault(what, check)
+        for check in pages.values():
+            say(escape(f"\n{check}"))
+        count = sum(len(check.problems) for check in pages.values())
+        say(f"\n{len(found.checks)} trainings, {count} problems; none was started.")
+        return count
+    say("nothing to check: every training of this run is done. --fresh does them again.")
+    return 0

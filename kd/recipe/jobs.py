@@ -85,7 +85,14 @@ def run_jobs(
 
     Returns:
         The results in the order of the jobs. The first failure stops the rest and is raised.
+
+    Raises:
+        Checked: trainings were to be checked, not started; every job's check is in it.
     """
+    from kd.training import preflight
+
+    if preflight.asked():
+        return _checked(function, jobs)
     shares = [0.0] * len(jobs)
     with Progress(description, len(jobs)) as bar:
 
@@ -100,6 +107,20 @@ def run_jobs(
                 note(index, 1.0)
             return results
         return _in_processes(function, jobs, min(workers, len(jobs)), threads, note)
+
+
+def _checked(function: Callable[[Any, Report], Any], jobs: Sequence[Any]) -> list[Any]:
+    from kd.training.preflight import Checked
+
+    results, checks = [], []
+    for job in jobs:
+        try:
+            results.append(function(job, lambda share: None))
+        except Checked as found:
+            checks += found.checks
+    if checks:
+        raise Checked(checks)
+    return results
 
 
 def _in_processes(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.training.collator import DistillationCollator
 from kd.training.objective import Objective, compute_loss, trained_weight
+from kd.training.preflight import Check, check
 from kd.training.schedules import Schedule, cosine, linear
 from kd.training.student import prepare_student
 from kd.training.teachers import Teacher
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     from kd.training.trainer import DistillationTrainer
 
 __all__ = [
+    "Check",
     "DistillationCollator",
     "DistillationTrainer",
     "Objective",
     "Schedule",
     "Teacher",
     "TokenClasses",
+    "check",
     "compute_loss",
     "cosine",
     "fit",

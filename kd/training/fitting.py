@@ -11,6 +11,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from kd.training import preflight
 from kd.training.objective import Objective
 from kd.training.tokens import TokenClasses
 from kd.training.trainer import DistillationTrainer
@@ -75,9 +76,16 @@ def fit(
         report: called with the share done.
         **arguments: more of transformers' ``TrainingArguments``; they win.
 
+    Raises:
+        Checked: inside ``preflight.instead_of_training()``; nothing was trained or written.
+
     Returns:
         The log: one dict a logged step, with ``step``, ``loss``, its parts and the speed.
     """
+    if preflight.asked():
+        title = preflight.title_of(Path(folder).name, objective)
+        found = preflight.check(model, collator, rows, objective, tokenizer=tokenizer, title=title)
+        raise preflight.Checked([found])
     settings: dict[str, Any] = {
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,

@@ -107,6 +107,7 @@ def train(job: Job, report: Any) -> dict[str, Any]:
         steps=max(1, round(settings.epochs * len(rows) / settings.batch)),
         learning_rate=settings.learning_rate,
         seed=job.seed,
+        tokenizer=tokenizer,
         warmup=settings.warmup,
         report=report,
         **_arguments(settings),

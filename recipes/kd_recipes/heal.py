@@ -323,6 +323,7 @@ def heal(job: Any, report: Any) -> dict[str, Any]:
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=seed,
+        tokenizer=load_tokenizer(pruned / "model"),
         checkpoints=2,
         report=lambda share: report(0.8 * share),
         bf16=fast_bf16(),

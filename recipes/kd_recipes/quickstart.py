@@ -393,6 +393,7 @@ def train_student(job: Any, report: Any) -> dict[str, Any]:
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=seed,
+        tokenizer=arithmetic.tokenizer(),
         report=lambda share: report(0.95 * share),
     )
     accuracy, completions = answer_all(model, config.test_problems, f"testing {folder.name}")

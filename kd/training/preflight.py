@@ -1,0 +1,460 @@
+"""What a person wants to know before they leave a run for the night, from two of its batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.training.metrics import NAMES, StepMetrics
+from kd.training.objective import Objective, compute_loss
+from kd.training.student import prepare_student
+from kd.training.teachers import MODEL_KEYS
+
+ROWS_SHOWN = 2
+CHARACTERS = 400
+SAME = 2e-3
+"""Relative difference from the model's own loss that rounding explains (bfloat16: 2e-2)."""
+NEVER_IDLE = ("teacher", "backend", "kd_weight", "ce_weight", "vocab_size")
+OPEN, CLOSE = "⟦", "⟧"
+
+
+class Checked(Exception):
+    """Raised by ``fit`` in place of training, where a check was asked for.
+
+    Attributes:
+        checks: what was found.
+    """
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        super().__init__(f"{len(checks)} trainings were checked and not started.")
+        self.checks = list(checks)
+
+
+_asked = False
+
+
+@contextmanager
+def instead_of_training() -> Iterator[None]:
+    """Inside, ``fit`` checks and raises ``Checked``; ``kd run NAME --check`` works by it."""
+    global _asked
+    before, _asked = _asked, True
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def title_of(name: str, objective: Objective | None) -> str:
+    """A training's name and what was set of its objective."""
+    objective = objective or Objective()
+    set_here = [
+        f"{item.name}={value!r}"
+        for item in dataclasses.fields(objective)
+        if item.repr and (value := getattr(objective, item.name)) != item.default
+    ]
+    return f"{name}: Objective({', '.join(set_here)})"
+
+
+def asked() -> bool:
+    """Whether trainings are to be checked and not started."""
+    return _asked
+
+
+@dataclass
+class Check:
+    """The result of ``check``.
+
+    Attributes:
+        title: of the page, or empty.
+        problems: what will spoil the run, each with both numbers and the way out.
+        remarks: what is worth a look.
+        facts: name to value, in the order of the printed page.
+        rows: the first rows as text, trained tokens between ⟦ and ⟧.
+    """
+
+    title: str = ""
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    rows: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [self.title] if self.title else []
+        lines += [f"row {number}: {text}" for number, text in enumerate(self.rows)]
+        width = max((len(name) for name in self.facts), default=0)
+        lines += ["", *(f"{name:<{width}}  {value}" for name, value in self.facts.items()), ""]
+        lines += [f"PROBLEM  {text}" for text in self.problems]
+        lines += [f"remark   {text}" for text in self.remarks]
+        if not self.problems:
+            lines.append("no problem found")
+        return "\n".join(lines)
+
+
+def check(
+    student: Any,
+    collator: Any,
+    rows: Any,
+    objective: Objective | None = None,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 2,
+    batches: int = 2,
+    title: str = "",
+) -> Check:
+    """Run two batches forward and backward, and say what they show; nothing is trained.
+
+    Args:
+        student: the causal LM about to be trained; its weights, gradients, mode and the random
+            state are as before afterwards.
+        collator: a ``DistillationCollator``.
+        rows: the training rows, ``{input_ids, labels, ...}``; the first ``batches * batch_size``
+            and, of a data set with a length, none else are looked at.
+        objective: what will be minimised; plain SFT when None.
+        tokenizer: shows the rows as text; ids are shown without one.
+        batch_size: rows in a batch.
+        batches: how many.
+        title: the first line of the page.
+
+    Returns:
+        A ``Check``; print it.
+
+    Raises:
+        ValueError: there are no rows, or the batch itself is refused.
+    """
+    objective = objective or Objective()
+    taken = _first(rows, batch_size * batches)
+    if not taken:
+        raise ValueError("check: rows must hold at least one row, got none.")
+    parts = [taken[at : at + batch_size] for at in range(0, len(taken), batch_size)]
+    found = Check(title, rows=[_shown(row, tokenizer) for row in taken[:ROWS_SHOWN]])
+    prepare_student(student)
+    with _undisturbed(student):
+        made = [_on(collator(part), student) for part in parts]
+        asked = [
+            objective.teacher.forward(batch) if objective.teacher is not None else batch
+            for batch in made
+        ]
+        _count(found, made, taken, student, tokenizer)
+        _losses(found, student, made, objective)
+        if objective.soft:
+            _teacher(found, student, made, asked, objective)
+        _idle_fields(found, student, made, objective)
+        _gradients(found, student, made, objective)
+    return found
+
+
+# --- the batches ----------------------------------------------------------------------------------
+
+
+def _first(rows: Any, count: int) -> list[Mapping[str, Any]]:
+    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        return [rows[index] for index in range(min(count, len(rows)))]
+    return [row for row, _ in zip(rows, range(count), strict=False)]
+
+
+def _on(batch: Mapping[str, Any], student: Any) -> dict[str, Any]:
+    device = next(student.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@contextmanager
+def _undisturbed(student: Any) -> Iterator[None]:
+    """Gradients, modes and the random state come back."""
+    kept = [(p, p.grad) for p in student.parameters()]
+    modes = [(module, module.training) for module in student.modules()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    devices = [d for d in {p.device for p, _ in kept} if d.type == "cuda"]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            student.eval()
+            yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode
+
+
+def _shown(row: Mapping[str, Any], tokenizer: Any) -> str:
+    """A row as text, its trained tokens between brackets."""
+    ids = torch.as_tensor(row["input_ids"]).tolist()
+    labels = torch.as_tensor(row["labels"]).tolist()
+    pieces: list[str] = []
+    start = 0
+    while start < len(ids):
+        trained, stop = labels[start] != -100, start
+        while stop < len(ids) and (labels[stop] != -100) == trained:
+            stop += 1
+        part = ids[start:stop]
+        text = tokenizer.decode(part) if tokenizer is not None else " ".join(map(str, part))
+        if len(text) > CHARACTERS:
+            text = f"{text[: CHARACTERS // 2]} ... {text[-CHARACTERS // 2 :]}"
+        pieces.append(f"{OPEN}{text}{CLOSE}" if trained else text)
+        start = stop
+    return "".join(pieces).replace("\n", "\\n")
+
+
+def _count(
+    found: Check, made: Sequence[Mapping[str, Any]], rows: Any, student: Any, tokenizer: Any
+) -> None:
+    trained = sum(int((batch["shift_labels"] != -100).sum()) for batch in made)
+    places = sum(batch["input_ids"].numel() for batch in made)
+    real = sum(len(row["input_ids"]) for row in rows)
+    found.facts["rows, tokens"] = f"{len(rows)}, {real:,} ({1 - real / places:.0%} padding beside)"
+    found.facts["trained tokens"] = f"{trained:,} ({trained / real:.0%} of the tokens)"
+    untrained = [n for n, row in enumerate(rows) if not _any_trained(row)]
+    if not trained:
+        found.problems.append(
+            f"no token is trained: labels must differ from -100 somewhere, got -100 in all "
+            f"{real:,} tokens of {len(rows)} rows. Unmask the completion."
+        )
+    elif untrained:
+        found.remarks.append(f"{len(untrained)} of {len(rows)} rows train nothing: {untrained}")
+    if trained and trained >= real - len(rows):
+        found.remarks.append(
+            "every token is trained, the prompts too. Mask a prompt with -100 to train the "
+            "completion alone."
+        )
+    if trained and getattr(tokenizer, "eos_token_id", None) is not None:
+        _ends(found, [row for row in rows if _any_trained(row)], student, tokenizer)
+
+
+def _any_trained(row: Mapping[str, Any]) -> bool:
+    return any(label != -100 for label in torch.as_tensor(row["labels"]).tolist())
+
+
+def _ends(found: Check, rows: Sequence[Mapping[str, Any]], student: Any, tokenizer: Any) -> None:
+    """Whether the student learns to stop, by a token at which generation stops."""
+    stops = getattr(getattr(student, "generation_config", None), "eos_token_id", None)
+    stops = {stops} if isinstance(stops, int) else set(stops or ())
+    stops.add(tokenizer.eos_token_id)
+    last = set()
+    for row in rows:  # templates may leave a line break behind the end
+        trained = [label for label in torch.as_tensor(row["labels"]).tolist() if label != -100]
+        if stops & set(trained[-2:]):
+            return
+        last.add(trained[-1])
+    got = ", ".join(repr(tokenizer.decode([token])) for token in sorted(last)[:4])
+    wanted = " or ".join(repr(tokenizer.decode([token])) for token in sorted(stops))
+    text = all(
+        label != -100 for row in rows for label in torch.as_tensor(row["labels"]).tolist()[1:]
+    )
+    if text:
+        found.remarks.append(f"rows are plain text: none ends with {wanted}")
+    elif last <= set(tokenizer.added_tokens_decoder):
+        found.remarks.append(
+            f"rows end with {got}, but generation stops at {wanted}. Set the student's "
+            "generation_config.eos_token_id before it is used."
+        )
+    else:
+        found.problems.append(
+            f"no row trains an end token: its last trained token must be {wanted} for the student "
+            f"to learn to stop, got {got}. Append it to the completion."
+        )
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def _plain(objective: Objective) -> Objective:
+    """The hard part alone, at full weight."""
+    return dataclasses.replace(objective, teacher=None, kd_weight=0.0, ce_weight=1.0)
+
+
+@torch.no_grad()
+def _losses(
+    found: Check, student: Any, made: Sequence[Mapping[str, Any]], objective: Objective
+) -> None:
+    """Our cross-entropy beside what the model's own logits give on the same labels."""
+    ours, own, tokens = 0.0, 0.0, 0
+    for batch in made:
+        labels = batch["shift_labels"]
+        count = int((labels != -100).sum())
+        if not count:
+            continue
+        flat = {k: v for k, v in batch.items() if k != "weights"}
+        ours += count * float(compute_loss(student, flat, _plain(objective), num_items=count))
+        inputs = {key: batch[key] for key in MODEL_KEYS if batch.get(key) is not None}
+        logits = student(**inputs, use_cache=False).logits.flatten(0, 1).float()
+        if objective.vocab_size is not None:
+            logits = logits[:, : objective.vocab_size]
+        own += float(
+            torch.nn.functional.cross_entropy(
+                logits, labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+        )
+        tokens += count
+    if not tokens:
+        return
+    ours, own = ours / tokens, own / tokens
+    found.facts["cross-entropy, ours"] = f"{ours:.4f}"
+    found.facts["cross-entropy, model's"] = f"{own:.4f}"
+    narrow = next(student.parameters()).dtype in (torch.bfloat16, torch.float16)
+    if not abs(ours - own) <= (10 if narrow else 1) * SAME * max(abs(own), 1.0):
+        found.problems.append(
+            f"our cross-entropy must be the model's own on the same labels, got {ours:.4f} and "
+            f"{own:.4f}. Report the model's family, with its transformers version."
+        )
+
+
+def _teacher(
+    found: Check,
+    student: Any,
+    made: Sequence[Mapping[str, Any]],
+    asked: Sequence[Mapping[str, Any]],
+    objective: Objective,
+) -> None:
+    """Coverage, agreement, and whether the targets stand at the labels that they are about."""
+    metrics = StepMetrics()
+    objective = objective.at(0, 2)
+    with torch.no_grad():
+        for batch in made:
+            compute_loss(
+                student,
+                batch,
+                objective,
+                observe=lambda hidden, flat: metrics.observe(objective, hidden, flat),
+            )
+    sums = dict(zip(NAMES, metrics.sums.tolist(), strict=True))
+    taught, trained, said = sums["taught"], sums["tokens"], metrics.summary()
+    found.facts["tokens with targets"] = f"{taught:,.0f} of {trained:,.0f} trained"
+    for name, words in (
+        ("kd", "divergence"),
+        ("teacher_top1_agreement", "same likeliest token"),
+        ("teacher_mass", "mass of cached tokens"),
+    ):
+        if name in said:
+            found.facts[f"teacher: {words}"] = f"{said[name]:.4f}"
+    if trained and taught < 0.5 * trained:
+        found.problems.append(
+            f"most trained tokens must have teacher targets, got {taught:,.0f} of {trained:,.0f}. "
+            "Build the cache from these rows, with this template and tokenizer."
+        )
+    fits = _fits(asked, objective)
+    if fits:
+        here = fits[0]
+        found.facts["teacher likes the label"] = f"{here:.1%} of tokens (in its top 8)"
+        best = max(fits, key=lambda shift: fits[shift])
+        if best != 0 and fits[best] > here + 0.1:
+            found.problems.append(
+                f"teacher targets must stand at the token that they predict, got the label among "
+                f"the teacher's top 8 at {here:.1%} of tokens here and at {fits[best]:.1%} when "
+                f"shifted by {best:+d}. Capture the cache again, row i about the token after "
+                "token i."
+            )
+        elif here < 0.3:
+            found.problems.append(
+                f"the teacher must find the traces likely, got the label among its top 8 at "
+                f"{here:.1%} of tokens. Look at its chat template, its tokenizer, and whether the "
+                "cache is of these rows."
+            )
+
+
+def _fits(asked: Sequence[Mapping[str, Any]], objective: Objective) -> dict[int, float]:
+    """How often a label is among the teacher's top 8, where it stands and one place off."""
+    hits = {0: 0.0, -1: 0.0, 1: 0.0}
+    counts = dict.fromkeys(hits, 0)
+    for batch in asked:
+        for top in _top_tokens(batch, objective):  # [B, L, <= 8]
+            for shift in hits:
+                labels = batch["shift_labels"].roll(shift, dims=1)
+                usable = (labels != -100) & (top >= 0).any(-1)
+                usable[:, 0 if shift > 0 else -1] &= shift == 0  # rolled in from the other end
+                hits[shift] += float((top == labels[..., None]).any(-1)[usable].sum())
+                counts[shift] += int(usable.sum())
+    if not counts[0]:
+        return {}
+    return {shift: hits[shift] / max(counts[shift], 1) for shift in hits}
+
+
+def _top_tokens(batch: Mapping[str, Any], objective: Objective) -> Iterator[Tensor]:
+    """Each teacher's likeliest tokens, [B, L, <= 8]."""
+    from kd.losses import Hidden
+    from kd.training.metrics import dense_logits
+
+    for key, value in batch.items():
+        if key.startswith("teacher_ids"):
+            scores = batch[key.replace("ids", "logprobs")]
+            best = scores.topk(min(8, scores.shape[-1]), dim=-1)
+            yield value.gather(-1, best.indices).masked_fill(best.values == -math.inf, -1)
+        elif isinstance(value, Hidden) or key.startswith("teacher_logits"):
+            with torch.no_grad():
+                logits = dense_logits(value) if isinstance(value, Hidden) else value
+                yield logits[..., : objective.vocab_size].topk(8, dim=-1).indices
+
+
+# --- what does nothing ----------------------------------------------------------------------------
+
+
+def _idle_fields(
+    found: Check, student: Any, made: Sequence[Mapping[str, Any]], objective: Objective
+) -> None:
+    """Fields that were set and leave the loss of these batches as it would be without them."""
+    objective = objective.at(0, 2)
+
+    def loss(changed: Objective, batches: Sequence[Mapping[str, Any]] = made) -> list[float]:
+        with torch.no_grad():
+            return [float(compute_loss(student, batch, changed)) for batch in batches]
+
+    now, idle = loss(objective), []
+    for item in dataclasses.fields(objective):
+        value = getattr(objective, item.name)
+        if item.name in NEVER_IDLE or value == item.default:
+            continue
+        try:
+            default: Any = {item.name: item.default}
+            without = loss(dataclasses.replace(objective, **default))
+        except (ValueError, TypeError):
+            continue  # it is needed
+        if all(math.isclose(a, b, rel_tol=1e-7) for a, b in zip(now, without, strict=True)):
+            idle.append(f"{item.name}={value!r}")
+    if all(batch.get("weights") is not None for batch in made):
+        bare = [{k: v for k, v in batch.items() if k != "weights"} for batch in made]
+        if all(
+            math.isclose(a, b, rel_tol=1e-7)
+            for a, b in zip(now, loss(objective, bare), strict=True)
+        ):
+            idle.append("weights of the rows")
+    if idle:
+        found.remarks.append(f"changes nothing on these batches: {', '.join(idle)}")
+
+
+def _gradients(
+    found: Check, student: Any, made: Sequence[Mapping[str, Any]], objective: Objective
+) -> None:
+    objective = objective.at(0, 2)
+    total = 0.0
+    for batch in made:
+        loss = compute_loss(student, batch, objective)
+        total += float(loss.detach())
+        if loss.requires_grad:
+            loss.backward()
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    count = sum(p.numel() for _, p in trained)
+    everything = sum(p.numel() for p in student.parameters())
+    norms = [p.grad.float().norm() for _, p in trained if p.grad is not None]
+    norm = float(torch.stack(norms).norm()) / len(made) if norms else 0.0
+    found.facts["loss of the objective"] = f"{total / len(made):.4f}"
+    found.facts["gradient norm"] = f"{norm:.4g}"
+    found.facts["trained parameters"] = f"{count:,} of {everything:,}"
+    if not math.isfinite(total) or not math.isfinite(norm):
+        found.problems.append(
+            f"loss and gradient must be finite, got {total / len(made)} and {norm}. Look at the "
+            "batch with kd.check."
+        )
+    elif norm == 0:
+        found.problems.append("the gradient must not be zero, got 0: nothing would be trained.")
+    without = [name for name, p in trained if p.grad is None or not p.grad.any()]
+    if without and norm > 0:
+        found.remarks.append(
+            f"{len(without)} trained tensors get no gradient from these batches: "
+            f"{', '.join(without[:3])}{' ...' if len(without) > 3 else ''}"
+        )
