@@ -292,6 +292,22 @@ def test_a_copy_of_a_prepared_student_is_its_own():
     assert reading(model).scale == 0.25
 
 
+@pytest.mark.parametrize("layers", [["lm_head"], ["q_proj"]])
+def test_a_student_that_peft_wraps_after_it_was_prepared(layers):
+    from peft import LoraConfig, get_peft_model
+
+    plain = prepare_student(cases.student(tie_word_embeddings=False))
+    options = {"r": 2, "init_lora_weights": False, "target_modules": layers}
+    model = get_peft_model(plain, LoraConfig(**options)).eval()  # no second prepare_student
+    batch = batch_of()
+    logits = model(**inputs_of(batch)).logits.flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, batch["shift_labels"].flatten())
+    torch.testing.assert_close(compute_loss(model, batch), wanted)
+    with model.disable_adapter():
+        bare = compute_loss(model, batch)
+    assert abs(bare.item() - wanted.item()) > 1e-3
+
+
 # --- placements -----------------------------------------------------------------------------------
 
 
@@ -393,6 +409,17 @@ def test_a_teacher_with_a_multiplier_is_itself_everywhere(tmp_path):
     check_cached(sparse, own)
 
 
+def test_a_cache_of_fewer_columns_than_rows_of_the_lm_head(tmp_path):
+    from family_cases import tiny
+
+    model = tiny("inkling_text")
+    sparse = build_cache(model, [IDS[0]], tmp_path / "a", top_k=4, progress=False)
+    hidden = build_hidden_cache(model, [IDS[0]], tmp_path / "b", progress=False)
+    for cache in (sparse, hidden):
+        assert (cache.meta.live_vocab, cache.meta.padded_vocab) == (62, 62)
+    assert hidden.head.weight.shape == (62, 32)
+
+
 @pytest.mark.parametrize("family", ["falcon_h1", "recurrent_gemma", "bert", "inkling_text"])
 def test_likelihood_is_the_models_own(family):
     from family_cases import tiny
@@ -449,6 +476,21 @@ def test_the_routers_loss_is_added_as_the_model_does():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7, msg=name)
     soft = Objective(kd_weight=1.0, ce_weight=0.0, teacher=copy.deepcopy(model))
     assert compute_loss(model, batch, soft).item() == pytest.approx(routers.item(), rel=1e-6)
+
+
+def test_an_evaluation_is_a_mean_over_tokens_whatever_its_batches():
+    model, rows = prepare_student(experts()), cases.rows(6)
+    means = []
+    for size in (1, 2, 6):
+        nats = tokens = 0.0
+        for start in range(0, 6, size):
+            batch = DistillationCollator(0)(rows[start : start + size])
+            count = int((batch["shift_labels"] != -100).sum())
+            with torch.no_grad():
+                nats += compute_loss(model, batch).item() * count
+            tokens += count
+        means.append(nats / tokens)
+    assert means == pytest.approx([own_loss_without(model, DistillationCollator(0)(rows))] * 3)
 
 
 def test_router_losses_are_asked_for_or_not():

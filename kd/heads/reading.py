@@ -103,9 +103,9 @@ def _identity(causal: Any) -> tuple[Any, ...]:
     """What a reading depends on and a user may change: the lm_head, and the config's numbers."""
     config: Any = getattr(causal, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = {} if config is None else vars(config) | vars(text)
     plain = (bool, int, float, type(None))
-    entries = [] if text is None else sorted(vars(text).items())
-    numbers = tuple((k, v) for k, v in entries if isinstance(v, plain) and k != "use_cache")
+    numbers = tuple((k, v) for k, v in found.items() if isinstance(v, plain) and k != "use_cache")
     return (id(lm_head(causal)), numbers)
 
 

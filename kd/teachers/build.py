@@ -15,6 +15,7 @@ from torch import Tensor
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
 from kd.cache.keys import describe, key_of, token_array
 from kd.cache.writer import SHARD_TOKENS
+from kd.heads import reading
 from kd.teachers.identity import teacher_identity
 from kd.teachers.logits import LogitSource
 from kd.teachers.progress import Meter
@@ -126,8 +127,10 @@ def cache_meta(
     """The identity a cache of this model has; also what a reader may ``expect``."""
     from kd.vocab import tokenizer_fingerprint
 
-    head = model.get_output_embeddings()
+    head, found = model.get_output_embeddings(), reading(model)
     padded = int(head.weight.shape[0]) if head is not None else int(model.config.vocab_size)
+    if found is not None and found.width is not None:  # its logits leave the last rows out
+        padded = found.width
     live = live_vocab or (len(tokenizer) if tokenizer is not None else padded)
     chosen = selection_of(selection, top_k)
     return CacheMeta(

@@ -319,7 +319,8 @@ def compute_loss(
     Returns:
         A scalar with a graph. What the model itself adds to its loss (the routers' of a mixture of
         experts with ``output_router_logits=True``, times the model's coefficient) is in it, as a
-        mean over the step's microbatches, weighted by their trained tokens.
+        mean over the step's microbatches, weighted by their trained tokens. Not without gradient:
+        the loss of an evaluation is a mean over tokens, whatever its batches.
     """
     objective = objective or Objective()
     labels = aligned_labels(batch)
@@ -331,7 +332,7 @@ def compute_loss(
         batch = objective.teacher.forward(batch)
     output = model(**inputs, head_loss=head_loss(objective, batch, num_items, observe))
     loss, added = output["loss"], output["aux_loss"]
-    if added is None:
+    if added is None or not torch.is_grad_enabled():
         return loss
     if num_items is not None:  # a mean over microbatches and ranks, weighted by their tokens
         added = added * (trained_weight(labels, batch.get("weights")) / num_items)
