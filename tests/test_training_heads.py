@@ -190,6 +190,13 @@ def test_the_z_loss_of_bamba_is_refused_by_name():
     del OVERRIDES["bamba"]
 
 
+def test_a_wrapped_model_is_refused_with_the_way_out():
+    with pytest.raises(
+        TypeError, match="not be wrapped yet, got DataParallel. Prepare the model in"
+    ):
+        prepare_student(torch.nn.DataParallel(cases.student()))
+
+
 def test_encoder_decoders_are_refused_by_name():
     from transformers import BartConfig, BartForConditionalGeneration, T5Config
     from transformers import T5ForConditionalGeneration as T5
@@ -356,15 +363,15 @@ def test_under_data_parallel():
 
 
 class Quantised(torch.nn.Module):
-    """An lm_head of integers: its product is right, and it has no matrix to multiply by."""
+    """An lm_head of integers or float8: its product is right, and its weight is not its matrix."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, dtype):
         super().__init__()
         self.step = linear.weight.abs().max() / 127
-        self.register_buffer("weight", (linear.weight.detach() / self.step).round().to(torch.int8))
+        self.register_buffer("weight", (linear.weight.detach() / self.step).round().to(dtype))
 
     def forward(self, hidden):
-        return hidden @ (self.weight * self.step).T
+        return hidden @ (self.weight.float() * self.step).T
 
 
 def check_cached(cache, own):
@@ -375,9 +382,10 @@ def check_cached(cache, own):
     torch.testing.assert_close(found.logprobs, wanted, rtol=3e-2, atol=5e-2)  # the codec's
 
 
-def test_a_quantised_lm_head_teaches_by_its_logits_and_is_no_student(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantised_lm_head_teaches_by_its_logits_and_is_no_student(tmp_path, dtype):
     model = cache_cases.teacher(tie_word_embeddings=False)
-    head = Quantised(model.lm_head)
+    head = Quantised(model.lm_head, dtype)
     model.set_output_embeddings(head)
     with torch.no_grad():
         own = model(input_ids=IDS).logits

@@ -183,7 +183,8 @@ def _weightless(head: Any, hidden: Tensor, found: HeadReading, own: Tensor) -> s
 
     def dense(seen: Hidden) -> Tensor | None:
         weight = seen.weight
-        if not weight.is_floating_point() or weight.shape[1:] != hidden.shape[-1:]:
+        numbers = weight.is_floating_point() and weight.element_size() > 1  # float8 has a scale
+        if not numbers or weight.shape[1:] != hidden.shape[-1:]:
             return None
         return dense_logits(found.described(seen))
 

@@ -44,6 +44,11 @@ def prepare_student(model: Any) -> Any:
         ValueError: the lm_head's adapter is more than one pair of matrices.
     """
     causal = causal_lm(model)
+    if lm_head(model) is None and hasattr(model, "module"):
+        raise TypeError(
+            f"prepare_student: model must not be wrapped yet, got {type(model).__name__}. Prepare "
+            "the model inside it, before wrapping."
+        )
     if lm_head(model) is None:
         raise TypeError(
             "prepare_student: model must be a causal LM with an lm_head, got "
