@@ -1,25 +1,28 @@
 """kd: distil large language models from their logits, with a loss you can trust.
 
-``import kd`` needs torch alone; Triton, transformers and a GPU are loaded on first use.
+The losses need torch alone; it, Triton, transformers and a GPU are loaded on first use.
 """
 
-from kd.losses import (
-    Divergence,
-    Hidden,
-    TopK,
-    adaptive_kl,
-    alpha_beta,
-    check,
-    cross_entropy,
-    distillation_loss,
-    forward_kl,
-    jsd,
-    reverse_kl,
-    skew_forward_kl,
-    skew_reverse_kl,
-    total_variation,
-    vocab_parallel_loss,
-)
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kd.losses import (
+        Divergence,
+        Hidden,
+        TopK,
+        adaptive_kl,
+        alpha_beta,
+        check,
+        cross_entropy,
+        distillation_loss,
+        forward_kl,
+        jsd,
+        reverse_kl,
+        skew_forward_kl,
+        skew_reverse_kl,
+        total_variation,
+        vocab_parallel_loss,
+    )
 
 __version__ = "0.1.0"
 
@@ -41,3 +44,17 @@ __all__ = [
     "total_variation",
     "vocab_parallel_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The losses, and torch with them, when one is first asked for: ``kd --help`` is not kept."""
+    if name not in __all__:
+        raise AttributeError(f"module 'kd' has no attribute {name!r}")
+    import kd.losses
+
+    found = globals()[name] = getattr(kd.losses, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kd
 from kd.losses import torch_backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,26 @@ def test_import_needs_torch_alone():
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, kd.cli; kd.cli.main(['--help']); print('torch' in sys.modules, kd.__all__)"
+    path = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].startswith("False ['Divergence'"), done.stderr
+    assert "forward_kl" in dir(kd) and kd.forward_kl is kd.losses.forward_kl
+    with pytest.raises(AttributeError, match="has no attribute 'backward_kl'"):
+        _ = kd.backward_kl
+
+
+def test_what_the_wheels_readmes_name_is_in_the_wheel():
+    """Paths below recipes/ that a README of a package names lie inside a package."""
+    named = set()
+    for readme in [*(ROOT / "kd").rglob("README.md"), ROOT / "recipes" / "README.md"]:
+        named |= set(re.findall(r"recipes/[\w./-]+\.(?:yaml|py)", readme.read_text()))
+    assert named
+    for name in named:
+        assert name.startswith("recipes/kd_recipes/") and (ROOT / name).is_file(), name
 
 
 def test_import_adds_little_to_torch():

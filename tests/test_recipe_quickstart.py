@@ -75,7 +75,7 @@ def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(finished, tmp_p
     root = Path(__file__).parents[1]
     paths = os.pathsep.join(str(root / part) for part in (".", "kernels", "recipes"))
     process = subprocess.Popen(
-        [sys.executable, "-m", "kd.cli", "run", "quickstart", "smoke", "--output", str(folder)],
+        [sys.executable, "-m", "kd", "run", "quickstart", "smoke", "--output", str(folder)],
         env={**os.environ, "PYTHONPATH": paths},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
