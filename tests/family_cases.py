@@ -271,7 +271,7 @@ def page(verdicts):
         "labels and every gradient of that loss, to 1e-4 of the largest value in float32.",
         "",
         f"**{count['exact']} exact, {count['refused']} refused** by `prepare_student` in the words",
-        f"below, {count['not made']} that transformers does not make tiny (listed with its error).",
+        f"below, {count['not made']} not made (listed with the error, here or of transformers).",
         "Written by `python tests/family_cases.py --write`; a test fails when it is stale.",
         "",
         "| family | class | verdict | what follows its lm_head, or why not |",
