@@ -3,6 +3,7 @@
 The losses need torch alone; it, Triton, transformers and a GPU are loaded on first use.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,11 +49,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The losses, and torch with them, when one is first asked for: ``kd --help`` is not kept."""
-    if name not in __all__:
+    if name not in __all__ and name != "losses":
         raise AttributeError(f"module 'kd' has no attribute {name!r}")
-    import kd.losses
-
-    found = globals()[name] = getattr(kd.losses, name)
+    losses = importlib.import_module("kd.losses")
+    found = globals()[name] = losses if name == "losses" else getattr(losses, name)
     return found
 
 

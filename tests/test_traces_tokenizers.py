@@ -148,7 +148,7 @@ def test_the_end_is_trained_where_padding_is_the_same_token(options):
     batch = DistillationCollator(pad_token_id=tokenizer.eos_token_id)(
         [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
     )
-    for row, labels in zip(rows, batch["labels"], strict=True):
+    for row, labels in zip(rows, batch["shift_labels"], strict=True):
         trained = labels[labels != -100]
         assert trained.tolist() == [label for label in row.labels if label != -100]
         assert int(trained[-1]) == tokenizer.eos_token_id

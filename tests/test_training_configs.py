@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[1] / "recipes" / "kd_recipes" / "configs").glob("*.yaml"))
 KINDS = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
 
 
