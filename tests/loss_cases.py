@@ -63,7 +63,7 @@ def make_teacher(form: str, dtype: torch.dtype, seed: int = 1, tokens: int = TOK
     ids[0, 1] = -1
     ids[1, 0] = ids[1, 2]
     kept = logprobs if dtype == torch.float64 else logprobs.float()
-    return kd.TopK(ids, kept, tail=form)
+    return kd.TopK(ids, kept, tail=form, tail_at_temperature="spread")
 
 
 def meaningful(divergence: kd.Divergence, teacher: str, temperature: float) -> bool:

@@ -109,7 +109,7 @@ def whole(case):
         ids[0, 1], ids[1, 0] = -1, ids[1, 2]
         ids[3, 4] = 9  # the label of its row
         logprobs[1, :3] -= 1
-        teacher = kd.TopK(ids, logprobs, tail=case.teacher)
+        teacher = kd.TopK(ids, logprobs, tail=case.teacher, tail_at_temperature="spread")
     return student, teacher, leaves, dict(case.options, vocab_size=VOCAB)
 
 

@@ -35,7 +35,7 @@ def test_far_rows(tmp_path, monkeypatch, form, clusters):
     logprobs, ids = torch.log_softmax(teacher.float(), -1).topk(4)
     options = dict(backend="triton", divergence="reverse_kl", temperature=2.0)
     want = near.clone().requires_grad_(True)
-    target = kd.TopK(ids, logprobs) if form == "sparse" else teacher
+    target = kd.TopK(ids, logprobs, tail_at_temperature="spread") if form == "sparse" else teacher
     kd.distillation_loss(want * 1.0, target, **options).backward()
     student = far_rows(tmp_path, near, "student")
     student.requires_grad_(True)

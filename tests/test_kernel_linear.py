@@ -55,7 +55,7 @@ def teacher(form, dtype=torch.float32):
     logprobs, ids = torch.log_softmax(logits(seed=7), -1).topk(5)
     ids[0, 1], ids[1, 0] = -1, ids[1, 2]
     logprobs[1, :3] -= 1
-    return kd.TopK(ids, logprobs, tail=form)
+    return kd.TopK(ids, logprobs, tail=form, tail_at_temperature="spread")
 
 
 OPTIONS = {

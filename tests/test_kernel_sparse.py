@@ -21,7 +21,7 @@ def sparse(k: int, tail: str = "bucket", seed: int = 1, **options) -> kd.TopK:
         ids[0, 1] = -1
         ids[1, 0] = ids[1, 2]
         logprobs[1, 0] = logprobs[1, 2] = logprobs[1, 2] - 1
-    return kd.TopK(ids, logprobs, tail=tail, **options)
+    return kd.TopK(ids, logprobs, tail=tail, tail_at_temperature="spread", **options)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])

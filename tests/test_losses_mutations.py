@@ -30,6 +30,7 @@ from kd.losses import (
     objective,
     reference,
     rows,
+    tails,
     torch_backend,
 )
 from kd.training import trainer
@@ -172,7 +173,7 @@ MUTATIONS = [
     ),
     edit(
         "capture temperature taken for the loss's",
-        *(inputs, "at_temperature", "if ratio == 1", "if True"),
+        *(tails, "at_temperature", "if ratio == 1", "if True"),
         regressions.test_temperature_of_capture_or_sampling_is_not_the_loss_temperature,
     ),
     edit(
@@ -254,7 +255,7 @@ MUTATIONS = [
     ),
     edit(
         "teacher's tail as log(1 - sum)",
-        *(inputs, "log_complement", ".clamp(max=-resolution)", ""),
+        *(tails, "log_complement", ".clamp(max=-least)", ""),
         regressions.test_saturated_teacher_has_a_tail_of_its_rounding_and_no_infinity,
     ),
     edit(

@@ -31,7 +31,7 @@ def pair(seed, rows=3, vocab=9, spread=1.0):
 
 def sparse(t, k, tail="bucket"):
     logprobs, ids = torch.log_softmax(t, -1).topk(k)
-    return kd.TopK(ids, logprobs, tail=tail)
+    return kd.TopK(ids, logprobs, tail=tail, tail_at_temperature="spread")
 
 
 def grad(loss, leaf):

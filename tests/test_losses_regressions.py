@@ -36,7 +36,7 @@ def close(got, want, rtol=1e-9, atol=1e-12):
 
 def top_k_of(teacher_logits, k, **options):
     logprobs, ids = torch.log_softmax(teacher_logits, -1).topk(k)
-    return kd.TopK(ids, logprobs, **options)
+    return kd.TopK(ids, logprobs, tail_at_temperature="spread", **options)
 
 
 # --- scale: temperature, tokens, vocabulary -------------------------------------------------------

@@ -123,8 +123,9 @@ class CacheReader:
         for tokens in self.sequences():
             rows = self._rows([tokens])
             state = hashlib.sha256(tokens.tobytes())
-            for data in (rows.counts, rows.ids, rows.logprobs):
-                state.update(np.ascontiguousarray(data).tobytes())
+            for data in (rows.counts, rows.ids, rows.logprobs, rows.tails):
+                if data is not None:
+                    state.update(np.ascontiguousarray(data).tobytes())
             parts.append(state.digest())
         return hashlib.sha256(b"".join(sorted(parts))).hexdigest()
 
@@ -138,18 +139,24 @@ class CacheReader:
         if len(by_shard) == 1 and None not in places:
             ((number, _),) = by_shard.items()
             return self.checked_shard(number).read([place[1] for place in places if place])
-        empty = np.zeros(0, np.int32), np.zeros(0, np.float32)
-        parts = [Rows(np.zeros(len(tokens), np.int32), *empty) for tokens in sequences]
+        parts = [self._no_rows(len(tokens)) for tokens in sequences]
         for number, members in by_shard.items():
             chosen = [place[1] for place in (places[i] for i in members) if place]
             rows = self.checked_shard(number).read(chosen)
             row_at = starts(np.array([len(sequences[i]) for i in members]))
             entry_at = starts(rows.counts)[row_at]
             for j, i in enumerate(members):
-                a, b = int(entry_at[j]), int(entry_at[j + 1])
-                counts = rows.counts[row_at[j] : row_at[j + 1]]
-                parts[i] = Rows(counts, rows.ids[a:b], rows.logprobs[a:b])
-        return join_rows([Rows(empty[0], *empty), *parts])
+                entries = slice(int(entry_at[j]), int(entry_at[j + 1]))
+                parts[i] = rows.cut(slice(int(row_at[j]), int(row_at[j + 1])), entries)
+        return join_rows([self._no_rows(0), *parts])
+
+    def _no_rows(self, number: int) -> Rows:
+        """Rows that hold nothing."""
+        temperatures = self.meta.tail_temperatures
+        tails = np.zeros((number, len(temperatures)), np.float32) if temperatures else None
+        return Rows(
+            np.zeros(number, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), tails
+        )
 
     def _place(self, tokens: NDArray[np.int32]) -> tuple[int, int] | None:
         """(shard, position in it) of a sequence; None where it is skipped."""

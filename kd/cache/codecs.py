@@ -21,12 +21,18 @@ class Rows:
     """Sparse distributions of many tokens, one after another.
 
     counts [N] int32: entries of each row; ids [E] int32; logprobs [E] float32, natural logarithms
-    of probabilities over the live vocabulary.
+    of probabilities over the live vocabulary; tails [N, M] float32 or None: see kd.cache.tails.
     """
 
     counts: NDArray[np.int32]
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
+    tails: NDArray[np.float32] | None = None
+
+    def cut(self, rows: slice, entries: slice) -> Rows:
+        """Some rows with their entries."""
+        tails = None if self.tails is None else self.tails[rows]
+        return Rows(self.counts[rows], self.ids[entries], self.logprobs[entries], tails)
 
 
 @dataclass

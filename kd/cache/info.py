@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kd.cache.base import CacheReader
 from kd.cache.compact import row_sums
+from kd.cache.meta import CacheMeta
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 LOW_MASS = 0.5
@@ -79,6 +80,7 @@ class CacheInfo:
             f"({self.entries:.1f} on average), temperature {meta.temperature:g}, "
             f"read as tail={meta.tail!r}",
             f"codec          {meta.codec} {dict(meta.codec_options) or ''}".rstrip(),
+            f"tail           {_tail_words(meta)}",
             f"content        {len(self.cache):,} sequences, {self.cache.tokens:,} tokens, "
             f"{len(self.cache.manifest.shards):,} shards",
             f"size           {self.bytes:,} bytes, {self.bytes_per_token:.1f} bytes/token",
@@ -107,6 +109,13 @@ class CacheInfo:
         )
         axes.legend(frameon=False)
         figure.savefig(path, dpi=130)
+
+
+def _tail_words(meta: CacheMeta) -> str:
+    if meta.tail_temperatures:
+        least, most = min(meta.tail_temperatures), max(meta.tail_temperatures)
+        return f"stored at {len(meta.tail_temperatures)} temperatures from {least:g} to {most:g}"
+    return f"for losses at temperature {meta.temperature:g}" if meta.tail != "none" else "exact"
 
 
 def cache_info(path: str | os.PathLike[str], sample: int = 200) -> CacheInfo:

@@ -19,7 +19,7 @@ from kd.cache.header import whole
 from kd.cache.meta import CacheMeta
 
 FORMAT = "kd-cache"
-VERSION = 1
+VERSION = 2  # 1: without tail_temperatures, and still written so
 NAME = "manifest.json"
 LOCK = ".manifest.lock"
 SHARD_NAME = re.compile(r"^shard-\d{4}-\d{6}\.safetensors$")
@@ -67,7 +67,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         body = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.meta.tail_temperatures else 1,
             "required_features": [],
             "cache_id": self.meta.cache_id,
             "meta": self.meta.to_dict(),

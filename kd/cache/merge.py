@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd.cache.codecs import Rows, starts
+from kd.cache.codecs import starts
 from kd.cache.manifest import read_manifest
 from kd.cache.meta import differences, side_by_side
 from kd.cache.reader import TeacherCache
@@ -61,6 +61,5 @@ def _add(writer: CacheWriter, block: Block) -> None:
         if tokens in writer:
             writer.count("duplicates_dropped")
             continue
-        a, b = int(entries[i]), int(entries[i + 1])
-        counts = block.rows.counts[at[i] : at[i + 1]]
-        writer.add_rows(tokens, Rows(counts, block.rows.ids[a:b], block.rows.logprobs[a:b]))
+        mine = slice(int(at[i]), int(at[i + 1])), slice(int(entries[i]), int(entries[i + 1]))
+        writer.add_rows(tokens, block.rows.cut(*mine))

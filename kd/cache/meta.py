@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ TAIL_OF = {
 }
 
 MAX_VOCAB = 2**25
+MAX_TAILS = 16
 FIELDS: dict[str, Any] = {
     "teacher": Mapping,
     "tokenizer": Mapping,
@@ -32,12 +33,14 @@ FIELDS: dict[str, Any] = {
     "codec": str,
     "selection_options": Mapping,
     "codec_options": Mapping,
+    "tail_temperatures": Sequence,
 }
 KINDS: dict[Any, str] = {
     Mapping: "a mapping",
     int: "an integer",
     (int, float): "a number",
     str: "text",
+    Sequence: "a list of numbers",
 }
 
 
@@ -56,6 +59,8 @@ class CacheMeta:
         codec: how the rows are stored: "float32" (lossless), "log8", "compact" or "counts".
         selection_options: {"top_p": ...}, {"draws": ..., "seed": ...} and the like.
         codec_options: settings of the codec that differ from its defaults.
+        tail_temperatures: where the tail's log-partition is stored, for losses at another
+            temperature; selections "top_k" and "top_p" alone. Empty: it is not.
     """
 
     teacher: Mapping[str, Any]
@@ -68,6 +73,7 @@ class CacheMeta:
     codec: str = "float32"
     selection_options: Mapping[str, Any] = field(default_factory=dict)
     codec_options: Mapping[str, Any] = field(default_factory=dict)
+    tail_temperatures: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         from kd.cache.registry import CODECS
@@ -106,10 +112,30 @@ class CacheMeta:
             raise ValueError(
                 f"{where}: codec must be one of {', '.join(CODECS)}, got {self.codec!r}."
             )
+        self._check_tails()
         if self.codec.startswith("hidden") != (self.selection == "hidden"):
             raise ValueError(
                 f"{where}: codec must be a hidden_ one exactly for selection 'hidden', got "
                 f"{self.codec!r} for {self.selection!r}."
+            )
+
+    def _check_tails(self) -> None:
+        stored = tuple(self.tail_temperatures)
+        right = all(type(t) in (int, float) and 0 < t < float("inf") for t in stored)
+        if not right or len(set(stored)) < len(stored):
+            raise ValueError(
+                "CacheMeta: tail_temperatures must be different numbers above 0, got "
+                f"{self.tail_temperatures!r:.100}."
+            )
+        if len(stored) > MAX_TAILS:
+            raise ValueError(
+                f"CacheMeta: tail_temperatures must be at most {MAX_TAILS}, got {len(stored)}."
+            )
+        object.__setattr__(self, "tail_temperatures", tuple(map(float, stored)))
+        if stored and self.tail != "bucket":
+            raise ValueError(
+                "CacheMeta: tail_temperatures must be left out for selection "
+                f"{self.selection!r}, which has no tail, got {stored}."
             )
 
     @property
@@ -119,6 +145,9 @@ class CacheMeta:
 
     def to_dict(self) -> dict[str, Any]:
         found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        found["tail_temperatures"] = list(self.tail_temperatures)
+        if not self.tail_temperatures:  # as in caches older than this field
+            del found["tail_temperatures"]
         return {
             name: dict(value) if isinstance(value, Mapping) else value
             for name, value in found.items()

@@ -16,6 +16,7 @@ from kd.cache.base import CacheReader
 from kd.cache.codecs import Rows, starts
 from kd.cache.keys import token_array
 from kd.cache.meta import CacheMeta
+from kd.cache.tails import add_entries
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,17 @@ class SparseTargets:
         logprobs: the same shape, float32, natural logarithms; -inf in empty slots.
         tail: what the probability outside the stored tokens means.
         temperature: the one the log-probabilities were captured at.
+        tail_log_partition: [L, M] or [B, L, M] float32, the tail at ``tail_temperatures``; 0 in
+            padding. None in a cache that does not store it.
+        tail_temperatures: M temperatures, or none.
     """
 
     ids: Tensor
     logprobs: Tensor
     tail: str
     temperature: float
+    tail_log_partition: Tensor | None = None
+    tail_temperatures: tuple[float, ...] = ()
 
 
 class TeacherCache(CacheReader):
@@ -93,11 +99,7 @@ class TeacherCache(CacheReader):
             KeyError: when the sequence is not in the cache.
         """
         tokens = token_array(input_ids, "TeacherCache.lookup")
-        rows = self._rows([tokens])
-        ids = torch.full((len(tokens), self.k), -1, dtype=torch.int64)
-        logprobs = torch.full((len(tokens), self.k), -torch.inf)
-        self._fill(rows, np.arange(len(tokens)), ids, logprobs)
-        return SparseTargets(ids, logprobs, self.meta.tail, self.meta.temperature)
+        return self._targets(self._rows([tokens]), np.arange(len(tokens)), (len(tokens),))
 
     def batch(self, sequences: Sequence[Any], length: int) -> SparseTargets:
         """Targets of several sequences, padded on the right: [B, length, K].
@@ -119,17 +121,29 @@ class TeacherCache(CacheReader):
             length: of a row of the batch.
         """
         found, _, at = self._packed_places(packs, length)
-        shape = (len(found), length, self.k)
-        ids = torch.full(shape, -1, dtype=torch.int64)
-        logprobs = torch.full(shape, -torch.inf)
         rows = self._rows([tokens for pack in found for tokens in pack])
-        self._fill(rows, at, ids.view(-1, self.k), logprobs.view(-1, self.k))
-        return SparseTargets(ids, logprobs, self.meta.tail, self.meta.temperature)
+        return self._targets(rows, at, (len(found), length))
+
+    def _targets(
+        self, rows: Rows, at: NDArray[np.int64], shape: tuple[int, ...]
+    ) -> SparseTargets:
+        """Rows at the places ``at`` of a batch of ``shape``, the likeliest k of each."""
+        meta, k = self.meta, self.k
+        if self._top_k is not None and int(rows.counts.max(initial=0)) > self._top_k:
+            rows = keep_top(rows, self._top_k, [meta.temperature / t for t in meta.tail_temperatures])
+        ids = torch.full((*shape, k), -1, dtype=torch.int64)
+        logprobs = torch.full((*shape, k), -torch.inf)
+        self._fill(rows, at, ids.view(-1, k), logprobs.view(-1, k))
+        tails = None
+        if rows.tails is not None:
+            tails = torch.zeros(*shape, rows.tails.shape[1])
+            tails.view(-1, rows.tails.shape[1]).numpy()[at] = rows.tails
+        return SparseTargets(
+            ids, logprobs, meta.tail, meta.temperature, tails, tuple(meta.tail_temperatures)
+        )
 
     def _fill(self, rows: Rows, at: NDArray[np.int64], ids: Tensor, logprobs: Tensor) -> None:
-        """Put rows into [N, K] tensors at the given rows, the likeliest k where there are more."""
-        if self._top_k is not None and int(rows.counts.max(initial=0)) > self._top_k:
-            rows = keep_top(rows, self._top_k)
+        """Put rows into [N, K] tensors at the given rows."""
         k = self.k
         contiguous = len(at) > 0 and int(at[-1]) - int(at[0]) == len(at) - 1
         out_ids, out_logprobs = ids.numpy(), logprobs.numpy()
@@ -158,10 +172,16 @@ class TeacherCache(CacheReader):
         return top_k
 
 
-def keep_top(rows: Rows, k: int) -> Rows:
-    """The k likeliest entries of every row, likeliest first."""
+def keep_top(rows: Rows, k: int, powers: Sequence[float] = ()) -> Rows:
+    """The k likeliest entries of every row, likeliest first; the others go to its tail.
+
+    powers: temperature / t of each column of ``rows.tails``.
+    """
     row = np.repeat(np.arange(len(rows.counts)), rows.counts)
     order = np.lexsort((-rows.logprobs, row))
     rank = np.arange(len(row)) - np.repeat(starts(rows.counts)[:-1], rows.counts)
-    kept = order[rank < k]
-    return Rows(np.minimum(rows.counts, k), rows.ids[kept], rows.logprobs[kept])
+    kept, left = order[rank < k], order[rank >= k]
+    tails = rows.tails
+    if tails is not None:
+        tails = add_entries(tails, rows.logprobs[left], row[left], powers)
+    return Rows(np.minimum(rows.counts, k), rows.ids[kept], rows.logprobs[kept], tails)

@@ -14,15 +14,18 @@ from kd.cache.meta import CacheMeta
 
 # Probabilities of a row may exceed one by the rounding of bfloat16 log-probs, and by no more.
 MASS_TOLERANCE = 1e-2
+TAIL_TOLERANCE = 0.02  # nats, of a tail's log-partition: its steps and the rounding of float32
 
 
-def rows_of(tokens: NDArray[np.int32], ids: Any, logprobs: Any, meta: CacheMeta) -> Rows:
-    """Flat rows from ids [L, K] (-1 is an empty slot) and log-probs [L, K].
+def rows_of(
+    tokens: NDArray[np.int32], ids: Any, logprobs: Any, meta: CacheMeta, tails: Any = None
+) -> Rows:
+    """Flat rows from ids [L, K] (-1 is an empty slot), log-probs [L, K] and tails [L, M].
 
     Raises:
         ValueError: naming the sequence and the row, for shapes that do not fit, ids outside the
             live vocabulary or twice in a row, log-probs that are NaN, +inf or above 0, and rows
-            whose probabilities sum to more than one.
+            whose probabilities sum to more than one; tails that no distribution has.
     """
     name = f"sequence {describe(tokens)}"
     ids, logprobs = _array(ids), _array(logprobs)
@@ -54,7 +57,49 @@ def rows_of(tokens: NDArray[np.int32], ids: Any, logprobs: Any, meta: CacheMeta)
     _refuse(bad, f"{name}: ids", "different within a row", ordered[:, 1:])
     mass = np.where(used, np.exp(np.where(used, logprobs, 0)), 0).sum(1)
     _refuse(mass > 1 + MASS_TOLERANCE, f"{name}: probabilities", "at most 1 in sum", mass)
-    return Rows(counts, ids[used].astype(np.int32), np.minimum(logprobs[used], 0))
+    stored = _tails_of(name, len(tokens), mass, tails, meta)
+    if stored is not None:
+        stored = np.where(counts[:, None] > 0, stored, np.float32(0))  # such a row says nothing
+    return Rows(counts, ids[used].astype(np.int32), np.minimum(logprobs[used], 0), stored)
+
+
+def _tails_of(
+    name: str, length: int, mass: NDArray[Any], tails: Any, meta: CacheMeta
+) -> NDArray[np.float32] | None:
+    temperatures = meta.tail_temperatures
+    if not temperatures and tails is None:
+        return None
+    shape = (length, len(temperatures))
+    found = np.zeros(0) if tails is None else _array(tails)
+    if not temperatures or found.shape != shape or found.dtype.kind != "f":
+        raise ValueError(
+            f"CacheWriter.add: tails must be [L, M] = {shape} floating-point values at the meta's "
+            f"tail_temperatures, got {None if tails is None else found.shape} for {name}."
+        )
+    found = found.astype(np.float32, copy=False)
+    for problem, rule, bad in broken_tails(found, mass, meta):
+        _refuse(bad, f"{name}: {problem}", rule, found)
+    return found
+
+
+def broken_tails(
+    tails: NDArray[np.float32], mass: NDArray[Any], meta: CacheMeta
+) -> list[tuple[str, str, NDArray[np.bool_]]]:
+    """What no distribution has: (what, the rule, where [N, M]). mass [N] of the stored tokens."""
+    order = np.argsort(meta.tail_temperatures)
+    powers = meta.temperature / np.array(meta.tail_temperatures)
+    with np.errstate(invalid="ignore"):
+        falls = np.diff(tails[:, order], axis=1) < -TAIL_TOLERANCE
+        most = np.log(meta.live_vocab) + TAIL_TOLERANCE
+        # Probabilities of at most 1 - mass in all, and of at most live_vocab tokens.
+        share = np.log(np.maximum(1 + MASS_TOLERANCE - mass, MASS_TOLERANCE))[:, None]
+        largest = np.minimum(most, np.where(powers >= 1, powers * share, most)) + TAIL_TOLERANCE
+        some = (tails == -np.inf).any(1) != (tails == -np.inf).all(1)
+    return [
+        ("tails", "finite, or -inf in a whole row", ~(tails < np.inf) | some[:, None]),
+        ("tails", "log-sums of the probability left over, or less", tails > largest),
+        ("tails", "larger at a higher temperature", falls),
+    ]
 
 
 def _array(values: Any) -> NDArray[Any]:

@@ -26,8 +26,10 @@ from kd.cache.codecs import (
 from kd.cache.header import Damaged, count_in, parse, serialise, whole
 from kd.cache.keys import KEY_BYTES, key_of
 from kd.cache.registry import CODECS
+from kd.cache.tails import STREAMS, decode_tails, encode_tails
 
 FORMAT = "kd-cache/1"
+FORMAT_WITH_TAILS = "kd-cache/2"
 # What decoding bytes that no encoder wrote can raise.
 DECODING = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
@@ -67,12 +69,14 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
     streams = {"tokens": fixed_stream(block.tokens, width, layout.rows)}
     side = Side(options)
     streams |= coder.encode(block.rows, layout, side)
+    if block.rows.tails is not None:
+        streams |= encode_tails(block.rows.tails, layout, side)
     tensors |= {name: side.tables[name].astype("<u4") for name in coder.tables}
     for name, (data, offsets) in streams.items():
         tensors[name] = data
         tensors[f"{name}.offsets"] = offsets.astype("<u4" if offsets[-1] < 2**32 else "<i8")
     metadata = {
-        "format": FORMAT,
+        "format": FORMAT if block.rows.tails is None else FORMAT_WITH_TAILS,
         "cache_id": cache_id,
         "codec": codec,
         "sequences": str(len(block.lengths)),
@@ -97,6 +101,8 @@ class Shard:
     def __init__(self, path: Path, codec: str, options: Mapping[str, Any], cache_id: str) -> None:
         self.path, self.options, self.side = path, options, Side(options)
         self.codec: Codec = CODECS[codec]
+        self.tails = int(options.get("tail_temperatures", 0))  # values of a row
+        self.streams = (*self.codec.streams, *(STREAMS if self.tails else ()))
         with open(path, "rb") as file:
             empty = file.seek(0, 2) == 0  # cannot be mapped
             mapped = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -120,12 +126,13 @@ class Shard:
 
     def _parse(self) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
         allowed = {"keys", "lengths", "counts", *self.codec.tables}
-        for name in ("tokens", *self.codec.streams):
+        for name in ("tokens", *self.streams):
             allowed |= {name, f"{name}.offsets"}
         return parse(self.data, allowed, ("counts",))
 
     def _check_metadata(self, cache_id: str) -> None:
-        expected = {"format": FORMAT, "cache_id": cache_id, "codec": self.codec.name}
+        form = FORMAT_WITH_TAILS if self.tails else FORMAT
+        expected = {"format": form, "cache_id": cache_id, "codec": self.codec.name}
         for name, wanted in expected.items():
             if self.metadata.get(name) != wanted:
                 raise Damaged(f"{name} {wanted}", f"{self.metadata.get(name)!r}"[:120])
@@ -154,7 +161,7 @@ class Shard:
             bad = table.ndim != 1 or table.dtype != np.uint32 or len(table) > live
             if bad or (len(table) and int(table.max()) >= live):
                 raise Damaged(f"{name} of ids below {live:,}", f"{table.dtype} {table.shape}")
-        for name in ("tokens", *self.codec.streams):
+        for name in ("tokens", *self.streams):
             offsets, data = self.tensors[f"{name}.offsets"], self.tensors[name]
             shapes_ok = offsets.shape == (self.sequences + 1,) and data.ndim == 1
             if (
@@ -204,10 +211,12 @@ class Shard:
         """Decode these sequences' rows, in this order; ``check`` looks at every id and value."""
         counts = self.counts_of(sequences)
         layout = Layout.of(self.lengths[list(sequences)], counts)
-        parts = {name: self.part(name, sequences) for name in self.codec.streams}
+        parts = {name: self.part(name, sequences) for name in self.streams}
         try:
             with np.errstate(all="ignore"):  # the rows are looked at below
                 rows = self.codec.decode(parts, counts, layout, self.side)
+                if self.tails:
+                    rows.tails = decode_tails(parts, self.tails, layout, self.side)
         except DECODING as error:
             found = f"{error!s:.200}" or type(error).__name__
             raise self._wrong("rows that can be decoded", found) from None

@@ -22,7 +22,7 @@ from kd.cache.manifest import (
     update_manifest,
 )
 from kd.cache.meta import CacheMeta
-from kd.cache.rows import MASS_TOLERANCE
+from kd.cache.rows import MASS_TOLERANCE, broken_tails
 from kd.cache.shards import Shard
 from kd.cache.writer import keys_in, shard_options
 
@@ -80,7 +80,7 @@ def verify_cache(path: str | os.PathLike[str]) -> Verdict:
                 verdict.add(entry.name, f"sequence {key.hex()[:12]} is in {owner[key]} too")
             owner[key] = entry.name
         try:
-            _check_rows(shard, verdict)
+            _check_rows(shard, manifest.meta, verdict)
         except (ValueError, IndexError, KeyError) as error:
             verdict.add(entry.name, f"its rows cannot be decoded: {error}")
     listed = {entry.name for entry in manifest.shards}
@@ -114,7 +114,7 @@ def _open_whole(folder: Path, entry: ShardEntry, meta: CacheMeta) -> Shard:
     return shard
 
 
-def _check_rows(shard: Shard, verdict: Verdict) -> None:
+def _check_rows(shard: Shard, meta: CacheMeta, verdict: Verdict) -> None:
     """Keys against tokens; ids, log-probs and sums of every row."""
     name, live = shard.path.name, shard.side.live_vocab
     keys = keys_in(shard)
@@ -135,12 +135,16 @@ def _check_rows(shard: Shard, verdict: Verdict) -> None:
         row = np.repeat(np.arange(len(rows.counts)), rows.counts)
         mass = row_sums(np.exp(rows.logprobs.astype(np.float64)), rows.counts)
         ordered = np.sort(row.astype(np.int64) * live + rows.ids)
-        checks = (
+        checks = [
             ("an id outside the vocabulary", row[(rows.ids < 0) | (rows.ids >= live)]),
             ("a log-prob above 0 or NaN", row[~(rows.logprobs <= 0)]),
             ("an id twice", ordered[1:][ordered[1:] == ordered[:-1]] // live),
             ("probabilities above 1 in sum", np.flatnonzero(mass > 1 + MASS_TOLERANCE)),
-        )
+        ]
+        if rows.tails is not None:
+            held = np.where(rows.counts > 0, mass, 0)
+            for what, rule, bad in broken_tails(rows.tails, held, meta):
+                checks.append((f"{what} must be {rule}", np.flatnonzero(bad.any(1))))
         for what, found in checks:
             if len(found):
                 sequence = int(np.searchsorted(at, found[0], side="right")) - 1

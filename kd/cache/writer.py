@@ -115,7 +115,7 @@ class CacheWriter:
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, input_ids: Any, ids: Any, logprobs: Any) -> None:
+    def add(self, input_ids: Any, ids: Any, logprobs: Any, tails: Any = None) -> None:
         """Store a sequence's targets: row i is the distribution for the token after token i.
 
         Args:
@@ -123,13 +123,15 @@ class CacheWriter:
             ids: [L, K] integer token ids; -1 is an empty slot.
             logprobs: [L, K] natural-log probabilities at the cache's temperature, over the live
                 vocabulary.
+            tails: [L, M] log(sum over the ids left out of p ** (temperature / t)) at the M
+                ``meta.tail_temperatures`` t (-inf: nothing is left out); none without any.
 
         Raises:
             ValueError: for bad rows (naming sequence and row), and for a sequence that is there.
             OSError: when an earlier shard could not be written.
         """
         tokens = token_array(input_ids, "CacheWriter.add")
-        self.add_rows(tokens, rows_of(tokens, ids, logprobs, self.meta))
+        self.add_rows(tokens, rows_of(tokens, ids, logprobs, self.meta, tails))
 
     def add_rows(self, tokens: np.ndarray, rows: Rows) -> None:
         """``add`` for rows that are flat and checked already."""
@@ -289,7 +291,12 @@ class CacheWriter:
 
 def shard_options(meta: CacheMeta) -> Mapping[str, Any]:
     """What a codec needs to know of the cache."""
-    return {"live_vocab": meta.live_vocab, **meta.selection_options, **meta.codec_options}
+    return {
+        "live_vocab": meta.live_vocab,
+        "tail_temperatures": len(meta.tail_temperatures),
+        **meta.selection_options,
+        **meta.codec_options,
+    }
 
 
 def keys_in(shard: Shard) -> list[bytes]:
@@ -311,10 +318,12 @@ def entry_of(name: str, data: bytes, block: Block) -> ShardEntry:
 
 
 def join_rows(parts: list[Rows]) -> Rows:
+    tails: list[Any] = [part.tails for part in parts]
     return Rows(
         np.concatenate([part.counts for part in parts]),
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.logprobs for part in parts]),
+        None if any(part is None for part in tails) else np.concatenate(tails),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.losses.inputs import TAILS, Hidden, TopK
+from kd.losses.inputs import MAX_TAIL_TEMPERATURES, TAILS, Hidden, TopK
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "torch", "triton", "reference")
@@ -120,6 +120,38 @@ def sparse(teacher: TopK, where: str) -> None:
             f"{where}: teacher.tail must be one of {', '.join(TAILS)}, got {teacher.tail!r}."
         )
     positive("teacher.temperature", teacher.temperature, where)
+    stored_tails(teacher, where)
+
+
+def stored_tails(teacher: TopK, where: str) -> None:
+    """A TopK's tail_log_partition and tail_temperatures."""
+    stored, temperatures = teacher.tail_log_partition, teacher.tail_temperatures
+    if stored is None and not temperatures:
+        return
+    for temperature in temperatures:
+        positive("teacher.tail_temperatures", temperature, where)
+    if not 1 <= len(set(temperatures)) == len(temperatures) <= MAX_TAIL_TEMPERATURES:
+        raise ValueError(
+            f"{where}: teacher.tail_temperatures must be 1 to {MAX_TAIL_TEMPERATURES} different "
+            f"temperatures beside tail_log_partition, got {tuple(temperatures)}."
+        )
+    floating("teacher.tail_log_partition", stored, where)
+    if stored.shape != (*teacher.ids.shape[:-1], len(temperatures)):
+        raise ValueError(
+            f"{where}: teacher.tail_log_partition must be [..., M] with ids' leading shape and one "
+            f"value for each of the {len(temperatures)} tail_temperatures, got "
+            f"{tuple(stored.shape)} beside ids {tuple(teacher.ids.shape)}."
+        )
+    if stored.device != teacher.ids.device:
+        raise ValueError(
+            f"{where}: teacher.tail_log_partition must be on ids' device {teacher.ids.device}, got "
+            f"{stored.device}."
+        )
+    if teacher.tail not in ("bucket", "uniform"):
+        raise ValueError(
+            f"{where}: teacher.tail_log_partition must come with a tail, got "
+            f"tail={teacher.tail!r}, which has none. Leave it out."
+        )
 
 
 def positive(name: str, value: Any, where: str) -> None:
@@ -134,6 +166,7 @@ def no_teacher_gradient(teacher: Tensor | Hidden | TopK, where: str) -> None:
         "teacher": teacher if isinstance(teacher, Tensor) else None,
         "teacher.hidden": getattr(teacher, "hidden", None),
         "teacher.logprobs": getattr(teacher, "logprobs", None),
+        "teacher.tail_log_partition": getattr(teacher, "tail_log_partition", None),
     }
     for name, part in parts.items():
         if part is not None and part.requires_grad and torch.is_grad_enabled():
@@ -211,6 +244,12 @@ def values_on_cpu(
                 f"{where}: teacher.logprobs must be natural-log probabilities summing to at most "
                 f"1 a row, got a row summing to {math.exp(min(top, 700)):.4g}. Pass log_softmax "
                 "values over the full vocabulary, not logits or probabilities."
+            )
+        stored = teacher.tail_log_partition
+        if stored is not None and not bool((stored < torch.inf).all()):  # NaN included
+            raise ValueError(
+                f"{where}: teacher.tail_log_partition must be finite, or -inf where a row has no "
+                "tail, got NaN or +inf. Was it computed from logits that are not finite?"
             )
     if labels is not None and labels.device.type == "cpu" and labels.numel():
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 TAILS = ("bucket", "renormalize", "drop", "uniform")
+TAIL_RULES = ("spread", "one_outcome")
+MAX_TAIL_TEMPERATURES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +50,25 @@ class TopK:
             "drop": the K masses as they are and nothing else: unbiased for sampled targets,
             forward KL only;
             "uniform": spread evenly over the other live tokens.
-        temperature: the one the log-probs were captured at. A loss at another temperature rescales
-            the K entries exactly up to normalisation, and the tail as if it were uniform.
+        temperature: the one the log-probs were captured at. "renormalize" and "uniform" say all
+            that a loss at another temperature needs; "drop" has none; "bucket" needs one of:
+        tail_log_partition: [..., M] log(sum over the tail of p ** (temperature / t)) at the M
+            ``tail_temperatures`` t, as the cache stores it ("bucket" and "uniform"; -inf: no tail).
+            A loss at any temperature between has the tail's mass to the polynomial through them
+            (kd.losses.tails), and the K entries exactly.
+        tail_temperatures: M different temperatures > 0, at most 16.
+        tail_at_temperature: what a "bucket" is raised as at a temperature that is not stored:
+            "spread" over the other live tokens evenly (it swells as T grows), or "one_outcome"
+            (one token of its mass; it shrinks). None refuses such a loss.
     """
 
     ids: Tensor
     logprobs: Tensor
     tail: str = "bucket"
     temperature: float = 1.0
+    tail_log_partition: Tensor | None = None
+    tail_temperatures: tuple[float, ...] = ()
+    tail_at_temperature: str | None = None
 
 
 Student: TypeAlias = "Tensor | Hidden"
@@ -93,32 +106,3 @@ def merge_duplicates(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     )
     merged = torch.full_like(ids, -1).scatter(1, group, sorted_ids)
     return merged, torch.where(merged < 0, -torch.inf, shift + mass.log())
-
-
-def log_complement(logprobs: Tensor) -> Tensor:
-    """log(1 - sum(exp(logprobs))) over the last dimension, kept: the log-mass of the tail.
-
-    Summed in float64, and never below the resolution of the stored log-probs (1e-7 for float32):
-    what is left of a saturated row is then their rounding, and a tail of exactly zero would turn
-    that rounding into an infinite reverse KL.
-    """
-    resolution = torch.finfo(logprobs.dtype).eps if logprobs.dtype == torch.float64 else 1e-7
-    log_mass = torch.logsumexp(logprobs.double(), -1, keepdim=True).clamp(max=-resolution)
-    return torch.log(-torch.expm1(log_mass)).to(logprobs.dtype)
-
-
-def at_temperature(
-    logprobs: Tensor, log_tail: Tensor, tail_tokens: Tensor, ratio: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probs captured at T_c moved to T, with ratio = T_c / T.
-
-    The K entries and the tail, taken as ``tail_tokens`` equal tokens, are raised to ``ratio`` and
-    normalised. logprobs [N, K], log_tail [N, 1], tail_tokens [N, 1]; returns the same shapes.
-    """
-    if ratio == 1:
-        return logprobs, log_tail
-    count = tail_tokens.to(logprobs.dtype).clamp(min=1).log()
-    entries = torch.where(logprobs == -torch.inf, logprobs, logprobs * ratio)
-    tail = torch.where(log_tail == -torch.inf, log_tail, (log_tail - count) * ratio + count)
-    norm = torch.logsumexp(torch.cat([entries, tail], -1), -1, keepdim=True)
-    return entries - norm, tail - norm

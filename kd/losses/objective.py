@@ -13,6 +13,7 @@ from kd.losses.autograd import TokenLoss, leaves, reduced
 from kd.losses.divergences import Divergence, forward_kl, resolve
 from kd.losses.inputs import Hidden, Student, Teacher, TopK, full_tensor
 from kd.losses.rows import Objective
+from kd.losses.tails import check_temperature
 from kd.losses.torch_backend import Problem, Projection, compute_dtype
 
 
@@ -176,6 +177,14 @@ def _check_combination(where, divergence, teacher, temperature, ce_weight, label
     if not isinstance(teacher, TopK):
         return
     checks.sparse(teacher, where)
+    check_temperature(
+        where,
+        temperature,
+        teacher.temperature,
+        teacher.tail,
+        teacher.tail_temperatures,
+        teacher.tail_at_temperature,
+    )
     if teacher.tail == "drop" and divergence.name != "forward_kl":
         raise ValueError(
             f"{where}: tail='drop' must be used with forward_kl, got {divergence}. Its masses are "
@@ -260,11 +269,14 @@ def _flat_teacher(teacher: Teacher | None) -> Teacher | None:
     if teacher is None or isinstance(teacher, Tensor):
         return None if teacher is None else teacher.detach().reshape(-1, teacher.shape[-1])
     if isinstance(teacher, TopK):
-        k = teacher.ids.shape[-1]
+        k, stored = teacher.ids.shape[-1], teacher.tail_log_partition
+        if stored is not None:
+            stored = stored.detach().reshape(-1, stored.shape[-1])
         return dataclasses.replace(
             teacher,
             ids=teacher.ids.reshape(-1, k),
             logprobs=teacher.logprobs.detach().reshape(-1, k),
+            tail_log_partition=stored,
         )
     flat = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
     weight = full_tensor(teacher.weight).detach()

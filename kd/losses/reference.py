@@ -139,6 +139,24 @@ def sparse_row(teacher: TopK, row: int) -> dict[int, float]:
     return masses
 
 
+def stored_tail(teacher: TopK, row: int, temperature: float) -> float | None:
+    """The tail's sum of p ** (T_c / T) by the polynomial in 1 / T through the stored logs."""
+    temperatures, stored = teacher.tail_temperatures, teacher.tail_log_partition
+    if stored is None or not min(temperatures) <= temperature <= max(temperatures):
+        return None
+    values = stored[row].double().tolist()
+    if -math.inf in values:
+        return 0.0
+    value = 0.0
+    for i, t in enumerate(temperatures):
+        term = values[i]
+        for j, other in enumerate(temperatures):
+            if j != i:
+                term *= (1 / temperature - 1 / other) / (1 / t - 1 / other)
+        value += term
+    return math.exp(value)
+
+
 def sparse_outcomes(
     teacher: TopK, row: int, log_q: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, bool]:
@@ -153,11 +171,15 @@ def sparse_outcomes(
         nothing = float(p.sum()) == 0  # says nothing: all in the tail
         p, tail = (p, 1.0) if nothing else (p / p.sum(), 0.0)
     ratio = teacher.temperature / temperature
+    known = stored_tail(teacher, row, temperature) if rest and tail else None
     if ratio != 1:
-        tail = len(rest) * (tail / len(rest)) ** ratio if rest else 0.0
+        many = 1 if teacher.tail_at_temperature == "one_outcome" else max(len(rest), 1)
+        tail = many * (tail / many) ** ratio if known is None else known
         p = p**ratio
         total = p.sum() + tail
         p, tail = p / total, tail / float(total)
+    elif known and tail < 1e3 * resolution:
+        tail = known
     if teacher.tail == "uniform":
         dense = torch.full_like(log_q, tail / len(rest) if rest else 0.0, requires_grad=False)
         dense = dense.detach().index_copy(0, torch.tensor(ids, dtype=torch.long), p)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kd.losses.divergences import Divergence, head_mask
-from kd.losses.inputs import TopK, at_temperature, log_complement, merge_duplicates
+from kd.losses.inputs import TopK, merge_duplicates
+from kd.losses.tails import at_temperature, log_complement, log_partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,10 @@ def canonical_sparse(
         log_p = torch.where(norm == -torch.inf, log_p, log_p - norm)
     log_tail = log_tail.masked_fill(tail_tokens == 0, -torch.inf)
     ratio = teacher.temperature / objective.temperature
-    log_p, log_tail = at_temperature(log_p, log_tail, tail_tokens, ratio)
+    known = log_partition(teacher, rows, objective.temperature)
+    log_p, log_tail = at_temperature(
+        log_p, log_tail, tail_tokens, ratio, known, teacher.tail_at_temperature
+    )
     return SparseRows(ids, log_p.to(dtype), log_tail.to(dtype), teacher.tail)
 
 

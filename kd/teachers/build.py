@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
 from kd.cache.keys import describe, key_of, token_array
+from kd.cache.tails import DEFAULT as DEFAULT_TAIL_TEMPERATURES
 from kd.cache.writer import SHARD_TOKENS
 from kd.heads import reading
 from kd.teachers.identity import teacher_identity
@@ -38,6 +39,7 @@ def build_cache(
     selection: Selection | str | None = None,
     codec: str | None = None,
     codec_options: Mapping[str, Any] | None = None,
+    tail_temperatures: Sequence[float] | str | None = "auto",
     live_vocab: int | None = None,
     batch_tokens: int = 4096,
     shard_tokens: int = SHARD_TOKENS,
@@ -65,6 +67,10 @@ def build_cache(
         codec: how rows are stored: "compact", "log8", "float32" (lossless) or "counts". When
             None: "counts" for "sampled", "log8" for "hybrid", "compact" for the others.
         codec_options: {"levels": 110} is the default of "compact"; more is finer.
+        tail_temperatures: where the tail's log-partition is stored beside the tokens, three to
+            four bytes a token, so that a loss at any temperature between has the tail's mass
+            (kd.TopK). "auto": 7 temperatures from 1 to 4 for "top_k" and "top_p", none for the
+            selections without a tail. None or (): not at all.
         live_vocab: tokens that exist, when there is no tokenizer; the lm_head's rows when None.
         batch_tokens: padded tokens in a forward pass.
         shard_tokens: tokens in a shard: what a killed run loses at most.
@@ -91,6 +97,7 @@ def build_cache(
         selection=selection,
         codec=codec,
         codec_options=codec_options,
+        tail_temperatures=tail_temperatures,
     )
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     was_training = model.training
@@ -123,6 +130,7 @@ def cache_meta(
     selection: Selection | str | None = None,
     codec: str | None = None,
     codec_options: Mapping[str, Any] | None = None,
+    tail_temperatures: Sequence[float] | str | None = "auto",
 ) -> CacheMeta:
     """The identity a cache of this model has; also what a reader may ``expect``."""
     from kd.vocab import tokenizer_fingerprint
@@ -144,7 +152,22 @@ def cache_meta(
         codec=codec or DEFAULT_CODECS.get(chosen.name, "compact"),
         selection_options=chosen.options(),
         codec_options=codec_options or {},
+        tail_temperatures=tail_temperatures_of(tail_temperatures, chosen),
     )
+
+
+def tail_temperatures_of(
+    asked: Sequence[float] | str | None, selection: Selection
+) -> tuple[float, ...]:
+    """The temperatures that ``build_cache`` stores the tail at."""
+    if isinstance(asked, str):
+        if asked != "auto":
+            raise ValueError(
+                "build_cache: tail_temperatures must be 'auto', None or a list of temperatures, "
+                f"got {asked!r}."
+            )
+        return () if selection.random else DEFAULT_TAIL_TEMPERATURES
+    return tuple(map(float, asked or ()))
 
 
 def selection_of(selection: Selection | str | None, top_k: int) -> Selection:
@@ -223,17 +246,24 @@ class _Capture:
         tokens_in = sum(len(tokens) for tokens in sequences)
         if any(missing):
             lengths = [len(tokens) for tokens in sequences]
-            ids, logprobs, bad = self._targets(sequences, lengths)
+            ids, logprobs, tails, bad = self._targets(sequences, lengths)
             start = 0
             for tokens, wanted in zip(sequences, missing, strict=True):
                 stop = start + len(tokens)
-                if wanted and self._accept(tokens, bad[start:stop], ids[start:stop]):
-                    self.writer.add(tokens, ids[start:stop], logprobs[start:stop])
+                rows = slice(start, stop)
+                if wanted and self._accept(tokens, bad[rows], ids[rows]):
+                    self.writer.add(
+                        tokens, ids[rows], logprobs[rows], None if tails is None else tails[rows]
+                    )
                 start = stop
         self.meter.advance(tokens_in, fresh=any(missing))
 
-    def _targets(self, sequences: Batch, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _targets(
+        self, sequences: Batch, lengths: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """(ids, log-probs, tails or None, rows that are no distribution) of all real rows."""
         meta = self.writer.meta
+        powers = [meta.temperature / t for t in meta.tail_temperatures]
         padded = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
         for row, tokens in zip(padded, sequences, strict=True):
             row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
@@ -244,17 +274,22 @@ class _Capture:
             uniforms = torch.cat(drawn)  # [N, draws]
         for logits in self.source.chunks(padded, lengths):
             mine = None if uniforms is None else uniforms[row : row + len(logits)]
-            ids, logprobs = self.selection.rows(logits, meta.temperature, mine)
+            tails = logits.new_empty(len(logits), 0, dtype=torch.float32)
+            if powers:
+                found = self.selection.rows_and_tails(logits, meta.temperature, powers)
+                ids, logprobs, tails = found
+            else:
+                ids, logprobs = self.selection.rows(logits, meta.temperature, mine)
             # A row with a NaN or +inf has no finite log-prob at all.
             random = self.selection.random
             bad = bad_rows(logits) if random else ~torch.isfinite(logprobs[:, 0])
             if bool(bad.any()):  # stored as nothing, or refused below
                 ids, logprobs = ids.clone(), logprobs.clone()
-                ids[bad], logprobs[bad] = -1, -torch.inf
+                ids[bad], logprobs[bad], tails[bad] = -1, -torch.inf, 0
             row += len(logits)
-            parts.append((ids.cpu(), logprobs.cpu(), bad.cpu()))
-        ids, logprobs, bad = (torch.cat(column) for column in zip(*parts, strict=True))
-        return ids, logprobs, bad
+            parts.append((ids.cpu(), logprobs.cpu(), tails.cpu(), bad.cpu()))
+        ids, logprobs, tails, bad = (torch.cat(column) for column in zip(*parts, strict=True))
+        return ids, logprobs, tails if powers else None, bad
 
     def _accept(self, tokens: NDArray[np.int32], bad: Tensor, ids: Tensor) -> bool:
         """Deal with rows that are no distribution; False drops the sequence."""

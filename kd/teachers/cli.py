@@ -40,11 +40,31 @@ def _build(verbs: Any) -> None:
     verb.add_argument("--top-p", type=float, default=0.98, help="for --selection top_p")
     verb.add_argument("--draws", type=int, default=50, help="for sampled and hybrid")
     verb.add_argument("--codec", choices=("compact", "log8", "float32", "counts"), default=None)
+    verb.add_argument(
+        "--tail-temperatures",
+        type=tail_temperatures,
+        default="auto",
+        metavar="T,T,...",
+        help="where the tail's mass is stored for losses at other temperatures, or 'none' "
+        "(default auto: 7 from 1 to 4, about 4 bytes a token; top_k and top_p alone)",
+    )
     verb.add_argument("--batch-tokens", type=int, default=4096)
     verb.add_argument("--shard-tokens", type=int, default=1 << 17)
     verb.add_argument("--limit", type=int, help="use only the first so many sequences")
     verb.add_argument("--on-bad-rows", choices=("error", "drop", "mask"), default="error")
     verb.set_defaults(run=run_build)
+
+
+def tail_temperatures(text: str) -> tuple[float, ...] | str | None:
+    """What ``--tail-temperatures`` says: "auto", "none", or numbers between commas."""
+    if text in ("auto", "none"):
+        return text if text == "auto" else None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be auto, none or numbers like 1,1.5,2,3,4, got {text!r}"
+        ) from None
 
 
 def run_build(args: argparse.Namespace) -> int:
@@ -60,6 +80,7 @@ def run_build(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         selection=Selection(args.selection, args.top_k, args.top_p, args.draws),
         codec=args.codec,
+        tail_temperatures=args.tail_temperatures,
         batch_tokens=args.batch_tokens,
         shard_tokens=args.shard_tokens,
         limit=args.limit,

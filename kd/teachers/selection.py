@@ -12,6 +12,8 @@ Source: Anshumann et al. 2025, "Sparse Logit Sampling", ACL 2025, for ``sampled`
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,13 +95,8 @@ class Selection:
         Returns:
             ids [C, K] int64, -1 in empty slots; log-probs [C, K] float32, -inf there.
         """
-        if self.name == "top_k":
-            return top_k_rows(logits, self.top_k, temperature)
-        if self.name == "top_p":
-            ids, logprobs = top_k_rows(logits, self.top_k, temperature)
-            p = logprobs.double().exp()
-            outside = p.cumsum(-1) - p >= self.top_p  # before this token the rest was enough
-            return ids.masked_fill(outside, -1), logprobs.masked_fill(outside, -torch.inf)
+        if not self.random:
+            return self.rows_and_tails(logits, temperature, ())[:2]
         assert uniforms is not None
         log_p = torch.log_softmax(logits.double() / temperature, -1)
         if self.name == "sampled":
@@ -112,6 +109,25 @@ class Selection:
         others = others.masked_fill(left <= 1e-12, -1)
         drawn = drawn.masked_fill(others < 0, -torch.inf)
         return torch.cat([ids, others], 1), torch.cat([logprobs, drawn], 1)
+
+    def rows_and_tails(
+        self, logits: Tensor, temperature: float, powers: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``rows`` of "top_k" and "top_p", and what they leave out at other temperatures.
+
+        powers: M times temperature / t. Returns ids, log-probs and tails [C, M] float32:
+        log(sum over the tokens that are not kept of p ** power), -inf where there is none.
+        """
+        ids, logprobs, tails = _top_k(logits, self.top_k, temperature, powers)
+        if self.name == "top_k":
+            return ids, logprobs, tails
+        p = logprobs.double().exp()
+        outside = p.cumsum(-1) - p >= self.top_p  # before this token the rest was enough
+        left = logprobs.masked_fill(~outside, -torch.inf)
+        for column, power in enumerate(powers):
+            more = torch.logsumexp(left * power, -1)
+            tails[:, column] = torch.logaddexp(tails[:, column], more)
+        return ids.masked_fill(outside, -1), logprobs.masked_fill(outside, -torch.inf), tails
 
     def uniforms(self, rows: int, key: bytes) -> Tensor:
         """Numbers in [0, 1) for a sequence's rows [rows, draws], the same in every run."""
@@ -148,15 +164,25 @@ def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, 
         ids [C, k] int64, -1 where fewer than k tokens have a probability; log-probs [C, k]
         float32, in descending order.
     """
+    return _top_k(logits, top_k, temperature, ())[:2]
+
+
+def _top_k(
+    logits: Tensor, top_k: int, temperature: float, powers: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``top_k_rows``, and the tails [C, M] at ``powers``, in the memory that the rows took."""
     logits, k = logits.detach(), min(top_k, logits.shape[1])
     if logits.device.type != "cpu":
         scaled = logits.float() if temperature == 1 else logits.float() / temperature
-        logprobs, ids = torch.log_softmax(scaled, 1).topk(k, dim=1)
-        return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs
+        logp = torch.log_softmax(scaled, 1)
+        logprobs, ids = logp.topk(k, dim=1)
+        tails = tails_(logp, ids, powers, scaled)
+        return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs, tails
     total, width = logits.shape
     rows = min(total, max(1, CACHED_BYTES // (4 * width)))
     ids = torch.empty(total, k, dtype=torch.int64)
     logprobs = torch.empty(total, k)
+    tails = torch.empty(total, len(powers))
     scaled, logp = torch.empty(rows, width), torch.empty(rows, width)  # fresh ones cost as much
     for start in range(0, total, max(1, rows)):  # each part stays in the CPU's cache
         part = logits[start : start + rows]
@@ -166,7 +192,35 @@ def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, 
         torch.ops.aten._log_softmax.out(work, 1, False, out=out)
         found = top_entries(out, k)
         logprobs[start : start + rows], ids[start : start + rows] = found
-    return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs
+        tails[start : start + rows] = tails_(out, found[1], powers, work)
+    return ids.masked_fill_(logprobs == -torch.inf, -1), logprobs, tails
+
+
+def tails_(logp: Tensor, ids: Tensor, powers: Sequence[float], work: Tensor) -> Tensor:
+    """log(sum of p ** power) over the columns that are not in ``ids``, [C, M] float32.
+
+    logp [C, V] float32 and work, of the same shape, are overwritten. Powers at even steps cost
+    one exponential and a product each: exp(u * l) * exp(step * l) = exp((u + step) * l).
+    """
+    tails = logp.new_empty(len(logp), len(powers))
+    if not powers:
+        return tails
+    logp.scatter_(1, ids, -torch.inf)
+    peak = logp.amax(1, keepdim=True)
+    peak.masked_fill_(peak == -torch.inf, 0.0)  # no tail: sums of zero
+    logp.sub_(peak)  # the largest term of every sum is one
+    order = sorted(range(len(powers)), key=lambda at: powers[at])
+    steps = [powers[b] - powers[a] for a, b in itertools.pairwise(order)]
+    even = len(steps) > 1 and max(steps) - min(steps) < 1e-9 * max(powers)
+    for number, column in enumerate(order):
+        if number and even:
+            work.mul_(logp)
+        else:
+            torch.mul(logp, powers[column], out=work).exp_()
+        tails[:, column] = work.sum(1).log_() + powers[column] * peak[:, 0]
+        if number == 0 and even:
+            logp.mul_(steps[0]).exp_()
+    return tails
 
 
 def top_entries(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,142 @@
+"""The tail's log-partition at a few temperatures, beside a row's tokens, in three to four bytes.
+
+A(t) = log(sum over the ids that are not stored of p ** (temperature / t)), at the M temperatures of
+``meta.tail_temperatures``. It is smooth in 1 / t, so that a reader has the tail's mass at any
+temperature between (FORMAT.md). In steps of 1 / 160 nats, each value is predicted from those coded
+before it by a linear function that the shard carries, and what is left goes through a prefix code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd.cache import prefix
+from kd.cache.codecs import Layout, Side, Streams
+
+# Even steps in 1 / t from 1 to 1/4: one exponential and six products at the capture.
+DEFAULT = tuple(8.0 / n for n in range(8, 1, -1))
+STREAMS = ("partition.unary", "partition.bits")
+STEPS = 160  # a nat
+FRACTION = 16  # bits behind the point of a predictor's coefficients
+LARGEST = 1 << 22  # of a value in steps: 26,214 nats
+
+
+def coding_order(number: int) -> list[int]:
+    """The columns as they are coded: both ends, then the middles of what lies between."""
+    found = [0, number - 1] if number > 1 else [0]
+    spans = [(0, number - 1)]
+    for first, last in spans:
+        middle = (first + last) // 2
+        if first < middle:
+            found.append(middle)
+            spans += [(first, middle), (middle, last)]
+    return found
+
+
+def encode_tails(tails: NDArray[np.float32], layout: Layout, side: Side) -> Streams:
+    """The streams of [N, M] values; predictors and code parameters go into ``side.params``."""
+    none = (tails == -np.inf).any(1)
+    levels = np.where(none[:, None], 0, np.rint(np.clip(tails, -2e4, 2e4) * STEPS))
+    levels = levels.astype(np.int64)
+    order = coding_order(tails.shape[1])
+    values = np.zeros_like(levels)
+    parameters: list[int] = []
+    for place, column in enumerate(order):
+        before = levels[:, order[:place]]
+        line = _fitted(before[~none], levels[~none, column])
+        left = levels[:, column] - _predicted(before, line)
+        coded = np.where(left < 0, -2 * left - 1, 2 * left)
+        if place == 0:  # 0 says that the row has no tail
+            coded += 1
+        values[:, place] = np.where(none, 0, coded)
+        k = _parameter(values[:, place])
+        parameters += [k, *line]
+    side.params["partition"] = " ".join(map(str, parameters))
+    k_of = np.array([_split(parameters, place)[0] for place in range(len(order))])
+    unary, bits = prefix.encode(
+        values.reshape(-1),
+        np.tile(k_of, len(values)),
+        "exponential",
+        layout.rows * len(order),
+    )
+    return {STREAMS[0]: unary, STREAMS[1]: bits}
+
+
+def decode_tails(parts: Streams, number: int, layout: Layout, side: Side) -> NDArray[np.float32]:
+    """[N, M] from the streams; -inf in rows without a tail."""
+    rows, order = int(layout.rows[-1]), coding_order(number)
+    parameters = [int(word) for word in str(side.params["partition"]).split()]
+    if len(parameters) != number * (number + 3) // 2 or max(map(abs, parameters)) >= 1 << 40:
+        raise ValueError(f"params.partition must be of {number} temperatures")
+    split = [_split(parameters, place) for place in range(number)]
+    k_of = np.array([k for k, _ in split])
+    values = prefix.decode(
+        parts[STREAMS[0]],
+        parts[STREAMS[1]],
+        np.tile(k_of, rows).astype(np.int32),
+        "exponential",
+        layout.rows * number,
+    )
+    coded = np.asarray(values, np.int64).reshape(rows, number)
+    none = coded[:, 0] == 0
+    coded[:, 0] = np.maximum(coded[:, 0] - 1, 0)
+    left = np.where(coded % 2 == 1, -(coded + 1) // 2, coded // 2)
+    levels = np.zeros((rows, number), np.int64)
+    for place, column in enumerate(order):
+        levels[:, column] = left[:, place] + _predicted(levels[:, order[:place]], split[place][1])
+    levels[none] = 0
+    if (np.abs(levels) > LARGEST).any():
+        raise ValueError("a tail's log-partition is out of range")
+    tails = (levels / STEPS).astype(np.float32)
+    tails[none] = -np.inf
+    return tails
+
+
+def _split(parameters: Sequence[int], place: int) -> tuple[int, list[int]]:
+    """(k, [constant, coefficients of the values before]) of the place-th value coded."""
+    first = place * (place + 3) // 2
+    return parameters[first], list(parameters[first + 1 : first + 2 + place])
+
+
+def _predicted(before: NDArray[np.int64], line: Sequence[int]) -> NDArray[np.int64]:
+    total = np.full(len(before), line[0], np.int64)
+    for column, coefficient in enumerate(line[1:]):
+        total += before[:, column] * coefficient
+    return total >> FRACTION
+
+
+def _fitted(before: NDArray[np.int64], wanted: NDArray[np.int64]) -> list[int]:
+    """The line through a shard's own values, in integers, so that every reader rounds alike."""
+    if not len(wanted):
+        return [0] * (before.shape[1] + 1)
+    known = np.concatenate([np.ones((len(before), 1)), before.astype(np.float64)], 1)
+    line = np.linalg.lstsq(known, wanted.astype(np.float64), rcond=None)[0]
+    scaled = np.clip(np.rint(line * 2**FRACTION), -(2.0**39), 2.0**39)
+    scaled[0] += 2 ** (FRACTION - 1)  # the shift rounds down
+    return [int(value) for value in scaled]
+
+
+def _parameter(values: NDArray[np.int64]) -> int:
+    widest = 1 + int(values.max(initial=0)).bit_length()
+    sizes = [int(prefix.cost(values, k, "exponential").sum()) for k in range(widest)]
+    return int(np.argmin(sizes))
+
+
+def add_entries(
+    tails: NDArray[np.float32],
+    logprobs: NDArray[np.float32],
+    row: NDArray[np.integer],
+    powers: Sequence[float],
+) -> NDArray[np.float32]:
+    """The tails once entries [E] of rows ``row`` [E] are no longer stored but part of them.
+
+    powers [M]: temperature / t of each column.
+    """
+    out: NDArray[Any] = tails.astype(np.float64)
+    for column, power in enumerate(powers):
+        np.logaddexp.at(out[:, column], row, logprobs.astype(np.float64) * power)
+    return out.astype(np.float32)
