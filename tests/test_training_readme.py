@@ -23,7 +23,7 @@ def test_the_bare_accelerate_loop():
     from torch.utils.data import DataLoader
 
     AcceleratorState._reset_state(True)
-    rows, cache = cases.rows(12), cases.RandomCache()
+    rows, cache = cases.rows(12), cases.RandomCache((1, 1.5, 2, 3, 4))
     names = {"Accelerator": lambda: Accelerator(cpu=True), "DataLoader": DataLoader, "torch": torch}
     names |= {name: getattr(kd.training, name) for name in kd.training.__all__ if name[0] != "_"}
     names |= {"student": cases.student(), "rows": rows, "cache": cache, "pad_token_id": 0}
@@ -33,7 +33,7 @@ def test_the_bare_accelerate_loop():
     # the same by hand
     student = prepare_student(cases.student())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    objective = Objective(kd_weight=0.5, ce_weight=0.5, temperature=2.0)
+    objective = Objective(kd_weight=0.5, ce_weight=0.5, temperature=2.0, teacher=cache)
     for start in range(0, 12, 4):
         batch = DistillationCollator(0, cache)(rows[start : start + 4])
         loss = compute_loss(student, batch, objective)

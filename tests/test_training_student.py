@@ -7,7 +7,13 @@ import training_cases as cases
 import kd
 from kd.training import DistillationCollator, Objective, compute_loss, prepare_student
 
-MIXED = Objective(kd_weight=0.7, ce_weight=0.3, temperature=2.0, vocab_size=cases.VOCABULARY)
+MIXED = Objective(
+    kd_weight=0.7,
+    ce_weight=0.3,
+    temperature=2.0,
+    tail_at_temperature="spread",
+    vocab_size=cases.VOCABULARY,
+)
 
 
 def batch_of(count=5, **options):

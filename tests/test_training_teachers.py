@@ -20,7 +20,7 @@ from kd.training import (
 from kd.training.objective import trained_weight
 from kd.training.teachers import Teachers
 
-SOFT = {"temperature": 2.0, "vocab_size": cases.VOCABULARY}
+SOFT = {"temperature": 2.0, "tail_at_temperature": "spread", "vocab_size": cases.VOCABULARY}
 
 
 def teacher_model(seed=7, dtype=torch.float32):
@@ -184,12 +184,20 @@ def test_schedules():
     )
     rises = linear(1.0, 3.0, steps=4, delay=2)
     assert [rises.at(step, 100) for step in (0, 2, 4, 6, 99)] == [1.0, 1.0, 2.0, 3.0, 3.0]
-    objective = Objective(kd_weight=falls, ce_weight=linear(0.0, 1.0), temperature=linear(4.0, 1.0))
+    warm = linear(4.0, 1.0)
+    objective = Objective(
+        kd_weight=falls,
+        ce_weight=linear(0.0, 1.0),
+        temperature=warm,
+        tail_at_temperature="spread",
+    )
     now = objective.at(2, 5)
     assert (now.kd_weight, now.ce_weight, now.temperature) == (0.5, 0.5, 2.5)
     batch = DistillationCollator(0, cases.RandomCache())(cases.rows(3))
     student = prepare_student(cases.student())
-    fixed = Objective(kd_weight=0.5, ce_weight=0.5, temperature=2.5)
+    fixed = Objective(
+        kd_weight=0.5, ce_weight=0.5, temperature=2.5, tail_at_temperature="spread"
+    )
     assert compute_loss(student, batch, now) == compute_loss(student, batch, fixed)
     with pytest.raises(TypeError, match=r"kd_weight must be a number .* objective\.at"):
         compute_loss(student, batch, objective)

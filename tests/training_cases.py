@@ -9,7 +9,13 @@ from transformers import TrainerCallback
 from kd.training import DistillationCollator, DistillationTrainer, Objective
 
 VOCABULARY = 23
-MIXED = Objective(kd_weight=0.7, ce_weight=0.3, temperature=2.0, vocab_size=VOCABULARY)
+MIXED = Objective(
+    kd_weight=0.7,
+    ce_weight=0.3,
+    temperature=2.0,
+    tail_at_temperature="spread",
+    vocab_size=VOCABULARY,
+)
 
 
 def student(seed=0, tie_word_embeddings=True, **options):
@@ -51,18 +57,39 @@ def rows(count, seed=0, weights=False):
 
 
 class RandomCache:
-    """Top-4 targets that depend on the sequence alone, as a content-addressed cache's do."""
+    """Top-4 targets that depend on the sequence alone, as a content-addressed cache's do.
+
+    With ``tail_temperatures`` it says what it is and holds the tails, as a built cache does.
+    """
+
+    def __init__(self, tail_temperatures=()):
+        self.tail_temperatures = tuple(tail_temperatures)
+        if tail_temperatures:
+            self.meta = types.SimpleNamespace(
+                temperature=1.0,
+                tail="bucket",
+                live_vocab=VOCABULARY,
+                selection="top_k",
+                tail_temperatures=self.tail_temperatures,
+            )
 
     def batch(self, sequences, length):
         ids = torch.full((len(sequences), length, 4), -1)
         logprobs = torch.full((len(sequences), length, 4), float("-inf"))
+        tails = torch.zeros(len(sequences), length, len(self.tail_temperatures))
         for row, sequence in enumerate(sequences):
             generator = torch.Generator().manual_seed(int(sequence.sum()))
             logits = 2 * torch.randn(len(sequence), VOCABULARY, generator=generator)
             top = logits.log_softmax(-1).topk(4)
             ids[row, : len(sequence)] = top.indices
             logprobs[row, : len(sequence)] = top.values
-        return types.SimpleNamespace(ids=ids, logprobs=logprobs)
+            left = logits.log_softmax(-1).scatter(1, top.indices, -torch.inf)
+            for number, temperature in enumerate(self.tail_temperatures):
+                tails[row, : len(sequence), number] = (left / temperature).logsumexp(-1)
+        found = types.SimpleNamespace(ids=ids, logprobs=logprobs)
+        if self.tail_temperatures:
+            found.tail_log_partition = tails
+        return found
 
 
 def arguments(folder, **options):

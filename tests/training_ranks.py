@@ -41,6 +41,7 @@ def objective_of(mode):
         kd_weight=0.7,
         ce_weight=0.3,
         temperature=2.0,
+        tail_at_temperature="spread",
         vocab_size=cases.VOCABULARY,
         teacher=teacher,
     )

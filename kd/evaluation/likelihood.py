@@ -152,10 +152,14 @@ def closeness(
         targets = cache.batch(sequences, student.hidden.shape[1])
         wanted = (labels != -100) & (targets.ids >= 0).any(-1)
         where = wanted.flatten().nonzero().squeeze(1)
-        ids, logprobs = targets.ids.flatten(0, 1)[where], targets.logprobs.flatten(0, 1)[where]
+        rows = {
+            name: getattr(targets, name).flatten(0, 1)[where].to(student.hidden.device)
+            for name in ("ids", "logprobs", "tail_log_partition")
+            if getattr(targets, name) is not None
+        }
         flat = student.hidden.flatten(0, 1)[where.to(student.hidden.device)]
         part = dataclasses.replace(student, hidden=flat)
-        found.append(_rows_beside(part, ids, logprobs, live, targets))
+        found.append(_rows_beside(part, dataclasses.replace(targets, **rows), live))
 
     live = vocab_size or cache.meta.live_vocab
     likely = likelihood(
@@ -186,15 +190,21 @@ def hidden_rows(model: Any, sequences: Sequence[Tensor]) -> tuple[Hidden, list[i
     return student, lengths
 
 
-def _rows_beside(
-    student: Hidden, ids: Tensor, logprobs: Tensor, live: int | None, targets: Any
-) -> Tensor:
-    """[N, 4]: KL, same top token, the student's confidence, the teacher's for that token."""
-    device = student.hidden.device
-    ids, logprobs = ids.to(device), logprobs.to(device)
-    teacher = kd.TopK(ids, logprobs, tail=targets.tail, temperature=targets.temperature)
+def _rows_beside(student: Hidden, targets: Any, live: int | None) -> Tensor:
+    """[N, 4]: KL, same top token, the student's confidence, the teacher's for that token.
+
+    The KL is taken at temperature 1, or at the cache's own where its tail at 1 is not known.
+    """
+    ids, logprobs = targets.ids, targets.logprobs
+    known = covers(targets.tail_temperatures, 1.0)
     with torch.no_grad():
-        kl = kd.forward_kl(student, teacher, vocab_size=live, reduction="none")
+        kl = kd.forward_kl(
+            student,
+            kd.TopK(**vars(targets)),
+            temperature=1.0 if known else targets.temperature,
+            vocab_size=live,
+            reduction="none",
+        )
         best = ids.gather(-1, logprobs.argmax(-1, keepdim=True)).squeeze(-1)
         parts = []
         for start in range(0, len(ids), ROWS):

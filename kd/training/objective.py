@@ -15,6 +15,7 @@ from torch import Tensor
 import kd
 from kd.losses import Hidden
 from kd.losses.inputs import TAILS
+from kd.losses.tails import check_temperature
 from kd.training.alignment import aligned_labels
 from kd.training.faults import check_context
 from kd.training.schedules import Schedule
@@ -46,6 +47,9 @@ class Objective:
     value than the record's is refused."""
     tail: str = "bucket"
     """What the probability outside the cached tokens means (see kd.TopK); likewise."""
+    tail_at_temperature: str | None = None
+    """How a cache without stored tails is read at another temperature than its own: "spread" or
+    "one_outcome" (see kd.TopK). None refuses it before training starts."""
     vocab_size: int | None = None
     """Live tokens; the padded rows of the lm_head past it take no part. A teacher cache's own
     when None."""
@@ -85,8 +89,24 @@ class Objective:
                 continue
             if member.kind == "sparse":
                 self._check_form(float(meta.temperature), meta.tail)
+                self._check_temperature(meta)
             if self.vocab_size is None:
                 object.__setattr__(self, "vocab_size", meta.live_vocab)
+
+    def _check_temperature(self, meta: Any) -> None:
+        """Refuse now what the loss would refuse in a step, at both ends of a schedule."""
+        wanted = self.temperature
+        ends = (wanted.start, wanted.end) if isinstance(wanted, Schedule) else (wanted,)
+        stored = tuple(getattr(meta, "tail_temperatures", ()))
+        for end in ends if self.soft else ():
+            check_temperature(
+                "Objective",
+                end,
+                float(meta.temperature),
+                meta.tail,
+                stored,
+                self.tail_at_temperature,
+            )
 
     def _check_form(self, temperature: float, tail: str) -> None:
         if self.teacher_temperature not in (1.0, temperature):
@@ -168,7 +188,9 @@ class Objective:
             weight = self.kd_weight * member.weight
             if member.kind == "none" or weight == 0:
                 continue
-            target = teachers.target(number, batch, self.tail, self.teacher_temperature)
+            target = teachers.target(
+                number, batch, self.tail, self.teacher_temperature, self.tail_at_temperature
+            )
             if target is None:
                 continue
             mine = {name for name in names if teachers.teaches(number, name)}
@@ -241,13 +263,21 @@ class Objective:
                 "set kd_weight=0."
             )
         temperature, tail = self.teacher_temperature, self.tail
+        stored: list[float] = []
         form = batch.get("teacher_form")
         if form is not None:
-            temperature, number = form.reshape(-1, 2)[0].tolist()
+            # Seven digits are what float32 carried: 0.7 is 0.7 again.
+            temperature, number, *stored = (float(f"{value:.7g}") for value in form[0].tolist())
             tail = TAILS[int(number)]
             self._check_form(temperature, tail)
         return kd.TopK(
-            batch["teacher_ids"], batch["teacher_logprobs"], tail=tail, temperature=temperature
+            batch["teacher_ids"],
+            batch["teacher_logprobs"],
+            tail=tail,
+            temperature=temperature,
+            tail_log_partition=batch.get("teacher_tails"),
+            tail_temperatures=tuple(stored),
+            tail_at_temperature=self.tail_at_temperature,
         )
 
 

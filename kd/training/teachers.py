@@ -126,8 +126,9 @@ class Teachers:
                 batch[keyed(name, number)] = _placed(values, empty, shape, mine)
             meta = getattr(member.source, "meta", None)
             if member.kind == "sparse" and meta is not None:
-                form = torch.tensor([float(meta.temperature), TAILS.index(meta.tail)])
-                batch[keyed("teacher_form", number)] = form.expand(shape[0], 2).clone()
+                stored = getattr(meta, "tail_temperatures", ())
+                form = torch.tensor([float(meta.temperature), TAILS.index(meta.tail), *stored])
+                batch[keyed("teacher_form", number)] = form.expand(shape[0], -1).clone()
         if self.domains:
             domain = torch.full(shape, -1, dtype=torch.long)
             for row, start, tokens, which in documents:
@@ -170,11 +171,17 @@ class Teachers:
         return _on(hidden_of(model, inputs), device)
 
     def target(
-        self, number: int, flat: Mapping[str, Any], tail: str, temperature: float
+        self,
+        number: int,
+        flat: Mapping[str, Any],
+        tail: str,
+        temperature: float,
+        tail_at_temperature: str | None = None,
     ) -> kd.TopK | kd.Hidden | Tensor | None:
         """What a teacher says about flattened rows [N, ...]; None where it was not asked.
 
-        ``tail`` and ``temperature`` are for caches that do not say themselves.
+        ``tail`` and ``temperature`` are for caches that do not say themselves;
+        ``tail_at_temperature`` is the rule where they do not store it (kd.TopK).
         """
         member = self.members[number]
         needed = keyed("teacher_ids" if member.kind == "sparse" else "teacher_hidden", number)
@@ -196,6 +203,9 @@ class Teachers:
             flat[keyed("teacher_logprobs", number)],
             tail=tail if meta is None else meta.tail,
             temperature=temperature if meta is None else float(meta.temperature),
+            tail_log_partition=flat.get(keyed("teacher_tails", number)),
+            tail_temperatures=tuple(getattr(meta, "tail_temperatures", ())),
+            tail_at_temperature=tail_at_temperature,
         )
 
     def mask(self, number: int, domain: Tensor) -> Tensor:
@@ -273,14 +283,18 @@ def _looked_up(
         if member.kind == "hidden":
             size = int(member.source.meta.selection_options["hidden_size"])
             return {"teacher_hidden": (torch.zeros(0, 0, size), 0.0)}
+        stored = getattr(getattr(member.source, "meta", None), "tail_temperatures", ())
         return {
             "teacher_ids": (torch.zeros(0, 0, 1, dtype=torch.long), -1),
             "teacher_logprobs": (torch.zeros(0, 0, 1), -math.inf),
+            **({"teacher_tails": (torch.zeros(0, 0, len(stored)), 0.0)} if stored else {}),
         }
     found = member.source.batch(sequences, length)
     if member.kind == "hidden":
         return {"teacher_hidden": (found.hidden, 0.0)}
-    return {"teacher_ids": (found.ids, -1), "teacher_logprobs": (found.logprobs, -math.inf)}
+    looked = {"teacher_ids": (found.ids, -1), "teacher_logprobs": (found.logprobs, -math.inf)}
+    tails = getattr(found, "tail_log_partition", None)
+    return looked if tails is None else {**looked, "teacher_tails": (tails, 0.0)}
 
 
 def _placed(
