@@ -211,8 +211,8 @@ def test_links_that_leave_the_folder(folder, tmp_path):
 
 
 def test_newer_version(folder):
-    rewrite_manifest(folder, lambda body: body.update(version=2))
-    with pytest.raises(ValueError, match="must have version 1 or older, got 2"):
+    rewrite_manifest(folder, lambda body: body.update(version=3))
+    with pytest.raises(ValueError, match="must have version 2 or older, got 3"):
         TeacherCache(folder)
 
 

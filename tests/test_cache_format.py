@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 import kd.cache
+from kd.cache import tails
 from kd.teachers import Selection, build_cache
 
 
@@ -47,8 +48,9 @@ def read_plainly(folder):
     canonical = {"sort_keys": True, "separators": (",", ":")}
     body = {name: value for name, value in manifest.items() if name != "digest"}
     assert hashlib.sha256(json.dumps(body, **canonical).encode()).hexdigest() == manifest["digest"]
-    assert (manifest["format"], manifest["version"]) == ("kd-cache", 1)
     meta, found = manifest["meta"], {}
+    version = 2 if "tail_temperatures" in meta else 1
+    assert (manifest["format"], manifest["version"]) == ("kd-cache", version)
     for entry in manifest["shards"]:
         path = folder / entry["name"]
         assert hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
@@ -77,8 +79,54 @@ def read_shard(tensors, metadata, meta):
         same = int(metadata["row_entries"])
         counts = [same] * length if same >= 0 else tensors["counts"][row : row + length].tolist()
         row += length
-        found[tokens] = DECODERS[metadata["codec"]](part, counts, width, id_at, params, meta)
+        rows = DECODERS[metadata["codec"]](part, counts, width, id_at, params, meta)
+        found[tokens] = rows
+        if "tail_temperatures" in meta:
+            for row_, tails in zip(
+                rows, read_tails(part, rows, params, meta, metadata["codec"]), strict=True
+            ):
+                row_["tails"] = tails
     return found
+
+
+def own_tails(part, rows, codec):
+    if codec == "compact":
+        return part("heads").reshape(-1, 2)[:, 0].tolist()
+    if codec == "log8":
+        return part("tails").tolist()
+    left = [1 - math.fsum(math.exp(v) for v in row.values()) for row in rows]
+    odds = [math.log(max(t, 1e-12)) - math.log(1 - max(t, 1e-12)) for t in left]
+    return [round(min(max((o + 15.9) * 254 / 23.9, 0), 254)) for o in odds]
+
+
+def read_tails(part, rows, params, meta, codec):
+    number, order, spans = len(meta["tail_temperatures"]), [], []
+    order, spans = [0, number - 1], [(0, number - 1)]
+    while spans:
+        a, b = spans.pop(0)
+        middle = (a + b) // 2
+        if middle > a:
+            order.append(middle)
+            spans += [(a, middle), (middle, b)]
+    words, lines = [int(word) for word in params["partition"].split()], []
+    for n in range(number):
+        lines.append(words[: n + 3])
+        words = words[n + 3 :]
+    assert not words
+    unary, bits = Bits(part("partition.unary")), Bits(part("partition.bits"))
+    for byte in own_tails(part, rows, codec):
+        odds = -15.9 + min(byte, 254) * 23.9 / 254
+        seen, levels, none = [round(448 * -math.log1p(math.exp(-odds)))], {}, False
+        for n, column in enumerate(order):
+            k, constant, *coefficients = lines[n]
+            value = prefix_code(unary, bits, "exponential", k)
+            if n == 0:
+                none, value = value == 0, max(value - 1, 0)
+            residual = -(value + 1) // 2 if value % 2 else value // 2
+            total = constant + sum(c * a for c, a in zip(coefficients, seen, strict=True))
+            levels[column] = total // 2**16 + residual
+            seen.append(levels[column])
+        yield [-math.inf if none else levels[column] / 448 for column in range(number)]
 
 
 def ids_of(part, counts, id_at, params):
@@ -150,8 +198,14 @@ def test_the_page_is_enough_to_read_a_cache(tmp_path, codec, vocabulary):
     assert len(cache.manifest.shards) > 1 and len(plain) == len(cache)
     for tokens, rows in plain.items():
         found = cache.lookup(list(tokens))
-        for row, ids, logprobs in zip(rows, found.ids.tolist(), found.logprobs, strict=True):
+        places = zip(rows, found.ids.tolist(), found.logprobs, strict=True)
+        for at, (row, ids, logprobs) in enumerate(places):
+            held = row.pop("tails", [])
             assert set(row) == {i for i in ids if i >= 0}
+            if found.tail_log_partition is None:
+                assert not held and codec == "counts"
+            else:
+                assert np.allclose(held, found.tail_log_partition[at].tolist(), atol=1e-4)
             for i, value in zip(ids, logprobs.tolist(), strict=True):
                 if i >= 0:
                     assert abs(row[i] - value) < 2e-5
@@ -179,6 +233,8 @@ def test_the_page_names_every_stream_and_field():
         assert f"**{codec.name}**" in page
         for stream in codec.streams:
             assert f"`{stream}`" in page, stream
-    for name in cases.meta().to_dict():
+    for name in cases.meta(tail_temperatures=(1, 2)).to_dict():
         assert f"`{name}`" in page, name
-    assert re.search(r"110 when absent", page)
+    assert re.search(r"110 when absent", page) and re.search(r"level / 448", page)
+    for stream in tails.STREAMS:
+        assert f"`{stream}`" in page, stream

@@ -45,7 +45,9 @@ def test_one_graph_with_a_sparse_teacher(name, tail):
     options = dict(divergence=name, labels=labels, ce_weight=0.5, backend="triton")
 
     def step(z, ids, logprobs):
-        return kd.distillation_loss(z * 1.0, kd.TopK(ids, logprobs, tail=tail, tail_at_temperature="spread"), **options)
+        return kd.distillation_loss(
+            z * 1.0, kd.TopK(ids, logprobs, tail=tail, tail_at_temperature="spread"), **options
+        )
 
     found = []
     for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):

@@ -28,7 +28,8 @@ def shifted(cache, path, shift):
     with CacheWriter(path, cache.meta) as writer:
         for tokens in cache.sequences():
             found = cache.lookup(tokens)
-            writer.add(tokens, found.ids.roll(shift, 0), found.logprobs.roll(shift, 0))
+            rows = (found.ids, found.logprobs, found.tail_log_partition)
+            writer.add(tokens, *(values.roll(shift, 0) for values in rows))
     return TeacherCache(path)
 
 
@@ -62,7 +63,7 @@ def test_another_teacher(tmp_path, model):
 
 def test_values_of_another_temperature(tmp_path, model):
     cache = build_cache(model, long_texts(5), tmp_path / "a", top_k=12, progress=False)
-    meta = cache_meta(model, top_k=12, temperature=3.0)
+    meta = cache_meta(model, top_k=12, temperature=3.0, tail_temperatures=None)
     with CacheWriter(tmp_path / "b", meta) as writer:
         for tokens in cache.sequences():
             found = cache.lookup(tokens)

@@ -20,7 +20,8 @@ from kd.training import (
 from kd.training.objective import trained_weight
 from kd.training.teachers import Teachers
 
-SOFT = {"temperature": 2.0, "tail_at_temperature": "spread", "vocab_size": cases.VOCABULARY}
+PLAIN = {"temperature": 2.0, "vocab_size": cases.VOCABULARY}
+SOFT = {**PLAIN, "tail_at_temperature": "spread"}
 
 
 def teacher_model(seed=7, dtype=torch.float32):
@@ -58,7 +59,7 @@ def test_online_equals_full_logits(dtype, weights):
         weights=batch.get("weights"),
         kd_weight=0.7,
         ce_weight=0.3,
-        **SOFT,
+        **PLAIN,
     )
     expected.backward()
     bound = 1e-5 if dtype == torch.float32 else 3e-2
@@ -195,9 +196,7 @@ def test_schedules():
     assert (now.kd_weight, now.ce_weight, now.temperature) == (0.5, 0.5, 2.5)
     batch = DistillationCollator(0, cases.RandomCache())(cases.rows(3))
     student = prepare_student(cases.student())
-    fixed = Objective(
-        kd_weight=0.5, ce_weight=0.5, temperature=2.5, tail_at_temperature="spread"
-    )
+    fixed = Objective(kd_weight=0.5, ce_weight=0.5, temperature=2.5, tail_at_temperature="spread")
     assert compute_loss(student, batch, now) == compute_loss(student, batch, fixed)
     with pytest.raises(TypeError, match=r"kd_weight must be a number .* objective\.at"):
         compute_loss(student, batch, objective)

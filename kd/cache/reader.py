@@ -124,13 +124,13 @@ class TeacherCache(CacheReader):
         rows = self._rows([tokens for pack in found for tokens in pack])
         return self._targets(rows, at, (len(found), length))
 
-    def _targets(
-        self, rows: Rows, at: NDArray[np.int64], shape: tuple[int, ...]
-    ) -> SparseTargets:
+    def _targets(self, rows: Rows, at: NDArray[np.int64], shape: tuple[int, ...]) -> SparseTargets:
         """Rows at the places ``at`` of a batch of ``shape``, the likeliest k of each."""
         meta, k = self.meta, self.k
         if self._top_k is not None and int(rows.counts.max(initial=0)) > self._top_k:
-            rows = keep_top(rows, self._top_k, [meta.temperature / t for t in meta.tail_temperatures])
+            rows = keep_top(
+                rows, self._top_k, [meta.temperature / t for t in meta.tail_temperatures]
+            )
         ids = torch.full((*shape, k), -1, dtype=torch.int64)
         logprobs = torch.full((*shape, k), -torch.inf)
         self._fill(rows, at, ids.view(-1, k), logprobs.view(-1, k))

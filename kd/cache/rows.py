@@ -70,16 +70,16 @@ def _tails_of(
     if not temperatures and tails is None:
         return None
     shape = (length, len(temperatures))
-    found = np.zeros(0) if tails is None else _array(tails)
+    found: NDArray[Any] = np.zeros(0) if tails is None else _array(tails)
     if not temperatures or found.shape != shape or found.dtype.kind != "f":
         raise ValueError(
             f"CacheWriter.add: tails must be [L, M] = {shape} floating-point values at the meta's "
             f"tail_temperatures, got {None if tails is None else found.shape} for {name}."
         )
-    found = found.astype(np.float32, copy=False)
-    for problem, rule, bad in broken_tails(found, mass, meta):
-        _refuse(bad, f"{name}: {problem}", rule, found)
-    return found
+    stored: NDArray[np.float32] = found.astype(np.float32, copy=False)
+    for problem, rule, bad in broken_tails(stored, mass, meta):
+        _refuse(bad, f"{name}: {problem}", rule, stored)
+    return stored
 
 
 def broken_tails(

@@ -26,7 +26,7 @@ from kd.cache.codecs import (
 from kd.cache.header import Damaged, count_in, parse, serialise, whole
 from kd.cache.keys import KEY_BYTES, key_of
 from kd.cache.registry import CODECS
-from kd.cache.tails import STREAMS, decode_tails, encode_tails
+from kd.cache.tails import STREAMS, decode_tails, encode_tails, tail_codes
 
 FORMAT = "kd-cache/1"
 FORMAT_WITH_TAILS = "kd-cache/2"
@@ -70,7 +70,8 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
     side = Side(options)
     streams |= coder.encode(block.rows, layout, side)
     if block.rows.tails is not None:
-        streams |= encode_tails(block.rows.tails, layout, side)
+        codes = tail_codes(coder.name, streams, block.rows)
+        streams |= encode_tails(block.rows.tails, codes, layout, side)
     tensors |= {name: side.tables[name].astype("<u4") for name in coder.tables}
     for name, (data, offsets) in streams.items():
         tensors[name] = data
@@ -216,7 +217,8 @@ class Shard:
             with np.errstate(all="ignore"):  # the rows are looked at below
                 rows = self.codec.decode(parts, counts, layout, self.side)
                 if self.tails:
-                    rows.tails = decode_tails(parts, self.tails, layout, self.side)
+                    codes = tail_codes(self.codec.name, parts, rows)
+                    rows.tails = decode_tails(parts, self.tails, codes, layout, self.side)
         except DECODING as error:
             found = f"{error!s:.200}" or type(error).__name__
             raise self._wrong("rows that can be decoded", found) from None

@@ -2,8 +2,9 @@
 
 A(t) = log(sum over the ids that are not stored of p ** (temperature / t)), at the M temperatures of
 ``meta.tail_temperatures``. It is smooth in 1 / t, so that a reader has the tail's mass at any
-temperature between (FORMAT.md). In steps of 1 / 160 nats, each value is predicted from those coded
-before it by a linear function that the shard carries, and what is left goes through a prefix code.
+temperature between (FORMAT.md). In steps of 1 / 448 nats, each value is predicted from the tail at
+the cache's own temperature, as the codec stores it, and from the values coded before it, by a
+linear function that the shard carries; what is left goes through a prefix code.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.cache import prefix
-from kd.cache.codecs import Layout, Side, Streams
+from kd.cache.codecs import Layout, Rows, Side, Streams
+from kd.cache.compact import NO_TAIL, TAIL_LOW, TAIL_STEP, encode_tail, row_sums
 
-# Even steps in 1 / t from 1 to 1/4: one exponential and six products at the capture.
-DEFAULT = tuple(8.0 / n for n in range(8, 1, -1))
+# From 1 to 4, in 1 / t near Chebyshev's points: half the error of even ones.
+DEFAULT = tuple(16 / n for n in (16, 15, 13, 10, 7, 5, 4))
 STREAMS = ("partition.unary", "partition.bits")
-STEPS = 160  # a nat
+STEPS = 448  # a nat
 FRACTION = 16  # bits behind the point of a predictor's coefficients
-LARGEST = 1 << 22  # of a value in steps: 26,214 nats
+LARGEST = 1 << 23  # of a value in steps: 18,725 nats
+
+ODDS = TAIL_LOW + TAIL_STEP * np.minimum(np.arange(256), NO_TAIL - 1)
+LOG_TAIL = np.rint(-np.log1p(np.exp(-ODDS)) * STEPS).astype(np.int64)  # of a byte, in steps
 
 
 def coding_order(number: int) -> list[int]:
@@ -37,16 +42,30 @@ def coding_order(number: int) -> list[int]:
     return found
 
 
-def encode_tails(tails: NDArray[np.float32], layout: Layout, side: Side) -> Streams:
-    """The streams of [N, M] values; predictors and code parameters go into ``side.params``."""
+def tail_codes(codec: str, parts: Streams, rows: Rows) -> NDArray[np.uint8]:
+    """The byte of each row's tail [N]: the codec's own, or what it would be of lossless rows."""
+    if codec == "compact":
+        return parts["heads"][0].reshape(-1, 2)[:, 0]
+    if codec == "log8":
+        return parts["tails"][0]
+    return encode_tail(row_sums(np.exp(rows.logprobs.astype(np.float64)), rows.counts))
+
+
+def encode_tails(
+    tails: NDArray[np.float32], codes: NDArray[np.uint8], layout: Layout, side: Side
+) -> Streams:
+    """The streams of [N, M] values; predictors and code parameters go into ``side.params``.
+
+    codes [N]: the codec's own byte for each row's tail.
+    """
     none = (tails == -np.inf).any(1)
-    levels = np.where(none[:, None], 0, np.rint(np.clip(tails, -2e4, 2e4) * STEPS))
+    levels = np.where(none[:, None], 0, np.rint(np.clip(tails, -1e4, 1e4) * STEPS))
     levels = levels.astype(np.int64)
     order = coding_order(tails.shape[1])
     values = np.zeros_like(levels)
     parameters: list[int] = []
     for place, column in enumerate(order):
-        before = levels[:, order[:place]]
+        before = np.concatenate([LOG_TAIL[codes][:, None], levels[:, order[:place]]], 1)
         line = _fitted(before[~none], levels[~none, column])
         left = levels[:, column] - _predicted(before, line)
         coded = np.where(left < 0, -2 * left - 1, 2 * left)
@@ -66,11 +85,13 @@ def encode_tails(tails: NDArray[np.float32], layout: Layout, side: Side) -> Stre
     return {STREAMS[0]: unary, STREAMS[1]: bits}
 
 
-def decode_tails(parts: Streams, number: int, layout: Layout, side: Side) -> NDArray[np.float32]:
+def decode_tails(
+    parts: Streams, number: int, codes: NDArray[np.uint8], layout: Layout, side: Side
+) -> NDArray[np.float32]:
     """[N, M] from the streams; -inf in rows without a tail."""
     rows, order = int(layout.rows[-1]), coding_order(number)
     parameters = [int(word) for word in str(side.params["partition"]).split()]
-    if len(parameters) != number * (number + 3) // 2 or max(map(abs, parameters)) >= 1 << 40:
+    if len(parameters) != _first(number) or max(map(abs, parameters)) >= 1 << 40:
         raise ValueError(f"params.partition must be of {number} temperatures")
     split = [_split(parameters, place) for place in range(number)]
     k_of = np.array([k for k, _ in split])
@@ -87,7 +108,8 @@ def decode_tails(parts: Streams, number: int, layout: Layout, side: Side) -> NDA
     left = np.where(coded % 2 == 1, -(coded + 1) // 2, coded // 2)
     levels = np.zeros((rows, number), np.int64)
     for place, column in enumerate(order):
-        levels[:, column] = left[:, place] + _predicted(levels[:, order[:place]], split[place][1])
+        before = np.concatenate([LOG_TAIL[codes][:, None], levels[:, order[:place]]], 1)
+        levels[:, column] = left[:, place] + _predicted(before, split[place][1])
     levels[none] = 0
     if (np.abs(levels) > LARGEST).any():
         raise ValueError("a tail's log-partition is out of range")
@@ -96,10 +118,15 @@ def decode_tails(parts: Streams, number: int, layout: Layout, side: Side) -> NDA
     return tails
 
 
+def _first(place: int) -> int:
+    """Where the parameters of the place-th value start: a value has 3 and one for each before."""
+    return place * (place + 5) // 2
+
+
 def _split(parameters: Sequence[int], place: int) -> tuple[int, list[int]]:
-    """(k, [constant, coefficients of the values before]) of the place-th value coded."""
-    first = place * (place + 3) // 2
-    return parameters[first], list(parameters[first + 1 : first + 2 + place])
+    """(k, [constant, coefficients of the codec's tail and the values before]) of a value."""
+    k, *line = parameters[_first(place) : _first(place + 1)]
+    return k, line
 
 
 def _predicted(before: NDArray[np.int64], line: Sequence[int]) -> NDArray[np.int64]:

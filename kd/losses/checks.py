@@ -136,6 +136,7 @@ def stored_tails(teacher: TopK, where: str) -> None:
             f"temperatures beside tail_log_partition, got {tuple(temperatures)}."
         )
     floating("teacher.tail_log_partition", stored, where)
+    assert stored is not None
     if stored.shape != (*teacher.ids.shape[:-1], len(temperatures)):
         raise ValueError(
             f"{where}: teacher.tail_log_partition must be [..., M] with ids' leading shape and one "

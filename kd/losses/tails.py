@@ -22,7 +22,6 @@ from torch import Tensor
 from kd.losses.inputs import TAIL_RULES, TopK
 
 
-
 def resolution(dtype: torch.dtype) -> float:
     """The least tail that log-probabilities of a type can tell from none."""
     return torch.finfo(dtype).eps if dtype == torch.float64 else 1e-7

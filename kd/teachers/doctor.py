@@ -18,6 +18,7 @@ from kd.teachers.logits import LogitSource
 
 # A sampled row is noisy, a rounded one is not: nats below which a row agrees with the teacher.
 AGREES = {"top_k": 0.05, "top_p": 0.05, "sampled": 2.0, "hybrid": 1.0}
+TAIL_AGREES = 0.05
 SHIFTS = (-2, -1, 0, 1, 2)
 
 
@@ -29,12 +30,14 @@ class Diagnosis:
         problems: one line each; empty when the cache fits.
         divergence: mean KL of the stored tokens' probabilities from the teacher's, in nats, by
             shift: at s, row i is compared with the teacher's row i + s.
+        tail_error: largest error of a stored tail's log-partition, in nats; None without any.
         scored: rows that were re-scored.
         found, wanted: of the given sequences, how many are in the cache, and how many there are.
     """
 
     problems: list[str] = field(default_factory=list)
     divergence: dict[int, float] = field(default_factory=dict)
+    tail_error: float | None = None
     scored: int = 0
     found: int = 0
     wanted: int = 0
@@ -46,6 +49,8 @@ class Diagnosis:
     def text(self) -> str:
         lines = [f"re-scored {self.scored:,} rows; mean divergence in nats by shift of the rows:"]
         lines += [f"  {shift:+d}  {value:.5f}" for shift, value in self.divergence.items()]
+        if self.tail_error is not None:
+            lines.append(f"stored tails differ by at most {self.tail_error:.4f} nats")
         if self.wanted:
             lines.append(f"training sequences in the cache: {self.found:,} of {self.wanted:,}")
         lines += [f"problem: {problem}" for problem in self.problems]
@@ -110,6 +115,8 @@ def _rescore(cache: TeacherCache, model: Any, samples: int, found: Diagnosis) ->
         logp = (logits / cache.meta.temperature).log_softmax(-1)
         stored = cache.lookup(tokens)
         found.scored += len(tokens)
+        if stored.tail_log_partition is not None:
+            _tails(stored, logp, cache.meta.temperature, found)
         for shift in SHIFTS:
             rows = torch.arange(max(0, -shift), min(len(tokens), len(tokens) - shift))
             filled = rows[(stored.ids[rows] >= 0).any(-1)] if len(rows) else rows
@@ -122,6 +129,11 @@ def _rescore(cache: TeacherCache, model: Any, samples: int, found: Diagnosis) ->
     found.divergence = {s: totals[s] / weight[s] for s in SHIFTS if weight[s]}
     if not found.divergence:
         return
+    if (found.tail_error or 0.0) > TAIL_AGREES and found.divergence[0] <= AGREES["top_k"]:
+        found.problems.append(
+            f"stored tails differ from the teacher by {found.tail_error:.3f} nats (at most "
+            f"{TAIL_AGREES} expected): another live vocabulary, or damaged values"
+        )
     best = min(found.divergence, key=lambda s: (found.divergence[s], abs(s)))
     limit = AGREES[cache.meta.selection]
     if best != 0 and found.divergence[best] < 0.5 * found.divergence[0]:
@@ -135,6 +147,17 @@ def _rescore(cache: TeacherCache, model: Any, samples: int, found: Diagnosis) ->
             f"rows differ from the teacher by {found.divergence[0]:.3f} nats (at most {limit} "
             "expected): another teacher, temperature, dtype or damaged values"
         )
+
+
+def _tails(stored: Any, logp: Tensor, temperature: float, found: Diagnosis) -> None:
+    """Compare a sequence's stored tails with what the teacher leaves to them."""
+    filled = (stored.ids >= 0).any(-1)
+    outside = torch.cat([logp, torch.zeros(len(logp), 1)], 1)  # the last takes the empty slots
+    outside.scatter_(1, torch.where(stored.ids < 0, logp.shape[1], stored.ids), -torch.inf)
+    for number, t in enumerate(stored.tail_temperatures):
+        real = (outside[:, :-1] * (temperature / t)).logsumexp(-1)
+        error = (stored.tail_log_partition[:, number] - real).abs().nan_to_num(0.0)[filled]
+        found.tail_error = max(found.tail_error or 0.0, float(error.max()) if len(error) else 0.0)
 
 
 def _divergence(ids: Tensor, logprobs: Tensor, logp: Tensor, rows: Tensor, shift: int) -> Tensor:

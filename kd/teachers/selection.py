@@ -12,7 +12,6 @@ Source: Anshumann et al. 2025, "Sparse Logit Sampling", ACL 2025, for ``sampled`
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -199,8 +198,7 @@ def _top_k(
 def tails_(logp: Tensor, ids: Tensor, powers: Sequence[float], work: Tensor) -> Tensor:
     """log(sum of p ** power) over the columns that are not in ``ids``, [C, M] float32.
 
-    logp [C, V] float32 and work, of the same shape, are overwritten. Powers at even steps cost
-    one exponential and a product each: exp(u * l) * exp(step * l) = exp((u + step) * l).
+    logp [C, V] float32 and work, of the same shape, are overwritten.
     """
     tails = logp.new_empty(len(logp), len(powers))
     if not powers:
@@ -209,17 +207,9 @@ def tails_(logp: Tensor, ids: Tensor, powers: Sequence[float], work: Tensor) -> 
     peak = logp.amax(1, keepdim=True)
     peak.masked_fill_(peak == -torch.inf, 0.0)  # no tail: sums of zero
     logp.sub_(peak)  # the largest term of every sum is one
-    order = sorted(range(len(powers)), key=lambda at: powers[at])
-    steps = [powers[b] - powers[a] for a, b in itertools.pairwise(order)]
-    even = len(steps) > 1 and max(steps) - min(steps) < 1e-9 * max(powers)
-    for number, column in enumerate(order):
-        if number and even:
-            work.mul_(logp)
-        else:
-            torch.mul(logp, powers[column], out=work).exp_()
-        tails[:, column] = work.sum(1).log_() + powers[column] * peak[:, 0]
-        if number == 0 and even:
-            logp.mul_(steps[0]).exp_()
+    for column, power in enumerate(powers):
+        torch.mul(logp, power, out=work).exp_()
+        tails[:, column] = work.sum(1).log_() + power * peak[:, 0]
     return tails
 
 
