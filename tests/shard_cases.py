@@ -109,7 +109,13 @@ def whole(case):
         ids[0, 1], ids[1, 0] = -1, ids[1, 2]
         ids[3, 4] = 9  # the label of its row
         logprobs[1, :3] -= 1
-        teacher = kd.TopK(ids, logprobs, tail=case.teacher, tail_at_temperature="spread")
+        teacher = kd.TopK(ids, logprobs, tail=case.teacher)
+        if case.teacher in ("bucket", "uniform"):
+            left = torch.log_softmax(other[:, :VOCAB], -1).scatter(1, ids.clamp(min=0), -torch.inf)
+            stored = torch.stack([(left / t).logsumexp(-1) for t in (1.0, 1.5, 4.0)], -1)
+            teacher = dataclasses.replace(
+                teacher, tail_log_partition=stored, tail_temperatures=(1.0, 1.5, 4.0)
+            )
     return student, teacher, leaves, dict(case.options, vocab_size=VOCAB)
 
 

@@ -39,6 +39,17 @@ def test_temperature(name, tail):
     compare(logits(), sparse(7, tail, temperature=2.0), divergence=DIVERGENCES[name])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.3, 2.0, 4.0])
+@pytest.mark.parametrize("tail", ["bucket", "uniform"])
+def test_stored_tails(temperature, tail):
+    teacher = sparse(7, tail)
+    left = torch.log_softmax(logits(seed=1), -1).scatter(1, teacher.ids.clamp(min=0), -torch.inf)
+    stored = torch.stack([(left / t).logsumexp(-1) for t in (1.0, 1.6, 4.0)], -1)
+    teacher = kd.TopK(teacher.ids, teacher.logprobs, tail, 1.0, stored, (1.0, 1.6, 4.0))
+    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+        compare(logits(), teacher, divergence=divergence, temperature=temperature)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 31, 32, VOCAB])
 def test_sizes(k):
     """One token, a power of two and its neighbours, the whole vocabulary (no tail)."""

@@ -223,7 +223,7 @@ class NextTokenCache:
         for i, sequence in enumerate(sequences):
             ids[i, : len(sequence) - 1, 0] = sequence[1:]
             logprobs[i, : len(sequence) - 1] = math.log(0.999)
-        return mock.Mock(ids=ids, logprobs=logprobs)
+        return mock.Mock(ids=ids, logprobs=logprobs, tail_log_partition=None)
 
 
 def test_teacher_rows_are_aligned_with_the_labels():

@@ -283,3 +283,67 @@ def test_the_trainer_keeps_the_teacher_apart(tmp_path):
             train_dataset=cases.rows(4),
             data_collator=DistillationCollator(0),
         )
+
+
+STORED = (1.0, 1.2, 1.6, 2.5, 4.0)
+
+
+def test_stored_tails_reach_the_loss_by_either_road():
+    """The objective's cache, the batch's own record, packs, and a teacher of some rows."""
+    cache, rows = cases.RandomCache(STORED), cases.rows(5)
+    student = prepare_student(cases.student())
+    batch = DistillationCollator(0, cache)(rows)
+    plain = cases.student()(input_ids=batch["input_ids"]).logits
+    found = cache.batch(
+        [torch.tensor(row["input_ids"]) for row in rows], batch["input_ids"].shape[1]
+    )
+    teacher = kd.TopK(
+        found.ids,
+        found.logprobs,
+        tail_log_partition=found.tail_log_partition,
+        tail_temperatures=STORED,
+    )
+    options = {"temperature": 2.0, "vocab_size": cases.VOCABULARY}
+    want = kd.distillation_loss(plain, teacher, labels=batch["shift_labels"], **options)
+    held = Objective(kd_weight=1.0, ce_weight=0.0, teacher=cache, **options)
+    told = Objective(kd_weight=1.0, ce_weight=0.0, **options)
+    for objective in (held, told):
+        torch.testing.assert_close(compute_loss(student, batch, objective), want)
+    some = [{**row, "domain": "a" if n % 2 else "b"} for n, row in enumerate(rows)]
+    parts = [Teacher(cache, domains=("a",)), Teacher(cases.RandomCache(STORED), domains=("b",))]
+    objective = Objective(kd_weight=1.0, ce_weight=0.0, teacher=parts, **options)
+    for chosen in (some, some[:1]):  # the second has nothing for one of the teachers
+        batch = DistillationCollator(0, objective.teacher)(chosen)
+        alone = DistillationCollator(0, cache)(chosen)
+        torch.testing.assert_close(
+            compute_loss(student, batch, objective), compute_loss(student, alone, held)
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, linear(1.0, 2.0), linear(4.0, 1.0)])
+def test_a_cache_without_tails_is_refused_before_training(temperature):
+    with pytest.raises(ValueError, match=r"Objective: temperature .*0\.391.*'one_outcome'"):
+        Objective(kd_weight=1.0, temperature=temperature, teacher=with_meta())
+    named = {"tail_at_temperature": "one_outcome"}
+    Objective(kd_weight=1.0, temperature=temperature, teacher=with_meta(), **named)
+    Objective(kd_weight=1.0, temperature=temperature, teacher=with_meta(tail="renormalize"))
+    with pytest.raises(ValueError, match="must be one of spread, one_outcome"):
+        Objective(kd_weight=1.0, temperature=2.0, teacher=with_meta(), tail_at_temperature="even")
+
+
+def test_a_temperature_outside_the_stored_ones_is_refused():
+    cache = cases.RandomCache(STORED)
+    for temperature in (0.9, 4.5, linear(1.0, 5.0)):
+        with pytest.raises(ValueError, match=r"or from 1 to 4 \(stored tails\)"):
+            Objective(kd_weight=1.0, temperature=temperature, teacher=cache)
+    batch = DistillationCollator(0, cache)(cases.rows(2))
+    with pytest.raises(ValueError, match=r"distillation_loss: temperature .* got 5"):
+        compute_loss(
+            prepare_student(cases.student()),
+            batch,
+            Objective(kd_weight=1.0, temperature=5.0, vocab_size=cases.VOCABULARY),
+        )
+    untold = Objective(kd_weight=1.0, temperature=2.0, vocab_size=cases.VOCABULARY)
+    with pytest.raises(ValueError, match="distillation_loss: temperature must be what"):
+        batch = DistillationCollator(0, cases.RandomCache())(cases.rows(2))
+        compute_loss(prepare_student(cases.student()), batch, untold)

@@ -90,11 +90,12 @@ def at_temperature(
             stored = torch.where(stored == -torch.inf, log_tail, stored.to(log_tail.dtype))
             log_tail = torch.where(rounded, stored, log_tail)
         return logprobs, log_tail
+    dtype, logprobs, log_tail = logprobs.dtype, logprobs.double(), log_tail.double()
     entries = torch.where(logprobs == -torch.inf, logprobs, logprobs * ratio)
     if stored is not None:
-        tail = stored.to(logprobs.dtype)
+        tail = stored
     else:
-        count = tail_tokens.to(logprobs.dtype).clamp(min=1).log()
+        count = tail_tokens.double().clamp(min=1).log()
         count = torch.zeros_like(count) if rule == "one_outcome" else count
         tail = (log_tail - count) * ratio + count
     tail = torch.where(log_tail == -torch.inf, log_tail, tail)
@@ -102,7 +103,8 @@ def at_temperature(
     norm = torch.logsumexp(both, -1, keepdim=True)
     nothing = norm == -torch.inf  # neither an entry nor a tail: it says nothing, as before
     norm = torch.where(nothing, 0.0, norm)
-    return entries - norm, torch.where(nothing, log_tail, tail - norm)
+    moved = torch.where(nothing, log_tail, tail - norm)
+    return (entries - norm).to(dtype), moved.to(dtype)
 
 
 def check_temperature(
