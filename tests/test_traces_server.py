@@ -41,6 +41,9 @@ class Teacher(BaseHTTPRequestHandler):
     def answer(self, action, prompt, body):
         if action in ("429", "500", "always 500", "400"):
             return int(action[-3:]), b'{"error": "as told"}'
+        if isinstance(action, dict):  # a choice, as it is
+            usage = {"prompt_tokens": 10, "completion_tokens": 20}
+            return 200, json.dumps({"choices": [action], "usage": usage}).encode()
         if action == "garbage":
             return 200, b"<html>\xff not json"
         if action == "empty":
@@ -68,7 +71,7 @@ def teacher():
         "lock": threading.Lock(),
         "gate": threading.Event(),
     }
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server.state, f"http://127.0.0.1:{server.server_address[1]}/v1"
     server.shutdown()
     server.server_close()
@@ -163,3 +166,141 @@ def test_the_judge_on_the_command_line_beside_another_verifier(teacher, tmp_path
     shown = capsys.readouterr().out
     assert "judge / numeric agree, %" in shown and "unknown: judge undecided" in shown
     assert [trace.answer for trace in load(tmp_path / "out.jsonl")] == ["four"]
+
+
+# --- answers without content ----------------------------------------------------------------------
+
+CALL = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+# The choice, why it has no content, the thought, the answer.
+CHOICES = {
+    "cut, reasoning": (
+        {"message": {"content": None, "reasoning": "so and"}, "finish_reason": "length"},
+        ("cut at the length limit", "so and", ""),
+    ),
+    "cut, reasoning_content": (
+        {"message": {"content": "", "reasoning_content": "so and"}, "finish_reason": "length"},
+        ("cut at the length limit", "so and", ""),
+    ),
+    "cut before a word": (
+        {"message": {"role": "assistant", "content": None}, "finish_reason": "length"},
+        ("cut at the length limit", "", ""),
+    ),
+    "refusal": (
+        {"message": {"content": None, "refusal": "I will not."}, "finish_reason": "stop"},
+        ("refusal", "", ""),
+    ),
+    "tool call": (
+        {"message": {"content": None, "tool_calls": CALL}, "finish_reason": "tool_calls"},
+        ("tool call", "", ""),
+    ),
+    "tool call with a thought": (
+        {"message": {"content": "", "reasoning": "I add", "tool_calls": CALL}},
+        ("tool call", "I add", ""),
+    ),
+    "filter": (
+        {"message": {"content": ""}, "finish_reason": "content_filter"},
+        ("content filter", "", ""),
+    ),
+    "thought alone": (
+        {"message": {"content": None, "reasoning": "four"}, "finish_reason": "stop"},
+        ("no content", "four", ""),
+    ),
+    "nothing": ({"message": {"content": ""}, "finish_reason": "stop"}, ("no content", "", "")),
+    "blank": ({"message": {"content": " \n"}, "finish_reason": None}, ("no content", "", "")),
+    "no field": ({"message": {"role": "assistant"}}, ("no content", "", "")),
+    "parts": (
+        {"message": {"content": [{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]}},
+        ("", "", "four"),
+    ),
+    "tags": ({"message": {"content": "<think>hm</think>four"}}, ("", "hm", "four")),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_an_answer_without_content_is_an_answer(teacher, tmp_path, name):
+    state, address = teacher
+    choice, (reason, think, text) = CHOICES[name]
+    state["plan"] = {"a": [choice] * 9}
+    for _ in range(2):  # from the server, then from the journal
+        report = Yield()
+        options = {"report": report, "journal": tmp_path / "journal.jsonl"}
+        (trace,) = generate_server(client(address), ["a"], **options)
+        assert (trace.think, trace.answer) == (think, text)
+        assert trace.metadata.get("without_content", "") == reason
+        assert report["generate"].notes["retries"] == 0 and not report["generate"].dropped
+        assert report["generate"].notes.get("without_content", {}) == (
+            {reason: 1} if reason else {}
+        )
+        assert trace.metadata["finish"] == (choice.get("finish_reason") or "")
+    assert len(state["asked"]) == 1
+    for field in ("refusal", "tool_calls"):
+        assert trace.metadata.get(field) == choice["message"].get(field)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"message": None},
+        {"message": "four"},
+        {"message": []},
+        {"message": {"content": 4}},
+        {"message": {"content": {"text": "four"}}},
+        {"message": {"content": ["four"]}},
+        {"message": {"content": [{"type": "image"}]}},
+        {"message": {"content": None, "reasoning": 4}},
+        {"message": {"content": "four", "reasoning_content": {"text": "hm"}}},
+    ],
+)
+def test_what_is_no_message_is_garbage_and_asked_again(teacher, choice):
+    state, address = teacher
+    state["plan"] = {"a": [choice], "b": [choice] * 9}
+    report = Yield()
+    (trace,) = generate_server(client(address), ["a", "b"], report=report)
+    assert trace.prompt == "a" and report["generate"].notes["retries"] == 1
+    assert report["generate"].dropped == {"teacher failed: garbage from the server": 1}
+
+
+@pytest.mark.parametrize("name", ["cut, reasoning", "refusal", "filter", "nothing"])
+def test_a_judge_without_a_word_is_undecided(teacher, name):
+    state, address = teacher
+    judge, trace = Judge(client(address)), Trace("2+2", "t", "four", reference="4")
+    judge(trace)
+    state["plan"] = {state["asked"][0]["messages"][-1]["content"]: ["ok", CHOICES[name][0]]}
+    assert judge(trace).reason == "judge undecided"
+
+
+def test_what_was_answered_is_kept_when_the_reader_stops(teacher, tmp_path):
+    state, address = teacher
+    journal = tmp_path / "answers.jsonl"
+    server = client(address, concurrency=4)
+    stream = generate_server(server, [str(i) for i in range(8)], report=Yield(), journal=journal)
+    next(stream)
+    stream.close()
+    answered = len(state["asked"])
+    assert answered >= 2 and len(journal.read_text().splitlines()) == answered
+
+    def broken():
+        yield from ["x", "y"]
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        list(generate_server(server, broken(), report=Yield(), journal=journal))
+    state["asked"].clear()
+    assert len(list(generate_server(server, ["0", "x", "y"], report=Yield(), journal=journal))) == 3
+    assert not state["asked"]
+
+
+def test_a_server_that_echoes_the_key_gets_it_into_no_report(teacher, tmp_path, monkeypatch):
+    state, address = teacher
+    monkeypatch.setenv("KD_KEY", "sk-0123456789abcdef")
+    echo = {"message": {"content": "sk-0123456789abcdef", "reasoning": 7}}
+    state["plan"] = {"a": [echo] * 9}
+    report, journal = Yield(), tmp_path / "journal.jsonl"
+    server = client(address, key_variable="KD_KEY")
+    assert not list(generate_server(server, ["a"], report=report, journal=journal))
+    assert "garbage" in json.dumps(report.to_dict()) and "***" in json.dumps(report.to_dict())
+    state["plan"] = {"b": [{"message": {"content": "your key: sk-0123456789abcdef"}}]}
+    (trace,) = generate_server(server, ["b"], report=report, journal=journal)
+    shown = json.dumps(report.to_dict()) + str(report) + journal.read_text() + str(trace)
+    assert trace.answer == "your key: ***" and "0123456789" not in shown + repr(server)

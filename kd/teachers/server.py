@@ -2,18 +2,15 @@
 
 A server scores a prompt that is sent as token ids. It returns the likeliest tokens at every
 position but the first, at temperature 1, and the prompt's own token where that is not among them.
+It is not believed: every row is checked before it is stored.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
+import math
 import os
-import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,18 +20,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
-from kd.cache.importers import Item, prompt_rows
+from kd.cache.importers import Item, table
+from kd.cache.keys import describe
 from kd.cache.writer import SHARD_TOKENS
+from kd.serving import Endpoint, ServerError, shown_fields
 from kd.teachers.build import batches
 from kd.teachers.progress import Meter
 
-RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 MODES = ("prompt_logprobs", "echo")
+ON_FAILURE = ("error", "drop")
 MAX_TOP_K = 1024
 MAX_RESPONSE = 1 << 30
+ENTRY_BYTES = 256  # of JSON for one token of one row, with its text; vLLM's have about 90
+MOST_DROPPED = 32  # before the first that can be stored
+TOLERANCE = 1e-3  # rounding by which a log-probability, or a row's log-mass, may exceed 0
+# Failures that a sequence can be the cause of; the others are the server's, of every sequence.
+OF_THE_SEQUENCE = (
+    "HTTP 400",
+    "HTTP 413",
+    "HTTP 422",
+    "HTTP 500",
+    "timed out",
+    "answer too large",
+    "garbage from the server",
+)
 
 
-@dataclass
+@dataclass(repr=False)
 class ServerTeacher:
     """A completions endpoint that scores prompts.
 
@@ -45,8 +57,9 @@ class ServerTeacher:
         mode: "prompt_logprobs" (vLLM), or "echo" (logprobs of an echoed prompt, with
             return_tokens_as_token_ids).
         api_key_env: environment variable that holds the key; never a key itself.
-        timeout: seconds for one request.
-        retries: further attempts after a refusal that may pass (429, 5xx, a broken connection).
+        timeout: seconds for one request, from connecting to the answer's last byte.
+        retries: further attempts after a refusal that may pass (429, 5xx, a broken connection);
+            one at most after a time-out.
         backoff: seconds before the first of them; doubled each time, with jitter, up to
             ``max_wait``. A Retry-After header is obeyed, up to the same limit.
         requests_per_minute: None is no limit.
@@ -68,11 +81,7 @@ class ServerTeacher:
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"ServerTeacher: base_url must start with http:// or https://, got "
-                f"{self.base_url!r}."
-            )
+        self._endpoint()
         if not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(
                 f"ServerTeacher: top_k must be from 1 to {MAX_TOP_K}, got {self.top_k}. A "
@@ -82,13 +91,30 @@ class ServerTeacher:
             raise ValueError(
                 f"ServerTeacher: mode must be one of {', '.join(MODES)}, got {self.mode!r}."
             )
+        if self.concurrency < 1:
+            raise ValueError(
+                f"ServerTeacher: concurrency must be at least 1, got {self.concurrency}."
+            )
+        if self.requests_per_minute is not None and not self.requests_per_minute > 0:
+            raise ValueError(
+                "ServerTeacher: requests_per_minute must be above 0, got "
+                f"{self.requests_per_minute}. Use None for no limit."
+            )
 
-    def score(self, tokens: NDArray[np.int32]) -> Item:
+    def __repr__(self) -> str:
+        return shown_fields(self, address="base_url", variable="api_key_env")
+
+    def score(self, tokens: NDArray[np.int32], live_vocab: int | None = None) -> Item:
         """A sequence's (tokens, ids [L, K], log-probs [L, K]); the last row is empty.
 
+        Args:
+            tokens: [L] token ids.
+            live_vocab: ids at or past it are refused; not checked when None.
+
         Raises:
-            OSError: when the server refuses for good, or still refuses after the retries.
-            ValueError: when its answer does not fit the sequence.
+            kd.serving.ServerError: when the server refuses for good, or still refuses after the
+                retries. It is an OSError.
+            ValueError: when its answer does not fit the sequence; names the row.
         """
         prompt = [int(token) for token in tokens]
         body: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": 1}
@@ -96,67 +122,67 @@ class ServerTeacher:
             body.update(echo=True, logprobs=self.top_k, return_tokens_as_token_ids=True)
         else:
             body.update(prompt_logprobs=self.top_k)
-        choice = self._choice(self._request(body))
-        if self.mode == "prompt_logprobs":
-            found = choice.get("prompt_logprobs")
-        else:
-            found = echoed((choice.get("logprobs") or {}), len(prompt))
-        if not found:
+        # One row more than tokens, for the token that is generated.
+        limit = (1 << 16) + (len(prompt) + 1) * (self.top_k + 2) * ENTRY_BYTES
+        endpoint = self._endpoint()
+        answer, _ = endpoint.post(
+            "/completions", body, min(limit, MAX_RESPONSE), lambda found: found, self._wait_for_turn
+        )
+        try:
+            return (tokens, *table(self._rows(prompt, answer, live_vocab)))
+        except ValueError as error:
+            problem = endpoint.redact(str(error))
+        raise ValueError(problem)
+
+    def _rows(self, prompt: list[int], answer: Any, live: int | None) -> list[dict[int, float]]:
+        """Row i is for the token after token i; the last is empty."""
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        choice = choices[0] if isinstance(choices, list) and choices else None
+        if not isinstance(choice, dict):
+            raise ValueError(
+                f"ServerTeacher: the answer must hold choices, got {str(answer)[:200]!r}."
+            )
+        found = choice.get("prompt_logprobs")
+        prefix = ""
+        if self.mode == "echo":
+            said = choice.get("logprobs")
+            found = said.get("top_logprobs") if isinstance(said, dict) else None
+            found = found[: len(prompt)] if isinstance(found, list) else None
+            prefix = "token_id:"
+        if not isinstance(found, list) or not found:
             raise ValueError(
                 f"ServerTeacher: the answer must hold {self.mode}, got none for a prompt of "
                 f"{len(prompt)} tokens. Does the server of {self.model!r} support it?"
             )
-        return prompt_rows(tokens, found)
-
-    def _choice(self, answer: Any) -> Mapping[str, Any]:
-        try:
-            return answer["choices"][0]
-        except (KeyError, IndexError, TypeError):
+        if choice.get("prompt_token_ids") not in (None, prompt):
             raise ValueError(
-                f"ServerTeacher: the answer must hold choices, got {str(answer)[:200]!r}."
-            ) from None
-
-    def _request(self, body: Mapping[str, Any]) -> Any:
-        """POST with retries; the answer's JSON."""
-        for attempt in range(self.retries + 1):
-            self._wait_for_turn()
+                "ServerTeacher: the answer's prompt_token_ids must equal the prompt, got "
+                f"{str(choice['prompt_token_ids'])[:100]}. It is of another sequence."
+            )
+        if len(found) != len(prompt):
+            raise ValueError(
+                f"ServerTeacher: {self.mode} must have one element a token ({len(prompt)}), got "
+                f"{len(found)}. The server cut the prompt, or tokenised it again."
+            )
+        rows = []
+        for number, following in enumerate(prompt[1:]):
             try:
-                return self._post(body)
-            except urllib.error.HTTPError as error:
-                refusal = f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
-                retry_after = error.headers.get("Retry-After") if error.headers else None
-                if error.code not in RETRY_STATUS:
-                    raise OSError(
-                        f"ServerTeacher: {self.base_url} must accept the request, got {refusal}"
-                    ) from None
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                refusal, retry_after = f"{type(error).__name__}: {error}", None
-            if attempt < self.retries:
-                time.sleep(self._pause(attempt, retry_after))
-        raise OSError(
-            f"ServerTeacher: {self.base_url} must answer within {self.retries + 1} attempts, got "
-            f"{refusal}. What was scored is stored: run the same command again to continue."
-        )
+                rows.append(checked_row(found[number + 1], following, self.top_k, live, prefix))
+            except ValueError as error:
+                raise ValueError(f"ServerTeacher: row {number}: {error}") from None
+        return [*rows, {}]
 
-    def _post(self, body: Mapping[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get(self.api_key_env)
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            f"{self.base_url.rstrip('/')}/completions", json.dumps(body).encode(), headers
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(
+            "ServerTeacher",
+            "base_url",
+            self.base_url,
+            key_variable=self.api_key_env,
+            timeout=self.timeout,
+            retries=self.retries,
+            wait=self.backoff,
+            max_wait=self.max_wait,
         )
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            return json.loads(answer.read(MAX_RESPONSE))
-
-    def _pause(self, attempt: int, retry_after: str | None) -> float:
-        """Seconds to wait before another attempt."""
-        try:
-            asked = float(retry_after or 0)
-        except ValueError:  # a date
-            asked = 0.0
-        jittered = self.backoff * 2**attempt * random.uniform(0.5, 1.0)
-        return min(max(asked, jittered), self.max_wait)
 
     def _wait_for_turn(self) -> None:
         """Space requests evenly over the minute."""
@@ -169,20 +195,56 @@ class ServerTeacher:
         time.sleep(turn - now)
 
 
-def echoed(logprobs: Mapping[str, Any], length: int) -> list[dict[str, float] | None]:
-    """An echoed prompt's top_logprobs as prompt_logprobs: "token_id:5" becomes "5"."""
-    found: list[dict[str, float] | None] = []
-    for element in (logprobs.get("top_logprobs") or [])[:length]:
-        if element is None:
-            found.append(None)
-            continue
-        if any(not name.startswith("token_id:") for name in element):
+def checked_row(
+    element: Any, following: int, top_k: int, live_vocab: int | None = None, prefix: str = ""
+) -> dict[int, float]:
+    """One element of a server's answer as id -> log-prob, or a ValueError with what is wrong.
+
+    Args:
+        element: {"token id": log-prob}, or {"token id": {"logprob": log-prob, ...}}.
+        following: the prompt's token that this row is the distribution of. Servers always return
+            it, whatever its rank: its absence shows a row of another position or another text.
+        top_k: tokens asked for.
+        live_vocab: the teacher's tokens; None is unknown.
+        prefix: of the ids' names.
+    """
+    if not isinstance(element, Mapping):
+        raise ValueError(f"it must be a mapping of token ids to log-probs, got {element!r:.100}.")
+    live_vocab = live_vocab or 1 << 31
+    row: dict[int, float] = {}
+    for name, value in element.items():
+        number = name[len(prefix) :] if name.startswith(prefix) else ""
+        # int() would also take " 7", "0_7" and digits of other scripts.
+        if not (number.isascii() and number.isdigit()) or str(int(number)) != number:
+            fix = "The server ignores return_tokens_as_token_ids: use mode='prompt_logprobs'."
             raise ValueError(
-                f"ServerTeacher: tokens must be named 'token_id:N', got {sorted(element)[:3]}. "
-                "The server ignores return_tokens_as_token_ids: use mode='prompt_logprobs'."
+                f"tokens must be named '{prefix}N' with N a token id, got {name!r:.100}. "
+                f"{fix if prefix else 'Names of tokens are ambiguous.'}"
             )
-        found.append({name.partition(":")[2]: value for name, value in element.items()})
-    return found
+        logprob = value.get("logprob") if isinstance(value, Mapping) else value
+        if isinstance(logprob, bool) or not isinstance(logprob, (int, float)):
+            raise ValueError(f"the log-prob of {number} must be a number, got {logprob!r:.100}.")
+        if not logprob <= TOLERANCE:  # NaN included
+            raise ValueError(f"the log-prob of {number} must be at most 0, got {logprob}.")
+        if logprob < -3e38:  # probability 0, beyond float32
+            continue
+        if int(number) >= live_vocab:
+            raise ValueError(
+                f"token ids must be below live_vocab ({live_vocab}), got {number}. Is this the "
+                "tokenizer's own teacher?"
+            )
+        row[int(number)] = min(float(logprob), 0.0)
+    if following not in row:
+        raise ValueError(
+            f"the log-probs must include the prompt's own next token, {following}, got "
+            f"{sorted(row)[:6]}. The rows are of another position, or of another text."
+        )
+    if len(row) > top_k + 1:
+        raise ValueError(f"it must hold at most {top_k + 1} tokens, got {len(row)}.")
+    mass = math.fsum(math.exp(logprob) for logprob in row.values())
+    if mass > math.exp(TOLERANCE):
+        raise ValueError(f"its probabilities must be at most 1 in sum, got {mass:.6g}.")
+    return row
 
 
 def build_cache_from_server(
@@ -197,6 +259,7 @@ def build_cache_from_server(
     shard_tokens: int = SHARD_TOKENS,
     max_length: int | None = None,
     limit: int | None = None,
+    on_failure: str = "error",
     progress: bool = True,
 ) -> TeacherCache:
     """Cache a served teacher's log-probs; run again, it continues where it was stopped.
@@ -212,14 +275,27 @@ def build_cache_from_server(
         shard_tokens: tokens in a shard: what a killed run loses at most.
         max_length: longer sequences are refused.
         limit: use only the first so many sequences.
+        on_failure: for a sequence that the server refuses, fails at or answers wrongly: "error"
+            (names sequence and row), or "drop": it is left out and counted in the manifest, under
+            "dropped_sequences". A server that fails at all of them is an error always.
         progress: show tokens/s and the time left.
 
     Returns:
         The finished cache. A row holds the top_k likeliest tokens, and the text's own next token
         where it is not among them; the last row of every sequence is empty.
+
+    Raises:
+        OSError: the server failed. What was scored, also beside the request that failed, is
+            stored; the same command continues.
+        ValueError: an answer does not fit its sequence; the rest is stored too.
     """
     from kd.vocab import tokenizer_fingerprint
 
+    if on_failure not in ON_FAILURE:
+        raise ValueError(
+            f"build_cache_from_server: on_failure must be one of {', '.join(ON_FAILURE)}, got "
+            f"{on_failure!r}."
+        )
     live = live_vocab or (len(tokenizer) if tokenizer is not None else 0)
     if live < 1:
         raise ValueError(
@@ -240,28 +316,89 @@ def build_cache_from_server(
             CacheWriter(path, meta, shard_tokens=shard_tokens) as writer,
             ThreadPoolExecutor(teacher.concurrency) as pool,
         ):
-            under_way: list[Future[Item]] = []
+            capture = _Capture(teacher, writer, meter, on_failure == "drop")
             try:
                 for (tokens,) in batches(sequences, 1, limit, max_length):
-                    if tokens in writer:
-                        meter.advance(len(tokens), fresh=False)
-                        continue
-                    under_way.append(pool.submit(teacher.score, tokens))
-                    if len(under_way) >= 2 * teacher.concurrency:
-                        _store(writer, under_way.pop(0), meter)
-                while under_way:
-                    _store(writer, under_way.pop(0), meter)
+                    capture.submit(pool, tokens)
+                capture.finish()
             except BaseException:
-                for future in under_way:
-                    future.cancel()
-                writer.keep_pending()  # what was paid for is not thrown away
+                capture.rescue()
                 raise
     finally:
         meter.close()
     return TeacherCache(path)
 
 
-def _store(writer: CacheWriter, future: Future[Item], meter: Meter) -> None:
-    tokens, ids, logprobs = future.result()
-    writer.add(tokens, ids, logprobs)
-    meter.advance(len(tokens), fresh=True)
+class _Capture:
+    """Requests under way, the oldest first."""
+
+    def __init__(
+        self, teacher: ServerTeacher, writer: CacheWriter, meter: Meter, drop: bool
+    ) -> None:
+        self.teacher, self.writer, self.meter, self.drop = teacher, writer, meter, drop
+        self.under_way: list[tuple[NDArray[np.int32], Future[Item]]] = []
+        self.dropped = 0
+        self.reason = ""
+
+    def submit(self, pool: ThreadPoolExecutor, tokens: NDArray[np.int32]) -> None:
+        if tokens in self.writer:
+            self.meter.advance(len(tokens), fresh=False)
+            return
+        live = self.writer.meta.live_vocab
+        if len(tokens) < 2 or int(tokens.max()) >= live:
+            raise ValueError(
+                "build_cache_from_server: a sequence must have at least 2 tokens, all below "
+                f"live_vocab ({live}), got {describe(tokens)}."
+            )
+        self.under_way.append((tokens, pool.submit(self.teacher.score, tokens, live)))
+        if len(self.under_way) >= 2 * self.teacher.concurrency:
+            self._take()
+
+    def finish(self) -> None:
+        while self.under_way:
+            self._take()
+        if self.dropped:
+            self._refuse_nothing()
+
+    def rescue(self) -> None:
+        """Store what is answered beside a request that failed: it was paid for."""
+        for _, future in self.under_way:
+            future.cancel()  # those that have not begun
+        for tokens, future in self.under_way:
+            if not future.cancelled() and future.exception() is None:
+                self.writer.add(*future.result())
+                self.meter.advance(len(tokens), fresh=True)
+        self.writer.keep_pending()
+
+    def _take(self) -> None:
+        tokens, future = self.under_way.pop(0)
+        try:
+            self.writer.add(*future.result())
+        except ServerError as error:
+            kind: type[Exception] = OSError
+            mine, problem = error.reason in OF_THE_SEQUENCE, str(error)
+        except ValueError as error:
+            kind, mine, problem = ValueError, True, str(error)
+        else:
+            self.meter.advance(len(tokens), fresh=True)
+            return
+        problem = f"sequence {describe(tokens)}: {problem}"
+        if not (mine and self.drop):
+            way_out = "Or leave such sequences out with on_failure='drop'." if mine else ""
+            raise kind(
+                f"build_cache_from_server: {problem} What was scored is stored: run the same "
+                f"command again to continue. {way_out}".rstrip()
+            )
+        self.dropped += 1
+        self.reason = self.reason or problem
+        self.writer.count("dropped_sequences")
+        self.meter.advance(len(tokens), fresh=False)
+        if self.dropped == MOST_DROPPED:
+            self._refuse_nothing()
+
+    def _refuse_nothing(self) -> None:
+        if not len(self.writer):
+            raise ValueError(
+                "build_cache_from_server: the server must score some sequences, got none of "
+                f"{self.dropped}. The first failure: {self.reason}"
+            )

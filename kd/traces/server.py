@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import http.client
 import json
 import os
-import random
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from kd.serving import Endpoint, ServerError, shown_fields
 from kd.traces.generation import Sampling, messages
 from kd.traces.trace import Trace, split_completion
 from kd.traces.yields import Yield
 
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 LARGEST = 64 * 2**20
+TOKEN_BYTES = 256  # of JSON for one token of an answer, at most on average
 
 
-class ServerError(OSError):
-    """A request that failed for good; ``reason`` is the phrase that yields count."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Server:
     """An OpenAI-compatible chat server.
 
@@ -43,10 +31,11 @@ class Server:
         model: the name the server knows it by.
         key_variable: environment variable that holds the key; empty for none.
         concurrency: requests in flight.
-        retries: after the first attempt, for 429, 5xx, broken connections and garbage.
+        retries: after the first attempt, for 429, 5xx, broken connections and garbage; one at
+            most after a time-out.
         wait: seconds before the first retry; doubled each time, up to a minute, with jitter; a
             ``Retry-After`` of the server counts when it is longer.
-        timeout: seconds without an answer.
+        timeout: seconds for one request, from connecting to the answer's last byte.
         input_price: of a million prompt tokens, for the cost in the report.
         output_price: of a million completion tokens.
     """
@@ -62,40 +51,38 @@ class Server:
     output_price: float = 0.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"Server: address must start with http:// or https://, got {self.address!r}. "
-                "Write it as http://host:port/v1."
-            )
-        if self.concurrency < 1 or self.retries < 0:
-            raise ValueError(
-                "Server: concurrency must be at least 1 and retries at least 0, got "
-                f"{self.concurrency} and {self.retries}."
-            )
+        self._endpoint()
+        if self.concurrency < 1:
+            raise ValueError(f"Server: concurrency must be at least 1, got {self.concurrency}.")
         if self.key_variable and not os.environ.get(self.key_variable):
             raise ValueError(
                 f"Server: key_variable must name a set environment variable, got "
                 f"{self.key_variable!r}. Export it first."
             )
 
+    def __repr__(self) -> str:
+        return shown_fields(self, address="address", variable="key_variable")
+
     def chat(self, conversation: list[dict[str, str]], **options: Any) -> dict[str, Any]:
         """One answer: {"message", "finish_reason", "usage", "retries"}.
 
+        The message's "content" and "reasoning_content" are text, empty where the server gives
+        none. What has no content (a refusal, one cut in its thought, a tool call) is an answer.
+
         Raises:
-            ServerError: it failed for good, or every attempt did.
+            kd.serving.ServerError: it failed for good, or every attempt did.
         """
-        body = json.dumps({"model": self.model, "messages": conversation, **options}).encode()
-        wait = self.wait
-        for attempt in range(self.retries + 1):
-            try:
-                return {**self._attempt(body), "retries": attempt}
-            except _Again as problem:
-                if attempt == self.retries:
-                    raise ServerError(problem.reason, problem.detail) from None
-                time.sleep(max(problem.after, wait * random.uniform(0.5, 1.0)))
-                wait = min(60.0, 2 * wait)
-        raise AssertionError
+        body = {"model": self.model, "messages": conversation, **options}
+        # Some servers send the conversation back.
+        limit = (
+            2**20
+            + 2 * len(json.dumps(conversation))
+            + TOKEN_BYTES * options.get("max_tokens", LARGEST // TOKEN_BYTES)
+        )
+        answer, retries = self._endpoint().post(
+            "/chat/completions", body, min(limit, LARGEST), _read_answer
+        )
+        return {**answer, "retries": retries}
 
     async def chat_async(
         self, conversation: list[dict[str, str]], **options: Any
@@ -103,57 +90,51 @@ class Server:
         """``chat`` for callers with an event loop; it runs in a thread."""
         return await asyncio.to_thread(self.chat, conversation, **options)
 
-    def _attempt(self, body: bytes) -> dict[str, Any]:
-        parts = urlsplit(self.address)
-        kind = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(
+            "Server",
+            "address",
+            self.address,
+            key_variable=self.key_variable,
+            timeout=self.timeout,
+            retries=self.retries,
+            wait=self.wait,
         )
-        connection = kind(str(parts.hostname), parts.port, timeout=self.timeout)
-        headers = {"Content-Type": "application/json"}
-        if self.key_variable:
-            headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
-        try:
-            connection.request("POST", f"{parts.path.rstrip('/')}/chat/completions", body, headers)
-            response = connection.getresponse()
-            data = response.read(LARGEST + 1)
-            if response.length and len(data) <= LARGEST:
-                raise http.client.IncompleteRead(b"", response.length)
-        except (OSError, http.client.HTTPException) as error:
-            raise _Again("server unreachable", f"{type(error).__name__}: {error}") from None
-        finally:
-            connection.close()
-        if response.status in AGAIN:
-            after = response.headers.get("Retry-After", "")
-            seconds = min(120.0, float(after)) if after.replace(".", "", 1).isdigit() else 0.0
-            raise _Again(f"HTTP {response.status}", _excerpt(data), seconds)
-        if response.status != 200:
-            raise ServerError(f"HTTP {response.status}", _excerpt(data))
-        try:
-            if len(data) > LARGEST:
-                raise ValueError("larger than 64 MiB")
-            answer = json.loads(data)
-            choice = answer["choices"][0]
-            said = choice["message"]
-            if not isinstance(said.get("content") or said.get("reasoning_content"), str):
-                raise ValueError("no content")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Again("garbage from the server", f"{error}; {_excerpt(data)}") from None
-        usage = answer.get("usage")
-        return {
-            "message": said,
-            "finish_reason": choice.get("finish_reason"),
-            "usage": usage if isinstance(usage, dict) else {},
-        }
 
 
-class _Again(Exception):
-    def __init__(self, reason: str, detail: str, after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.reason, self.detail, self.after = reason, detail, after
+def _read_answer(answer: Any) -> dict[str, Any]:
+    """What ``chat`` returns, of a server's JSON; an error when it has another shape."""
+    choice, usage = answer["choices"][0], answer.get("usage")
+    said, finish = choice["message"], choice.get("finish_reason")
+    thought = _text(said.get("reasoning_content") or said.get("reasoning"))
+    rest = {name: value for name, value in said.items() if name != "reasoning"}
+    return {
+        "message": {**rest, "content": _text(said.get("content")), "reasoning_content": thought},
+        "finish_reason": finish if isinstance(finish, str) else "",
+        "usage": usage if isinstance(usage, dict) else {},
+    }
 
 
-def _excerpt(data: bytes) -> str:
-    return data[:200].decode("utf-8", "replace")
+def _text(value: Any) -> str:
+    """A message's text, which may be null or come in parts."""
+    if isinstance(value, list):
+        return "".join(part["text"] for part in value)
+    if not isinstance(value, str | None):
+        raise TypeError(f"texts must be strings, got {type(value).__name__}")
+    return value or ""
+
+
+def without_content(answer: dict[str, Any]) -> str:
+    """Why an answer of ``Server.chat`` has no content; empty when it has some."""
+    message, finish = answer["message"], answer.get("finish_reason")
+    if message.get("refusal") or finish == "refusal":
+        return "refusal"
+    if (message.get("content") or "").strip():
+        return ""
+    if message.get("tool_calls") or message.get("function_call"):
+        return "tool call"
+    reasons = {"length": "cut at the length limit", "content_filter": "content filter"}
+    return reasons.get(str(finish), "no content")
 
 
 def generate_server(
@@ -175,8 +156,14 @@ def generate_server(
         n: samples for each problem, each its own request.
         journal: a JSON-lines file of answers by the content of the request; a rerun asks only
             for what is missing. Failures are asked again.
-        report: takes the counts; tokens, retries and cost are notes.
+        report: takes the counts; tokens, retries, cost and, by reason, the answers without
+            content are notes.
         stage: the stage's name in the report.
+
+    Yields:
+        The traces. ``metadata`` says "sample", "finish" and the tokens; an answer without content
+        is a trace too: "without_content" says why ("cut at the length limit", "refusal", "tool
+        call", "content filter", "no content"), and "refusal" and "tool_calls" hold what there is.
     """
     sampling = sampling or Sampling()
     tally = report.stage(stage)
@@ -214,6 +201,9 @@ def generate_server(
                     yield from _take(waiting, server, tally, known, log)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+                for _, _, future in waiting:  # paid for, although nobody takes them any more
+                    if not future.cancelled() and future.exception() is None:
+                        _remember(*future.result(), known, log)
     finally:
         if log is not None:
             log.close()
@@ -225,9 +215,7 @@ def _take(waiting: Any, server: Server, tally: Any, known: dict[str, Any], log: 
     if "failed" in answer:
         tally.drop(f"teacher failed: {answer['failed']}", trace, answer["detail"])
         return
-    if log is not None and key not in known:
-        log.write(json.dumps({"key": key, "answer": answer}) + "\n")
-        known[key] = answer
+    _remember(key, answer, known, log)
     said, usage = answer["message"], answer["usage"]
     thought = said.get("reasoning_content") or said.get("reasoning") or ""
     content = said.get("content") or ""
@@ -242,9 +230,21 @@ def _take(waiting: Any, server: Server, tally: Any, known: dict[str, Any], log: 
     cost = counts.get("prompt_tokens", 0) * server.input_price
     cost += counts.get("completion_tokens", 0) * server.output_price
     tally.notes["cost"] = tally.notes.get("cost", 0.0) + cost / 1e6
+    reason = without_content(answer)
+    if reason:
+        absent = tally.notes.setdefault("without_content", {})
+        absent[reason] = absent.get(reason, 0) + 1
+        counts["without_content"] = reason
+        counts.update({name: said[name] for name in ("refusal", "tool_calls") if said.get(name)})
     tally.keep()
     finish = answer.get("finish_reason") or ""
     yield trace.replace(think=think, answer=text).note(sample=k, finish=finish, **counts)
+
+
+def _remember(key: str, answer: dict[str, Any], known: dict[str, Any], log: Any) -> None:
+    if log is not None and key not in known and "failed" not in answer:
+        log.write(json.dumps({"key": key, "answer": answer}) + "\n")
+        known[key] = answer
 
 
 def _read(journal: str | Path | None) -> dict[str, Any]:
