@@ -68,7 +68,7 @@ def _cases():
     for tail in ("renormalize", "drop", "uniform"):
         found[f"tail {tail}"] = Case(teacher=tail, options=dict(**HARD))
     found["floor"] = Case(
-        collectives=2, options=dict(divergence="reverse_kl", floor=-5.0, reduction="sum")
+        collectives=2, options=dict(divergence="reverse_kl", min_logprob=-5.0, reduction="sum")
     )
     found["cross-entropy"] = Case(teacher="none", options=dict(kd_weight=0.0, **HARD))
     weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0])

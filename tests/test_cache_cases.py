@@ -93,7 +93,7 @@ def test_masked_teacher_tokens_reach_the_loss_as_zeros(tmp_path):
     student = torch.randn(2, 40, 61, requires_grad=True)
     target = kd.TopK(found.ids, found.logprobs, found.tail, found.temperature)
     for divergence in ("forward_kl", "reverse_kl", kd.jsd(0.5)):
-        loss = kd.distillation_loss(student, target, divergence=divergence, floor=-30.0)
+        loss = kd.distillation_loss(student, target, divergence=divergence, min_logprob=-30.0)
         (gradient,) = torch.autograd.grad(loss, student)
         assert math.isfinite(loss.item()) and bool(gradient.isfinite().all())
 

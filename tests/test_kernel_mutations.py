@@ -41,7 +41,7 @@ KERNEL_DEFECTS = {
         "forward_kl", 65,
     ),
     "softmax's Jacobian left out": (
-        algebra.logit_gradient, "h - q * h_sum", "h", EVERY, "jsd(0.5)", 1.0,
+        algebra.logit_gradient, "h - softmax * h_sum", "h", EVERY, "jsd(0.5)", 1.0,
     ),
     "jsd's weights swapped": (
         algebra.terms, "((1.0 - beta) * LN2)", "(beta * LN2)", EVERY, "jsd(0.1)", 1.0,

@@ -105,12 +105,12 @@ def test_minus_infinity_is_probability_zero_and_never_nan(divergence):
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-7)
 
 
-def test_reverse_kl_onto_a_teacher_zero_is_infinite_unless_floored():
+def test_reverse_kl_onto_a_teacher_zero_is_infinite_unless_bounded():
     z, t = logits(2, 6), logits(2, 6, seed=1, grad=False)
     t[0, 1] = -INF
     assert kd.reverse_kl(z, t) == INF
-    floored = kd.reverse_kl(z, t, floor=-30.0)
-    want = kd.reverse_kl(z, t, floor=-30.0, backend="reference")
+    floored = kd.reverse_kl(z, t, min_logprob=-30.0)
+    want = kd.reverse_kl(z, t, min_logprob=-30.0, backend="reference")
     torch.testing.assert_close(floored.double(), want, rtol=1e-6, atol=1e-7)
 
 

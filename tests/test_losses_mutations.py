@@ -5,6 +5,7 @@ what it claims. How they are put in: loss_mutations.py.
 """
 
 import pytest
+import test_losses_bounds as bounds
 import test_losses_contract as contract
 import test_losses_faults as faults
 import test_losses_oracle as oracle
@@ -311,9 +312,9 @@ MUTATIONS = [
         regressions.test_bf16_logits_are_normalised_in_float32,
     ),
     edit(
-        "rounding of the normalisers not cancelled, forward KL",
+        "forward KL of what does not sum to one",
         *(divergences, "_forward_kl", " + (q - p)", ""),
-        regressions.test_small_losses_keep_their_digits,
+        *(bounds.test_bounded_torch_agrees_with_the_oracle, "forward_kl", "logits", "logits"),
     ),
     edit(
         "rounding of the normalisers not cancelled, reverse KL",
@@ -341,9 +342,9 @@ MUTATIONS = [
         *(properties.test_gradient_of_a_row_sums_to_zero, "reverse_kl", 0, 1.0),
     ),
     edit(
-        "floor ignored",
-        *(rows, "dense_divergence_", "log_p.clamp_(min=objective.floor)", "log_p"),
-        contract.test_reverse_kl_onto_a_teacher_zero_is_infinite_unless_floored,
+        "lower bound ignored",
+        *(divergences, "bounded_terms", "if min_logprob is None", "if True"),
+        contract.test_reverse_kl_onto_a_teacher_zero_is_infinite_unless_bounded,
     ),
     edit(
         "lm_head gradient accumulated in bf16",
@@ -370,6 +371,26 @@ MUTATIONS = [
         *(autograd, "TokenLoss.backward", "run(problem, weight,"),
         "run(problem, torch.ones_like(weight),",
         *oracle_case("forward_kl"),
+    ),
+    edit(
+        "lower bound of the teacher's side alone",
+        *(divergences, "bounded_terms", "log_q.clamp(min=min_logprob)", "log_q"),
+        *(bounds.test_bounded_torch_agrees_with_the_oracle, "jsd(0.5)", "logits", "logits"),
+    ),
+    edit(
+        "gradient below the lower bound",
+        *(divergences, "bounded_terms", "h.masked_fill(log_q < min_logprob, 0.0)", "h"),
+        *(bounds.test_bounded_torch_agrees_with_the_oracle, "jsd(0.5)", "logits", "logits"),
+    ),
+    edit(
+        "ties decided by the exponential of a logarithm",
+        *(rows, "dense_divergence_", 'd.name == "total_variation"', "False"),
+        *(bounds.test_total_variation_is_as_good_as_a_softmax, "torch", 1e-2),
+    ),
+    edit(
+        "high temperatures in float32",
+        *(rows, "dense_divergence_", "objective.temperature >= WIDE_TEMPERATURE", "False"),
+        *(bounds.test_high_temperatures, "torch", "forward_kl", "logits", 1e3),
     ),
     edit(
         "1 / N before the loss scale, half logits",

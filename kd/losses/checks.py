@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -153,6 +154,20 @@ def stored_tails(teacher: TopK, where: str) -> None:
             f"{where}: teacher.tail_log_partition must come with a tail, got "
             f"tail={teacher.tail!r}, which has none. Leave it out."
         )
+
+
+def renamed_floor(where: str, min_logprob: float | None, floor: float | None) -> float | None:
+    """min_logprob, also by its former name."""
+    if floor is None:
+        return min_logprob
+    if min_logprob is not None:
+        raise TypeError(
+            f"{where}: min_logprob must be given once, got {min_logprob} and floor={floor}. Leave "
+            "floor, its former name, out."
+        )
+    message = f"{where}: floor is called min_logprob now, and bounds both sides. Rename it."
+    warnings.warn(message, FutureWarning, stacklevel=3)
+    return floor
 
 
 def positive(name: str, value: Any, where: str) -> None:

@@ -119,7 +119,7 @@ class Divergence:
     def terms(
         self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, head: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """phi and h for each outcome, [..., outcomes] each.
+        """phi and h = q * dphi/dq for each outcome, [..., outcomes] each; p or q need not sum to 1.
 
         Where a term is 0 * log 0 it is 0; where q > 0 = p makes reverse KL infinite, phi is +inf.
         Each phi carries the terms of its Bregman form (q - p for forward KL): they sum to zero
@@ -135,7 +135,7 @@ def _times(weight: Tensor, factor: Tensor) -> Tensor:
 
 
 def _forward_kl(d, p, q, log_p, log_q, head):
-    return _times(p, log_p - log_q) + (q - p), -p
+    return _times(p, log_p - log_q) + (q - p), q - p
 
 
 def _reverse_kl(d, p, q, log_p, log_q, head):
@@ -160,8 +160,8 @@ def _skew_forward_kl(d, p, q, log_p, log_q, head):
     mixture = d.alpha * p + (1 - d.alpha) * q
     phi = _times(p, _log_ratio_to_mixture(log_p, log_q, d.alpha)) + (1 - d.alpha) * (q - p)
     # p / mixture <= 1 / alpha; where both are zero the outcome does not count.
-    h = -(1 - d.alpha) * q * (p / mixture.clamp(min=torch.finfo(p.dtype).tiny))
-    return phi, h if d.alpha > 0 else -p
+    h = (1 - d.alpha) * (q - q * (p / mixture.clamp(min=torch.finfo(p.dtype).tiny)))
+    return phi, h if d.alpha > 0 else q - p
 
 
 def _skew_reverse_kl(d, p, q, log_p, log_q, head):
@@ -170,7 +170,7 @@ def _skew_reverse_kl(d, p, q, log_p, log_q, head):
     h = _times(q, log_ratio)
     phi = h + (1 - d.alpha) * (p - q)
     if not d.detach_mixture:
-        h = h - d.alpha * q * (q / mixture.clamp(min=torch.finfo(q.dtype).tiny))
+        h = h + d.alpha * (q - q * (q / mixture.clamp(min=torch.finfo(q.dtype).tiny)))
     return phi, h
 
 
@@ -219,6 +219,36 @@ _TERMS = {
     "alpha_beta": _alpha_beta,
     "adaptive_kl": _adaptive_kl,
 }
+
+
+def bounded_terms(
+    d: Divergence,
+    p: Tensor,
+    q: Tensor,
+    log_p: Tensor,
+    log_q: Tensor,
+    min_logprob: float | None,
+    head: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``d.terms`` of p and q whose logarithms are no less than ``min_logprob``.
+
+    Nothing is renormalised. Below the bound q is a constant: h is zero there, so that the gradient
+    is h - q * sum(h) with q as it is.
+    """
+    if min_logprob is None:
+        return d.terms(p, q, log_p, log_q, head)
+    log_p, bounded = log_p.clamp(min=min_logprob), log_q.clamp(min=min_logprob)
+    phi, h = d.terms(log_p.exp(), bounded.exp(), log_p, bounded, head)
+    return phi, h.masked_fill(log_q < min_logprob, 0.0)
+
+
+def raw_terms(
+    p: Tensor, log_p: Tensor, log_q: Tensor, min_logprob: float | None
+) -> tuple[Tensor, Tensor]:
+    """Forward KL's phi and h of raw masses p, of which only the logarithms are bounded."""
+    bound = -torch.inf if min_logprob is None else min_logprob
+    phi = torch.where(p == 0, p, p * (log_p.clamp(min=bound) - log_q.clamp(min=bound)))
+    return phi, -p.masked_fill(log_q < bound, 0.0)
 
 
 def head_mask(p: Tensor, head_mass: float) -> Tensor:

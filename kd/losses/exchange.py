@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd.losses.divergences import head_mask
-from kd.losses.rows import SparseRows
+from kd.losses.rows import WIDE_TEMPERATURE, SparseRows, sparse_terms
 from kd.losses.shards import Numbers, Tile, final_logits, merge, normaliser
 from kd.losses.torch_backend import Problem, compute_dtype
 from kd.losses.triton_backend import kernel_divergence
@@ -100,7 +99,8 @@ def _solve_dense(tile: Tile, sharded: Sharded, owned: Tensor, unit: float) -> Kn
     if tile.teacher is not None:
         kind = kernel_divergence(objective.divergence)
         names = {"forward_kl": "forward", "reverse_kl": "reverse"}
-        gap = names.get(kind, "neither") if objective.floor is None else "neither"
+        plain = objective.min_logprob is None and objective.temperature < WIDE_TEMPERATURE
+        gap = names.get(kind, "neither") if plain else "neither"
     stats = backend.statistics(tile, gap=gap, hard=owned.shape[1] > 0)
     every, label_logit = shard.exchange(stats, owned.to(stats.dtype) / unit)
     value, numbers = merge(every, gap=gap, temperature=objective.temperature, unit=unit)
@@ -143,7 +143,7 @@ def _solve_sparse(
     tail = (tail_top - peak) + unit * tail_log
     outcomes = torch.cat([at_ids - peak, tail], -1)
     log_q = torch.log_softmax(outcomes, -1)
-    value, soft = _outcomes(sparse, log_q.to(stats.dtype), tile)
+    value, soft = (x.to(stats.dtype) for x in _outcomes(sparse, log_q, tile))
     loss, soft = objective.kd_weight * value, objective.kd_weight * soft
     hard = None
     hard_log = torch.zeros_like(peak)
@@ -163,18 +163,11 @@ def _solve_sparse(
 
 def _outcomes(sparse: SparseRows, log_q: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """(value [R], d value / d z~ [R, K + 1]) on the stored tokens and the tail."""
-    divergence, floor = tile.objective.divergence, tile.objective.floor
     log_p = torch.cat([sparse.log_p, sparse.log_tail], -1).to(log_q.dtype)
     p, q = log_p.exp(), log_q.exp()
     if sparse.tail == "drop":
         p[:, -1] = 0
-        phi = torch.where(p == 0, p, p * (log_p - log_q))
-        h = -p
-    else:
-        head = head_mask(p, divergence.head_mass) if divergence.name == "adaptive_kl" else None
-        if floor is not None:
-            log_p = log_p.clamp(min=floor)
-        phi, h = divergence.terms(p, q, log_p, log_q, head)
+    phi, h = sparse_terms(sparse.tail, p, q, log_p, log_q, tile.objective)
     return phi.sum(-1), h - q * h.sum(-1, keepdim=True)
 
 

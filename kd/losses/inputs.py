@@ -46,7 +46,7 @@ class TopK:
         tail: what the remaining mass means:
             "bucket": one further outcome (default; every divergence, on K+1 outcomes);
             "renormalize": the K probabilities are rescaled to sum to one; the rest is zero, as
-            one outcome (which alpha_beta and floor can tell). A row without entries counts 0;
+            one outcome (which alpha_beta and min_logprob can tell). A row without entries counts 0;
             "drop": the K masses as they are and nothing else: unbiased for sampled targets,
             forward KL only;
             "uniform": spread evenly over the other live tokens.

@@ -32,9 +32,10 @@ def distillation_loss(
     vocab_size: int | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
-    floor: float | None = None,
+    min_logprob: float | None = None,
     overwrite_student_logits: bool = False,
     backend: str = "auto",
+    floor: float | None = None,
 ) -> Tensor:
     """Distillation loss of a student from a teacher, row by row, in nats.
 
@@ -62,8 +63,15 @@ def distillation_loss(
         reduction: "mean" over the unmasked weight, "sum", or "none".
         num_items: denominator of "mean" instead of the unmasked weight, so that microbatches and
             ranks add up to the one-batch gradient.
-        floor: lower bound in nats on the teacher's log-probabilities. Without it reverse KL is
-            +inf where the teacher is zero and the student is not, and its gradient NaN.
+        min_logprob: lower bound in nats, < 0, on the log-probabilities of both sides over the
+            outcomes compared (tokens, or a sparse teacher's K and their tail), at the temperature:
+            D(max(p, e**min_logprob), max(q, e**min_logprob)). Nothing is renormalised; D takes the
+            form that needs no sum of one (KL: sum(a * log(a / b) - a + b)), so it is >= 0, and 0
+            where the sides are equal. Below the bound q is a constant: no gradient. Of
+            tail="drop", whose masses are no distribution, only the logarithms are bounded.
+            Without it reverse KL is +inf where the teacher is zero and the student is not, and
+            its gradient NaN.
+        floor: the former name of min_logprob; warns.
         overwrite_student_logits: let the gradient replace the student's logits in memory. They
             are garbage afterwards; saves one [N, V] tensor. Reduced losses on logits only.
         backend: "auto", "torch", "triton" or "reference" (float64, slow, obviously right).
@@ -76,16 +84,19 @@ def distillation_loss(
         TypeError, ValueError: naming the argument, the rule and the value.
     """
     where = "distillation_loss"
+    min_logprob = checks.renamed_floor(where, min_logprob, floor)
     chosen = resolve(divergence)
-    _check_options(where, temperature, kd_weight, ce_weight, reduction, num_items, backend, floor)
-    _check_combination(where, chosen, teacher, temperature, ce_weight, labels, floor)
+    _check_options(
+        where, temperature, kd_weight, ce_weight, reduction, num_items, backend, min_logprob
+    )
+    _check_combination(where, chosen, teacher, temperature, ce_weight, labels, min_logprob)
     objective = Objective(
         divergence=chosen,
         temperature=float(temperature),
         kd_weight=kd_weight * (temperature**2 if scale_by_t2 else 1.0),
         ce_weight=float(ce_weight),
         vocab_size=_check_inputs(where, student, teacher, labels, weights, vocab_size),
-        floor=floor,
+        min_logprob=min_logprob,
     )
     return _loss(
         where,
@@ -150,7 +161,7 @@ def cross_entropy(
 
 
 def _check_options(
-    where, temperature, kd_weight, ce_weight, reduction, num_items, backend, floor
+    where, temperature, kd_weight, ce_weight, reduction, num_items, backend, min_logprob
 ) -> None:
     checks.positive("temperature", temperature, where)
     for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
@@ -165,13 +176,17 @@ def _check_options(
         raise ValueError(
             f"{where}: backend must be one of {', '.join(checks.BACKENDS)}, got {backend!r}."
         )
-    if floor is not None and (not math.isfinite(floor) or floor >= 0):
+    bounds = min_logprob is not None
+    if bounds and (isinstance(min_logprob, Tensor) or not -math.inf < min_logprob < 0):
         raise ValueError(
-            f"{where}: floor must be a finite log-probability < 0 (for example -30.0), got {floor}."
+            f"{where}: min_logprob must be a finite log-probability < 0 (for example -30.0), got "
+            f"{min_logprob}."
         )
 
 
-def _check_combination(where, divergence, teacher, temperature, ce_weight, labels, floor) -> None:
+def _check_combination(
+    where, divergence, teacher, temperature, ce_weight, labels, min_logprob
+) -> None:
     if ce_weight > 0 and labels is None:
         raise ValueError(f"{where}: ce_weight={ce_weight} needs labels, got labels=None.")
     if not isinstance(teacher, TopK):
@@ -197,10 +212,11 @@ def _check_combination(where, divergence, teacher, temperature, ce_weight, label
             f"({teacher.temperature}), got temperature={temperature}: dropped mass cannot be "
             "renormalised."
         )
-    if teacher.tail == "renormalize" and divergence.needs_teacher_support and floor is None:
+    if teacher.tail == "renormalize" and divergence.needs_teacher_support and min_logprob is None:
         raise ValueError(
             f"{where}: tail='renormalize' leaves the teacher zero outside its top-k, where "
-            f"{divergence} is +inf for every student. Use tail='bucket', or bound it with floor."
+            f"{divergence} is +inf for every student. Use tail='bucket', or bound it with "
+            "min_logprob."
         )
 
 
@@ -444,5 +460,5 @@ def _reference(student, teacher, labels, objective: Objective, counts: Tensor) -
         ce_weight=objective.ce_weight,
         counts=counts,
         vocab_size=objective.vocab_size,
-        floor=objective.floor,
+        min_logprob=objective.min_logprob,
     )

@@ -60,62 +60,72 @@ def x_log_y(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(a || b) of two rows."""
-    return (x_log_y(a, a) - x_log_y(a, b)).sum()
+    """KL(a || b) of two rows, sum(a * log(a / b) - a + b): neither has to sum to one."""
+    return (x_log_y(a, a) - x_log_y(a, b) - a + b).sum()
 
 
-def kl_of_logs(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) from the logs, where b may have underflowed or be floored."""
+def log_gap(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """sum(a * (log a - log b)) from the logs, where b may have underflowed."""
     counts = a != 0
     zero = torch.zeros_like(a)
     return (a * (torch.where(counts, log_a, zero) - torch.where(counts, log_b, zero))).sum()
 
 
-def divergence_of(d: Divergence, log_p: Tensor, log_q: Tensor, floor: float | None) -> Tensor:
-    """The divergence of one row, from its definition (design: kd.losses.divergences)."""
+def kl_of_logs(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) of two rows that need not sum to one, from their logs."""
+    a = exp(log_a)
+    return log_gap(a, log_a, log_b) - a.sum() + exp(log_b).sum()
+
+
+def bounded(logs: Tensor, min_logprob: float | None) -> Tensor:
+    """The logs, none below the bound, where they are constants."""
+    return logs if min_logprob is None else logs.clamp(min=min_logprob)
+
+
+def divergence_of(d: Divergence, log_p: Tensor, log_q: Tensor, min_logprob: float | None) -> Tensor:
+    """The divergence of one row, from its definition (design: kd.losses.divergences).
+
+    Both sides' log-probabilities are bounded first, and nothing is renormalised.
+    """
+    head = in_head(exp(log_p), d.head_mass) if d.name == "adaptive_kl" else None
+    log_p, log_q = bounded(log_p, min_logprob), bounded(log_q, min_logprob)
     p, q = exp(log_p), exp(log_q)
-    floored = log_p if floor is None else log_p.clamp(min=floor)
     if d.name == "forward_kl":
-        return kl_of_logs(p, log_p, log_q)
+        return kl_of_logs(log_p, log_q)
     if d.name == "reverse_kl":
-        return kl_of_logs(q, log_q, floored)
+        return kl_of_logs(log_q, log_p)
     if d.name == "jsd":
         m = d.beta * p + (1 - d.beta) * q
         return d.beta * kl(p, m) + (1 - d.beta) * kl(q, m)
     if d.name == "skew_forward_kl":
         if d.alpha == 0:
-            return kl_of_logs(p, log_p, log_q)
+            return kl_of_logs(log_p, log_q)
         return kl(p, d.alpha * p + (1 - d.alpha) * q)
     if d.name == "skew_reverse_kl":
         if d.alpha == 0:
-            return kl_of_logs(q, log_q, floored)
+            return kl_of_logs(log_q, log_p)
         m = (1 - d.alpha) * p + d.alpha * q
         return kl(q, m.detach() if d.detach_mixture else m)
     if d.name == "total_variation":
         return 0.5 * (p - q).abs().sum()
     if d.name == "alpha_beta":
-        return alpha_beta_of(d.alpha, d.beta, log_p, log_q, floored)
-    if d.name == "adaptive_kl":
-        head = in_head(p, d.head_mass)
-        head_gap = (p - q).abs()[head].sum().detach()
-        tail_gap = (p - q).abs()[~head].sum().detach()
-        if head_gap + tail_gap == 0:
-            share = torch.tensor(0.5, dtype=p.dtype)
-        else:
-            share = head_gap / (head_gap + tail_gap)
-        forward = kl_of_logs(p, log_p, log_q)
-        return share * forward + (1 - share) * kl_of_logs(q, log_q, floored)
-    raise AssertionError(d.name)
+        return alpha_beta_of(d.alpha, d.beta, log_p, log_q)
+    assert d.name == "adaptive_kl" and head is not None, d.name
+    head_gap = (p - q).abs()[head].sum().detach()
+    tail_gap = (p - q).abs()[~head].sum().detach()
+    if head_gap + tail_gap == 0:
+        share = torch.tensor(0.5, dtype=p.dtype)
+    else:
+        share = head_gap / (head_gap + tail_gap)
+    return share * kl_of_logs(log_p, log_q) + (1 - share) * kl_of_logs(log_q, log_p)
 
 
-def alpha_beta_of(a: float, b: float, log_p: Tensor, log_q: Tensor, floored: Tensor) -> Tensor:
+def alpha_beta_of(a: float, b: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     """ABKD's divergence and its limits at a = 0 and b = 0."""
     if b == 0:
-        p_a, q_a = exp(a * log_p), exp(a * log_q)
-        return (kl_of_logs(p_a, a * log_p, a * log_q) - p_a.sum() + q_a.sum()) / a**2
+        return kl_of_logs(a * log_p, a * log_q) / a**2
     if a == 0:
-        p_b, q_b = exp(b * log_p), exp(b * log_q)
-        return (kl_of_logs(q_b, b * log_q, b * floored) - q_b.sum() + p_b.sum()) / b**2
+        return kl_of_logs(b * log_q, b * log_p) / b**2
     both = exp(a * log_p) * exp(b * log_q)
     mixed = a / (a + b) * exp((a + b) * log_p) + b / (a + b) * exp((a + b) * log_q)
     return -(both - mixed).sum() / (a * b)
@@ -196,7 +206,7 @@ def soft_loss(
     row: int,
     log_q: Tensor,
     temperature: float,
-    floor: float | None,
+    min_logprob: float | None,
 ) -> Tensor:
     """The divergence between one row of the teacher and the student's log q [V]."""
     if isinstance(teacher, TopK):
@@ -204,10 +214,10 @@ def soft_loss(
         if teacher.tail == "drop" or not has_tail:
             log_p, log_q = log_p[:-1], log_q[:-1]
         if teacher.tail == "drop":
-            return kl_of_logs(exp(log_p), log_p, log_q)
+            return log_gap(exp(log_p), bounded(log_p, min_logprob), bounded(log_q, min_logprob))
     else:
         log_p = log_softmax(logits_of(teacher, len(log_q))[row].detach() / temperature)
-    return divergence_of(d, log_p, log_q, floor)
+    return divergence_of(d, log_p, log_q, min_logprob)
 
 
 def per_token_loss(
@@ -221,7 +231,7 @@ def per_token_loss(
     ce_weight: float,
     counts: Tensor,
     vocab_size: int,
-    floor: float | None,
+    min_logprob: float | None,
 ) -> Tensor:
     """kd_weight * divergence + ce_weight * cross-entropy for each row, [N] float64.
 
@@ -235,7 +245,7 @@ def per_token_loss(
         if counts[row]:
             if teacher is not None and kd_weight != 0:
                 log_q = log_softmax(logits[row] / temperature)
-                soft = soft_loss(divergence, teacher, row, log_q, temperature, floor)
+                soft = soft_loss(divergence, teacher, row, log_q, temperature, min_logprob)
                 loss = loss + kd_weight * soft
             if labels is not None and ce_weight != 0:
                 loss = loss - ce_weight * log_softmax(logits[row])[labels[row]]

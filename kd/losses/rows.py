@@ -12,9 +12,12 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kd.losses.divergences import Divergence, head_mask
+from kd.losses.divergences import Divergence, bounded_terms, head_mask, raw_terms
 from kd.losses.inputs import TopK, merge_duplicates
 from kd.losses.tails import at_temperature, log_complement, log_partition
+
+WIDE_TEMPERATURE = 16.0
+"""From here on, with every probability near 1 / V, dense divergences are taken in float64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Objective:
     kd_weight: float  # T**2 included where asked for
     ce_weight: float
     vocab_size: int
-    floor: float | None
+    min_logprob: float | None
 
 
 @dataclasses.dataclass
@@ -116,18 +119,26 @@ def dense_forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
 def dense_divergence_(student: Tensor, teacher: Tensor, objective: Objective) -> Tensor:
     """Row losses of any divergence; student becomes dD/dz, teacher is scratch.
 
-    Both are [R, V] logits already divided by the temperature.
+    Both are [R, V] logits already divided by the temperature. Of a high one p and q are so close
+    that a term is a difference of two in float32's last digits: taken in float64.
     """
     d = objective.divergence
-    if d.name == "forward_kl" and objective.floor is None:
+    if objective.temperature >= WIDE_TEMPERATURE and student.dtype != torch.float64:
+        wide = student.double()
+        loss = dense_divergence_(wide, teacher.double(), objective)
+        student.copy_(wide)
+        return loss.to(student.dtype)
+    if d.name == "forward_kl" and objective.min_logprob is None:
         return dense_forward_kl_(student, teacher)
+    ties = d.name == "total_variation"  # decided by a softmax, which is closer than its logarithm
+    if ties:
+        q, p = torch.softmax(student, -1), torch.softmax(teacher, -1)
     log_q = torch.log_softmax(student, -1, out=student)
     log_p = torch.log_softmax(teacher, -1, out=teacher)
-    q, p = log_q.exp(), log_p.exp()
+    if not ties:
+        q, p = log_q.exp(), log_p.exp()
     head = head_mask(p, d.head_mass) if d.name == "adaptive_kl" else None
-    if objective.floor is not None:
-        log_p = log_p.clamp_(min=objective.floor)
-    phi, h = d.terms(p, q, log_p, log_q, head)
+    phi, h = bounded_terms(d, p, q, log_p, log_q, objective.min_logprob, head)
     torch.addcmul(h, q, h.sum(-1, keepdim=True), value=-1, out=student)
     return phi.sum(-1)
 
@@ -143,7 +154,7 @@ def sparse_divergence_(
 
     Returns (losses [R], d loss / d z~ [R, K+1], log q~ [R, K+1], log-sum-exp of the row [R, 1]).
     """
-    d, empty = objective.divergence, sparse.ids < 0
+    empty = sparse.ids < 0
     index = sparse.ids.clamp(min=0)
     top = student.gather(1, index).masked_fill_(empty, -torch.inf)  # [R, K]
     hide_at_ids_(student, sparse.ids)
@@ -157,20 +168,26 @@ def sparse_divergence_(
     peak = torch.maximum(top.amax(-1, keepdim=True), tail_peak)
     peak = peak.clamp(min=torch.finfo(peak.dtype).min)
     outcomes = torch.cat([top - peak, (tail_peak - peak) + tail_log_sum], -1)
-    log_q = torch.log_softmax(outcomes, -1)
+    log_q = torch.log_softmax(outcomes.double(), -1)  # K + 1 numbers: free
     lse = peak + torch.logsumexp(outcomes, -1, keepdim=True)
-    log_p = torch.cat([sparse.log_p, sparse.log_tail], -1)
+    log_p = torch.cat([sparse.log_p, sparse.log_tail], -1).double()
     p, q = log_p.exp(), log_q.exp()
     if sparse.tail == "drop":
         p[:, -1] = 0
-        phi = torch.where(p == 0, p, p * (log_p - log_q))
-        h = -p
-    else:
-        head = head_mask(p, d.head_mass) if d.name == "adaptive_kl" else None
-        if objective.floor is not None:
-            log_p = log_p.clamp(min=objective.floor)
-        phi, h = d.terms(p, q, log_p, log_q, head)
-    return phi.sum(-1), h - q * h.sum(-1, keepdim=True), log_q, lse
+    phi, h = sparse_terms(sparse.tail, p, q, log_p, log_q, objective)
+    g, dtype = h - q * h.sum(-1, keepdim=True), student.dtype
+    return phi.sum(-1).to(dtype), g.to(dtype), log_q.to(dtype), lse
+
+
+def sparse_terms(
+    tail: str, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """phi and h of K + 1 outcomes; ``tail`` says whether p is a distribution or raw masses."""
+    d = objective.divergence
+    if tail == "drop":
+        return raw_terms(p, log_p, log_q, objective.min_logprob)
+    head = head_mask(p, d.head_mass) if d.name == "adaptive_kl" else None
+    return bounded_terms(d, p, q, log_p, log_q, objective.min_logprob, head)
 
 
 def hide_at_ids_(logits: Tensor, ids: Tensor) -> None:

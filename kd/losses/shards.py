@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kd.losses.rows import Objective, add_at_ids_, hide_at_ids_
+from kd.losses.divergences import bounded_terms
+from kd.losses.rows import WIDE_TEMPERATURE, Objective, add_at_ids_, hide_at_ids_
 from kd.losses.torch_backend import block_rows, compute_dtype
 
 STATISTICS = 7
@@ -54,7 +55,8 @@ class Numbers:
     hard_log: Tensor
 
     def stacked(self, dtype: torch.dtype) -> Tensor:
-        return torch.cat([getattr(self, f.name) for f in dataclasses.fields(self)], -1).to(dtype)
+        found = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        return torch.cat([*found, self.s_log - self.t_log], -1).to(dtype)
 
 
 def final_logits(
@@ -150,13 +152,16 @@ def _terms(tile: Tile, numbers: Numbers, rows: slice) -> tuple[Tensor, Tensor, T
     assert tile.teacher is not None
     s, _ = final_logits(tile.student[rows], tile.student_transform, objective.temperature)
     t, _ = final_logits(tile.teacher[rows], tile.teacher_transform, objective.temperature)
-    dtype = s.dtype
-    log_q = s.sub_(numbers.s_top[rows].to(dtype)).sub_(numbers.s_log[rows].to(dtype))
-    log_p = t.sub_(numbers.t_top[rows].to(dtype)).sub_(numbers.t_log[rows].to(dtype))
-    q, p = log_q.exp(), log_p.exp()
-    if objective.floor is not None:
-        log_p = log_p.clamp_(min=objective.floor)
-    phi, h = objective.divergence.terms(p, q, log_p, log_q, None)
+    dtype = torch.float64 if objective.temperature >= WIDE_TEMPERATURE else s.dtype
+    gap = s.to(dtype) - t.to(dtype)
+    log_q = s.to(dtype).sub_(numbers.s_top[rows].to(dtype)).sub_(numbers.s_log[rows].to(dtype))
+    log_p = t.to(dtype).sub_(numbers.t_top[rows].to(dtype)).sub_(numbers.t_log[rows].to(dtype))
+    # Closer than the difference of the two, each of which is rounded to its own size.
+    gap -= (numbers.s_top - numbers.t_top + numbers.s_log - numbers.t_log)[rows].to(dtype)
+    log_p = torch.where(gap.abs() < 1, log_q - gap, log_p)
+    phi, h = bounded_terms(
+        objective.divergence, log_p.exp(), log_q.exp(), log_p, log_q, objective.min_logprob
+    )
     return log_q, log_p, phi, h
 
 
@@ -198,7 +203,8 @@ def gradient_(
 
 def _soft_gradient(tile: Tile, numbers: Numbers, rows: slice, kind: str) -> Tensor:
     """d divergence / d (logits at the temperature) of a block."""
-    if kind == "reverse_kl" and tile.objective.floor is None:
+    plain = tile.objective.min_logprob is None and tile.objective.temperature < WIDE_TEMPERATURE
+    if kind == "reverse_kl" and plain:
         # With the gap at the row's top taken out, as a collapsed row's gradient must not cancel.
         temperature = tile.objective.temperature
         s, _ = final_logits(tile.student[rows], tile.student_transform, temperature)
@@ -209,7 +215,7 @@ def _soft_gradient(tile: Tile, numbers: Numbers, rows: slice, kind: str) -> Tens
         q = (s.sub_(numbers.s_top[rows].to(dtype)).sub_(numbers.s_log[rows].to(dtype))).exp_()
         return _times(q, gap) - q * numbers.h_sum[rows].to(dtype)
     log_q, log_p, _, h = _terms(tile, numbers, rows)
-    if kind == "forward_kl" and tile.objective.floor is None:
+    if kind == "forward_kl" and plain:
         return log_q.exp() - log_p.exp()
     return h - log_q.exp() * numbers.h_sum[rows].to(h.dtype)
 

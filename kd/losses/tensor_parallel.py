@@ -42,9 +42,10 @@ def vocab_parallel_loss(
     weights: Tensor | None = None,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
-    floor: float | None = None,
+    min_logprob: float | None = None,
     reduce_hidden: bool = True,
     backend: str = "auto",
+    floor: float | None = None,
 ) -> Tensor:
     """``kd.distillation_loss`` where each rank of ``group`` holds a shard of the vocabulary.
 
@@ -64,8 +65,8 @@ def vocab_parallel_loss(
         reduce_hidden: add up the hidden states' gradient over ranks, one more all-reduce. False
             where the layer below does it (Megatron's copy region, sequence parallelism).
         divergence, temperature, scale_by_t2, ignore_index, kd_weight, ce_weight, weights,
-            reduction, num_items, floor, backend: as in ``kd.distillation_loss``; no adaptive_kl
-            but on a sparse teacher, and no backend="reference".
+            reduction, num_items, min_logprob, floor, backend: as in ``kd.distillation_loss``;
+            no adaptive_kl but on a sparse teacher, and no backend="reference".
 
     Returns:
         A scalar, or [...] for reduction="none"; the same on every rank.
@@ -77,11 +78,14 @@ def vocab_parallel_loss(
     Source: Shoeybi et al. 2019 (Megatron-LM), https://arxiv.org/abs/1909.08053, section 3, for the
         sharded softmax.
     """
+    min_logprob = checks.renamed_floor(WHERE, min_logprob, floor)
     chosen = resolve(divergence)
     objective._check_options(
-        WHERE, temperature, kd_weight, ce_weight, reduction, num_items, backend, floor
+        WHERE, temperature, kd_weight, ce_weight, reduction, num_items, backend, min_logprob
     )
-    objective._check_combination(WHERE, chosen, teacher, temperature, ce_weight, labels, floor)
+    objective._check_combination(
+        WHERE, chosen, teacher, temperature, ce_weight, labels, min_logprob
+    )
     _check_shardable(chosen, teacher, kd_weight, backend)
     shard, vocab = _shard(student, teacher, group, first_token, vocab_size)
     objective._check_inputs(WHERE, student, _local(teacher), labels, weights, None)
@@ -99,7 +103,7 @@ def vocab_parallel_loss(
         kd_weight=0.0 if teacher is None else kd_weight * (temperature**2 if scale_by_t2 else 1.0),
         ce_weight=float(ce_weight),
         vocab_size=vocab,
-        floor=floor,
+        min_logprob=min_logprob,
     )
     on_triton = triton_backend.chosen(WHERE, backend, like)
     sharded = Sharded(

@@ -143,7 +143,7 @@ def _row_loss(objective: Objective) -> Any:
         temperature=objective.temperature,
         kd=objective.kd_weight,
         ce=objective.ce_weight,
-        floor=objective.floor,
+        min_logprob=objective.min_logprob,
     )
 
 

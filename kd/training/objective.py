@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kd
 from kd.losses import Hidden
+from kd.losses.checks import renamed_floor
 from kd.losses.inputs import TAILS
 from kd.losses.tails import check_temperature
 from kd.training.alignment import aligned_labels
@@ -53,15 +54,21 @@ class Objective:
     vocab_size: int | None = None
     """Live tokens; the padded rows of the lm_head past it take no part. A teacher cache's own
     when None."""
-    floor: float | None = None
-    """Bounds divergences that would be infinite where the teacher has probability zero."""
+    min_logprob: float | None = None
+    """Lower bound on both sides' log-probabilities, for divergences that would be infinite where
+    the teacher has probability zero (see kd.distillation_loss)."""
     backend: str = "auto"
     """Which implementation of the losses runs: auto, torch, triton, reference."""
     teacher: Any = dataclasses.field(default=None, compare=False, repr=False)
     """A causal LM in memory, a cache, a ``Teacher`` (weight, domains, offload), or a list of
     them. None: the batch holds a cache's targets."""
 
-    def __post_init__(self) -> None:
+    floor: dataclasses.InitVar[float | None] = None
+    """The former name of min_logprob; warns."""
+
+    def __post_init__(self, floor: float | None) -> None:
+        bound = renamed_floor("Objective", self.min_logprob, floor)
+        object.__setattr__(self, "min_logprob", bound)
         for name in SCHEDULED:
             value = getattr(self, name)
             ends = (value.start, value.end) if isinstance(value, Schedule) else (value,)
@@ -245,7 +252,7 @@ class Objective:
             labels=labels,
             kd_weight=kd_weight,
             ce_weight=ce_weight,
-            floor=self.floor,
+            min_logprob=self.min_logprob,
             **options,
         )
 

@@ -98,6 +98,12 @@ def combine_statistics(peak, total, CUDA: tl.constexpr):
 
 
 @triton.jit
+def normaliser_gap(s_top, s_sum, t_top, t_sum):
+    """Difference of two log-sum-exps, not rounded to their size."""
+    return (s_top - t_top) + tl.log2(s_sum / t_sum)
+
+
+@triton.jit
 def update_gap(grouped, gap, mass, shrink, old_total, peak, acc, reference):
     """Fold a tile into each lane's sum of exp2(s - peak) * (gap - reference).
 
@@ -139,15 +145,20 @@ def terms(
     q,
     log_p,
     log_q,
+    gap,
     head_share,
     alpha,
     beta,
     CUDA: tl.constexpr,
 ):
-    """phi and h of every outcome, in nats. head_share is adaptive_kl's alone."""
+    """phi and h of every outcome, in nats; neither needs p or q to sum to one.
+
+    gap: log_q - log_p, known more closely than either; total variation's ties are decided by it.
+    head_share is adaptive_kl's alone.
+    """
     if DIVERGENCE == "forward_kl":
-        phi = times(p, log_p - log_q) * LN2 + (q - p)
-        h = -p
+        h = q - p
+        phi = times(p, log_p - log_q) * LN2 + h
     elif DIVERGENCE == "forward_kl_raw":  # p need not sum to one
         phi = times(p, log_p - log_q) * LN2
         h = -p
@@ -161,25 +172,23 @@ def terms(
     elif DIVERGENCE == "skew_forward_kl":
         mixture, log_m = mix(p, q, alpha, CUDA)
         phi = LN2 * (p * (finite(log_p) - log_m)) + (mixture - p)
-        h = (alpha - 1.0) * q * (p * reciprocal(mixture, CUDA))
+        h = (1.0 - alpha) * (q - q * (p * reciprocal(mixture, CUDA)))
     elif DIVERGENCE == "skew_reverse_kl" or DIVERGENCE == "skew_reverse_kl_detached":
         mixture, log_m = mix(p, q, 1.0 - alpha, CUDA)
         h = LN2 * (q * (finite(log_q) - log_m))
         phi = h + (mixture - q)
         if DIVERGENCE == "skew_reverse_kl":
-            h = h - alpha * q * (q * reciprocal(mixture, CUDA))
+            h = h + alpha * (q - q * (q * reciprocal(mixture, CUDA)))
     elif DIVERGENCE == "total_variation":
-        gap = q - p
-        phi = 0.5 * tl.abs(gap)
+        phi = 0.5 * tl.abs(q - p)
         h = tl.where(gap == 0.0, 0.0, tl.where(gap > 0.0, 0.5 * q, -0.5 * q))
     elif DIVERGENCE == "alpha_beta":
-        cross = exp2(alpha * log_p + beta * log_q, CUDA)
-        p_sum = exp2((alpha + beta) * log_p, CUDA)
-        q_sum = exp2((alpha + beta) * log_q, CUDA)
-        both = 1.0 / (alpha * beta)  # scalars: the row pays multiplications
-        each = both / (alpha + beta)
-        phi = p_sum * (alpha * each) + q_sum * (beta * each) - cross * both
-        h = (q_sum - cross) * (1.0 / alpha)
+        # Differences of powers whose exponents are rounded alike: zero where p = q.
+        p_a, q_b = alpha * log_p, beta * log_q
+        cross = exp2(p_a + q_b, CUDA)
+        of_p = exp2(p_a + beta * log_p, CUDA) - cross
+        h = (exp2(alpha * log_q + q_b, CUDA) - cross) * (1.0 / alpha)
+        phi = (h + of_p * (1.0 / beta)) * (1.0 / (alpha + beta))
     elif DIVERGENCE == "alpha_beta_forward":  # beta = 0
         p_a = exp2(alpha * log_p, CUDA)
         q_a = exp2(alpha * log_q, CUDA)
@@ -196,7 +205,7 @@ def terms(
         reverse = times(q, log_q - log_p) * LN2
         forward = times(p, log_p - log_q) * LN2 + (q - p)
         phi = times(head_share, forward) + times(1.0 - head_share, reverse + (p - q))
-        h = times(1.0 - head_share, reverse) - head_share * p
+        h = times(1.0 - head_share, reverse) + head_share * (q - p)
     return phi, h
 
 
@@ -236,36 +245,97 @@ def fold(values, GROUP: tl.constexpr):
 
 
 @triton.jit
+def bounded_terms(
+    DIVERGENCE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    log_p,
+    log_q,
+    gap,
+    head_share,
+    alpha,
+    beta,
+    bound,
+    CUDA: tl.constexpr,
+):
+    """(p, phi, h, softmax): p and q no smaller than 2**bound, the softmax as it is.
+
+    Below the bound q is a constant, so h is zero there. Raw masses are left as they are: of them
+    the logarithms alone are bounded.
+    """
+    p = exp2(log_p, CUDA)
+    softmax = exp2(log_q, CUDA)
+    q = softmax
+    if BOUNDED:
+        below = log_q < bound
+        log_p = tl.maximum(log_p, bound, propagate_nan=tl.PropagateNan.ALL)
+        log_q = tl.maximum(log_q, bound, propagate_nan=tl.PropagateNan.ALL)
+        gap = log_q - log_p
+        q = exp2(log_q, CUDA)
+        if DIVERGENCE != "forward_kl_raw":
+            p = exp2(log_p, CUDA)
+    phi, h = terms(DIVERGENCE, p, q, log_p, log_q, gap, head_share, alpha, beta, CUDA)
+    if BOUNDED:
+        h = tl.where(below, 0.0, h)
+    return p, phi, h, softmax
+
+
+@triton.jit
+def probability_gap(log_p, log_q, bound, BOUNDED: tl.constexpr, CUDA: tl.constexpr):
+    """|p - q|, both no smaller than 2**bound: what adaptive_kl's share is made of."""
+    if BOUNDED:
+        log_p = tl.maximum(log_p, bound, propagate_nan=tl.PropagateNan.ALL)
+        log_q = tl.maximum(log_q, bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.abs(exp2(log_p, CUDA) - exp2(log_q, CUDA))
+
+
+@triton.jit
+def beside(s, t, log_q, gap, t_lse):
+    """log p, of which log q - log p is the gap."""
+    both = (s > float("-inf")) & (t > float("-inf"))
+    return tl.where(both, log_q - gap, t - t_lse)
+
+
+@triton.jit
 def outcomes(
     DIVERGENCE: tl.constexpr,
-    FLOOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDE: tl.constexpr,
     s,
     t,
     s_lse,
     t_lse,
+    lse_gap,
     head_share,
     alpha,
     beta,
-    floor,
+    bound,
     CUDA: tl.constexpr,
 ):
-    """(p, q, phi, h) of every outcome, from logits and their log-sum-exp in log2 units."""
-    log_q = s - s_lse
-    log_p = t - t_lse
-    q = exp2(log_q, CUDA)
-    p = exp2(log_p, CUDA)
-    if FLOOR:
-        log_p = tl.maximum(log_p, floor, propagate_nan=tl.PropagateNan.ALL)
-    phi, h = terms(DIVERGENCE, p, q, log_p, log_q, head_share, alpha, beta, CUDA)
-    return p, q, phi, h
+    """(p, phi, h, softmax of s) of every outcome, from logits and their log-sum-exp in log2 units.
+
+    lse_gap is s_lse - t_lse, known more closely than either. WIDE: in float64, as at a high
+    temperature p and q are so close that a term is a difference of two in its last digits.
+    """
+    if WIDE:
+        s, t = s.to(tl.float64), t.to(tl.float64)
+        log_q, gap = s - s_lse, (s - t) - lse_gap
+        log_p = beside(s, t, log_q, gap, t_lse)
+        p, phi, h, softmax = bounded_terms(
+            DIVERGENCE, BOUNDED, log_p, log_q, gap, head_share, alpha, beta, bound, False
+        )
+        return p.to(tl.float32), phi.to(tl.float32), h.to(tl.float32), softmax.to(tl.float32)
+    log_q, gap = s - s_lse, (s - t) - lse_gap
+    return bounded_terms(
+        DIVERGENCE, BOUNDED, t - t_lse, log_q, gap, head_share, alpha, beta, bound, CUDA
+    )
 
 
 @triton.jit
-def logit_gradient(DIVERGENCE: tl.constexpr, p, q, h, h_sum):
-    """d value / dz. For forward KL exactly zero where p = q."""
-    if DIVERGENCE == "forward_kl":
-        return q - p
-    return h - q * h_sum
+def logit_gradient(DIVERGENCE: tl.constexpr, SHORT: tl.constexpr, p, softmax, h, h_sum):
+    """d value / dz. SHORT: for forward KL q - p, whose h sums to zero; zero where p = q."""
+    if SHORT and DIVERGENCE == "forward_kl":
+        return softmax - p
+    return h - softmax * h_sum
 
 
 @triton.jit

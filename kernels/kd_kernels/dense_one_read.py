@@ -24,7 +24,9 @@ from kd_kernels.algebra import (
     exp2,
     load_logits,
     logit_gradient,
+    normaliser_gap,
     outcomes,
+    probability_gap,
     to_log2,
     zero_row,
 )
@@ -41,9 +43,9 @@ def add_pair(a, b, c, d):
 
 
 @triton.jit
-def value_and_sum(phi, h, DIVERGENCE: tl.constexpr):
+def value_and_sum(phi, h, SHORT: tl.constexpr):
     """Sums of phi and of h over a segment, in one crossing of the cluster."""
-    if DIVERGENCE == "forward_kl":  # its gradient is q - p
+    if SHORT:  # the gradient is q - p
         return tl.sum(phi, 0), 0.0
     value, h_sum = tl.reduce((phi, h), 0, add_pair)
     return value, h_sum
@@ -103,7 +105,7 @@ def dense_rows_one_read(
     temperature,
     alpha,
     beta,
-    floor,
+    bound,  # min_logprob in log2 units
     kd,
     ce,
     gradient_scale,
@@ -113,7 +115,8 @@ def dense_rows_one_read(
     STUDENT_EXACT: tl.constexpr,
     TEACHER_EXACT: tl.constexpr,
     HARD: tl.constexpr,  # 0: no hard labels; 1: at temperature 1; 2: at another
-    FLOOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDE: tl.constexpr,  # terms in float64
     GRADIENT: tl.constexpr,
     CUDA: tl.constexpr,
     FIRST: tl.constexpr,  # columns of the first segment
@@ -123,6 +126,7 @@ def dense_rows_one_read(
     # With a second segment every column of the first is a token's: no masks.
     S_FULL: tl.constexpr = STUDENT_EXACT or SECOND > 0
     T_FULL: tl.constexpr = TEACHER_EXACT or SECOND > 0
+    SHORT: tl.constexpr = DIVERGENCE == "forward_kl" and not BOUNDED and not WIDE
     ADAPTIVE: tl.constexpr = DIVERGENCE == "adaptive_kl"
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row)
@@ -187,6 +191,7 @@ def dense_rows_one_read(
         t_sum += t_sum_2
     s_lse = s_top + tl.log2(s_sum)
     t_lse = t_top + tl.log2(t_sum)
+    lse_gap = normaliser_gap(s_top, s_sum, t_top, t_sum)
     hard_lse = s_lse
     if HARD == 2:
         hard_sum = tl.sum(exp2((s - s_top) * temperature, CUDA), 0)
@@ -204,10 +209,10 @@ def dense_rows_one_read(
     head_share = 0.0
     if ADAPTIVE:
         head = tl.load(heads + row)
-        gap = tl.abs(exp2(s - s_lse, CUDA) - exp2(t - t_lse, CUDA))
+        gap = probability_gap(t - t_lse, s - s_lse, bound, BOUNDED, CUDA)
         gap_sum, head_sum = tl.reduce((gap, tl.where(t >= head, gap, 0.0)), 0, add_pair)
         if SECOND > 0:
-            gap_2 = tl.abs(exp2(s_2 - s_lse, CUDA) - exp2(t_2 - t_lse, CUDA))
+            gap_2 = probability_gap(t_2 - t_lse, s_2 - s_lse, bound, BOUNDED, CUDA)
             more, head_more = tl.reduce((gap_2, tl.where(t_2 >= head, gap_2, 0.0)), 0, add_pair)
             gap_sum += more
             head_sum += head_more
@@ -216,19 +221,21 @@ def dense_rows_one_read(
     if SECOND > 0:
         g_2 = tl.zeros((SECOND,), tl.float32)
     if SOFT:
-        p, q, phi, h = outcomes(
-            DIVERGENCE, FLOOR, s, t, s_lse, t_lse, head_share, alpha, beta, floor, CUDA
-        )
-        value, h_sum = value_and_sum(phi, h, DIVERGENCE)
+        p, phi, h, softmax = outcomes(
+            DIVERGENCE, BOUNDED, WIDE, s, t, s_lse, t_lse, lse_gap, head_share, alpha, beta, bound,
+            CUDA,
+        )  # fmt: skip
+        value, h_sum = value_and_sum(phi, h, SHORT)
         if SECOND > 0:
-            p_2, q_2, phi_2, h_2 = outcomes(
-                DIVERGENCE, FLOOR, s_2, t_2, s_lse, t_lse, head_share, alpha, beta, floor, CUDA
-            )
-            value_2, h_sum_2 = value_and_sum(phi_2, h_2, DIVERGENCE)
+            p_2, phi_2, h_2, softmax_2 = outcomes(
+                DIVERGENCE, BOUNDED, WIDE, s_2, t_2, s_lse, t_lse, lse_gap, head_share, alpha,
+                beta, bound, CUDA,
+            )  # fmt: skip
+            value_2, h_sum_2 = value_and_sum(phi_2, h_2, SHORT)
             value += value_2
             h_sum += h_sum_2
-            g_2 = logit_gradient(DIVERGENCE, p_2, q_2, h_2, h_sum) * kd_scale
-        g = logit_gradient(DIVERGENCE, p, q, h, h_sum) * kd_scale
+            g_2 = logit_gradient(DIVERGENCE, SHORT, p_2, softmax_2, h_2, h_sum) * kd_scale
+        g = logit_gradient(DIVERGENCE, SHORT, p, softmax, h, h_sum) * kd_scale
         loss += kd * value
     tl.store(losses + row, loss)
     if GRADIENT:

@@ -28,7 +28,9 @@ from kd_kernels.algebra import (
     fold,
     load_logits,
     logit_gradient,
+    normaliser_gap,
     outcomes,
+    probability_gap,
     start_statistics,
     times,
     to_log2,
@@ -61,7 +63,7 @@ def dense_rows_two_pass(
     temperature,
     alpha,
     beta,
-    floor,  # in log2 units
+    bound,  # in log2 units
     kd,
     ce,
     gradient_scale,  # logit_scale: d final logit / d raw logit but for the cap
@@ -71,16 +73,19 @@ def dense_rows_two_pass(
     STUDENT_EXACT: tl.constexpr,
     TEACHER_EXACT: tl.constexpr,
     HARD: tl.constexpr,  # 0: no hard labels; 1: at temperature 1; 2: at another
-    FLOOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDE: tl.constexpr,  # terms in float64
     GRADIENT: tl.constexpr,
     CUDA: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     SOFT: tl.constexpr = DIVERGENCE != "none"
-    ONLINE: tl.constexpr = DIVERGENCE == "reverse_kl" and GRADIENT and not FLOOR
+    PLAIN: tl.constexpr = not BOUNDED and not WIDE
+    ONLINE: tl.constexpr = DIVERGENCE == "reverse_kl" and GRADIENT and PLAIN
+    SHORT: tl.constexpr = DIVERGENCE == "forward_kl" and PLAIN
     SUMS: tl.constexpr = DIVERGENCE == "adaptive_kl" or (
-        GRADIENT and SOFT and DIVERGENCE != "forward_kl" and not ONLINE
+        GRADIENT and SOFT and not SHORT and not ONLINE
     )
     LANES: tl.constexpr = BLOCK // GROUP
     row = tl.program_id(0).to(tl.int64)
@@ -132,8 +137,12 @@ def dense_rows_two_pass(
     h_sum = 0.0
     shift = 0.0  # of reverse KL's h, so that a collapsed row's gradient does not cancel
     head_share = 0.0
+    lse_gap = 0.0
     if SOFT:
         t_top, t_lse, t_share = combine_statistics(t_peak, t_total, CUDA)
+        lse_gap = normaliser_gap(
+            s_top, tl.sum(s_total * s_share, 0), t_top, tl.sum(t_total * t_share, 0)
+        )
         if ONLINE:
             gap_sum, shift = combine_gap(gap_total, reference, s_total, s_peak, s_top, s_share)
             h_sum = gap_sum * tl.exp2(s_top - s_lse) * LN2
@@ -144,6 +153,7 @@ def dense_rows_two_pass(
         h_lanes = tl.zeros((LANES,), tl.float32)
         head_lanes = tl.zeros((LANES,), tl.float32)
         gap_lanes = tl.zeros((LANES,), tl.float32)
+        forward_lanes = tl.zeros((LANES,), tl.float32)
         if DIVERGENCE == "adaptive_kl":
             head = tl.load(heads + row)
         last = (vocab - 1) // BLOCK * BLOCK
@@ -157,18 +167,25 @@ def dense_rows_two_pass(
                 teacher, start, teacher_limit, vocab, teacher_inner, teacher_outer,
                 TEACHER_CAP, TEACHER_EXACT, True, CUDA, BLOCK,
             )  # fmt: skip
-            p, q, phi, h = outcomes(
-                DIVERGENCE, FLOOR, s, t, s_lse, t_lse, 0.0, alpha, beta, floor, CUDA
-            )
+            p, phi, h, softmax = outcomes(
+                DIVERGENCE, BOUNDED, WIDE, s, t, s_lse, t_lse, lse_gap, 0.0, alpha, beta, bound,
+                CUDA,
+            )  # fmt: skip
             h_lanes += fold(h, GROUP)
-            if DIVERGENCE == "adaptive_kl":  # at a share of 0, h is reverse KL's
-                gap_lanes += fold(tl.abs(p - q), GROUP)
-                head_lanes += fold(tl.where(t >= head, tl.abs(p - q), 0.0), GROUP)
+            if DIVERGENCE == "adaptive_kl":  # at a share of 0, h is reverse KL's; at 1, forward's
+                gap = probability_gap(t - t_lse, s - s_lse, bound, BOUNDED, CUDA)
+                gap_lanes += fold(gap, GROUP)
+                head_lanes += fold(tl.where(t >= head, gap, 0.0), GROUP)
+                p, phi, h, softmax = outcomes(
+                    DIVERGENCE, BOUNDED, WIDE, s, t, s_lse, t_lse, lse_gap, 1.0, alpha, beta,
+                    bound, CUDA,
+                )  # fmt: skip
+                forward_lanes += fold(h, GROUP)
         h_sum = tl.sum(h_lanes, 0)
         if DIVERGENCE == "adaptive_kl":
             total = tl.sum(gap_lanes, 0)
             head_share = tl.where(total > 0, tl.sum(head_lanes, 0) / total, 0.5)
-            h_sum = times(1.0 - head_share, h_sum) - head_share
+            h_sum = times(1.0 - head_share, h_sum) + head_share * tl.sum(forward_lanes, 0)
 
     # Last pass: value and gradient; away from where the pass before it ended.
     label = -1
@@ -197,13 +214,14 @@ def dense_rows_two_pass(
                     teacher, start, teacher_limit, vocab, teacher_inner, teacher_outer,
                     TEACHER_CAP, TEACHER_EXACT, False, CUDA, BLOCK,
                 )  # fmt: skip
-                p, q, phi, h = outcomes(
-                    DIVERGENCE, FLOOR, s, t, s_lse, t_lse, head_share, alpha, beta, floor, CUDA
-                )
+                p, phi, h, softmax = outcomes(
+                    DIVERGENCE, BOUNDED, WIDE, s, t, s_lse, t_lse, lse_gap, head_share, alpha,
+                    beta, bound, CUDA,
+                )  # fmt: skip
                 lanes += fold(phi, GROUP)
                 if ONLINE:
-                    h = times(q, s - t - shift) * LN2
-                g = logit_gradient(DIVERGENCE, p, q, h, h_sum) * kd_scale
+                    h = times(softmax, s - t - shift) * LN2
+                g = logit_gradient(DIVERGENCE, SHORT, p, softmax, h, h_sum) * kd_scale
             if GRADIENT:
                 columns = start + tl.arange(0, BLOCK)
                 if HARD == 2:

@@ -29,14 +29,14 @@ def dense_rows(
     temperature: float,
     kd: float,
     ce: float,
-    floor: float | None,
+    min_logprob: float | None,
     student_scale: float,
     student_cap: float | None,
     teacher_scale: float,
     teacher_cap: float | None,
 ) -> Tensor:
     """``kd_kernels.dense.dense_losses`` of raw logits and their scales and caps."""
-    loss = RowLoss(divergence, vocab, alpha, beta, head_mass, temperature, kd, ce, floor)
+    loss = RowLoss(divergence, vocab, alpha, beta, head_mass, temperature, kd, ce, min_logprob)
     return dense_losses(
         Logits(student, student_scale, student_cap),
         None if teacher is None else Logits(teacher, teacher_scale, teacher_cap),
@@ -64,12 +64,12 @@ def sparse_rows(
     temperature: float,
     kd: float,
     ce: float,
-    floor: float | None,
+    min_logprob: float | None,
     student_scale: float,
     student_cap: float | None,
 ) -> Tensor:
     """``kd_kernels.sparse.sparse_losses`` of raw logits, their scale and cap."""
-    loss = RowLoss(divergence, vocab, alpha, beta, 0.5, temperature, kd, ce, floor)
+    loss = RowLoss(divergence, vocab, alpha, beta, 0.5, temperature, kd, ce, min_logprob)
     return sparse_losses(
         Logits(student, student_scale, student_cap),
         ids,

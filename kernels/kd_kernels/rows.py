@@ -13,6 +13,9 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 INTERPRETING = bool(triton.knobs.runtime.interpret)  # as kernels are decorated, so it stays
+WIDE_TEMPERATURE = 16.0
+"""Above it a divergence is below 1e-2 nats and float32 loses its digits; taken in float64, which
+a card for graphics runs at a sixty-fourth."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -55,7 +58,12 @@ class RowLoss:
     temperature: float = 1.0
     kd: float = 1.0
     ce: float = 0.0
-    floor: float | None = None  # nats
+    min_logprob: float | None = None  # nats
+
+    @property
+    def wide(self) -> bool:
+        """Whether p and q are so close that their terms are taken in float64."""
+        return self.temperature >= WIDE_TEMPERATURE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,7 @@ def shard_statistics_rows(
 def shard_sums_rows(
     student,
     teacher,
-    numbers,  # [N, 7] float32, of the whole row
+    numbers,  # [N, 8] float32, of the whole row
     found,  # [N, 2] float32: sums of phi and of h
     weights,
     student_stride,
@@ -161,9 +161,10 @@ def shard_sums_rows(
     teacher_outer,
     alpha,
     beta,
-    floor,
+    bound,  # min_logprob in log2 units
     DIVERGENCE: tl.constexpr,
-    FLOOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDE: tl.constexpr,  # terms in float64
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
     STUDENT_EXACT: tl.constexpr,
@@ -175,11 +176,12 @@ def shard_sums_rows(
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
-    numbers += row * 7
+    numbers += row * 8
     if tl.load(weights + row) == 0.0:
         return
     s_top, s_log = tl.load(numbers), tl.load(numbers + 1)
     t_top, t_log = tl.load(numbers + 2), tl.load(numbers + 3)
+    log_gap = tl.load(numbers + 7)
     value = tl.zeros((BLOCK // GROUP,), tl.float32)
     h_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
     last = (vocab - 1) // BLOCK * BLOCK
@@ -193,9 +195,10 @@ def shard_sums_rows(
             teacher, start, teacher_limit, vocab, teacher_inner, teacher_outer,
             TEACHER_CAP, TEACHER_EXACT, True, CUDA, BLOCK,
         )  # fmt: skip
-        p, q, phi, h = outcomes(
-            DIVERGENCE, FLOOR, s - s_top, t - t_top, s_log, t_log, 0.0, alpha, beta, floor, CUDA
-        )
+        p, phi, h, softmax = outcomes(
+            DIVERGENCE, BOUNDED, WIDE, s - s_top, t - t_top, s_log, t_log, log_gap, 0.0, alpha,
+            beta, bound, CUDA,
+        )  # fmt: skip
         value += fold(phi, GROUP)
         h_sum += fold(h, GROUP)
     tl.store(found + row * 2, tl.sum(value, 0))
@@ -207,7 +210,7 @@ def shard_gradient_rows(
     student,  # [N, live]
     teacher,  # [N, live]; not read where DIVERGENCE is "none" or "tail"
     gradient,  # [N, width], may be the student
-    numbers,  # [N, 7] float32, of the whole row
+    numbers,  # [N, 8] float32, of the whole row
     weights,  # [N] float32: a row of weight 0 does not count
     labels,  # [N] int64 columns of this shard, -1 for another's; with HARD
     student_stride,
@@ -224,12 +227,13 @@ def shard_gradient_rows(
     temperature,
     alpha,
     beta,
-    floor,
+    bound,  # min_logprob in log2 units
     kd,
     ce,
     gradient_scale,
     DIVERGENCE: tl.constexpr,  # "tail": h's sum is the gradient of the tail's log-sum-exp
-    FLOOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDE: tl.constexpr,  # terms in float64
     HARD: tl.constexpr,
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
@@ -238,17 +242,19 @@ def shard_gradient_rows(
     CUDA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    SHORT: tl.constexpr = not BOUNDED and not WIDE
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
     gradient += row * gradient_stride
-    numbers += row * 7
+    numbers += row * 8
     weight = tl.load(weights + row)
     if weight == 0.0:
         zero_row(gradient, gradient_limit, BLOCK)
         return
     s_top, s_log = tl.load(numbers), tl.load(numbers + 1)
     t_top, t_log = tl.load(numbers + 2), tl.load(numbers + 3)
+    log_gap = tl.load(numbers + 7)
     h_sum, shift, hard_log = tl.load(numbers + 4), tl.load(numbers + 5), tl.load(numbers + 6)
     label = -1
     if HARD:
@@ -271,13 +277,13 @@ def shard_gradient_rows(
                 teacher, start, teacher_limit, vocab, teacher_inner, teacher_outer,
                 TEACHER_CAP, TEACHER_EXACT, False, CUDA, BLOCK,
             )  # fmt: skip
-            p, q, phi, h = outcomes(
-                DIVERGENCE, FLOOR, s - s_top, t - t_top, s_log, t_log, 0.0, alpha, beta, floor,
-                CUDA,
+            p, phi, h, softmax = outcomes(
+                DIVERGENCE, BOUNDED, WIDE, s - s_top, t - t_top, s_log, t_log, log_gap, 0.0,
+                alpha, beta, bound, CUDA,
             )  # fmt: skip
-            if DIVERGENCE == "reverse_kl" and not FLOOR:
-                h = times(q, s - t - shift) * LN2
-            g = logit_gradient(DIVERGENCE, p, q, h, h_sum) * kd_scale
+            if DIVERGENCE == "reverse_kl" and not BOUNDED and not WIDE:
+                h = times(softmax, s - t - shift) * LN2
+            g = logit_gradient(DIVERGENCE, SHORT, p, softmax, h, h_sum) * kd_scale
         if HARD:
             hard = exp2((s - s_top) * temperature - hard_log, CUDA)
             g += ce_scale * tl.where(columns == label, hard - 1.0, hard)

@@ -21,8 +21,9 @@ from kd_kernels.shard_rows import (
 
 STATISTICS = 7
 """student peak and sum, teacher peak and sum, reference and mean of the gap, sum at T = 1."""
-ROW_NUMBERS = 7
-"""student top and log-sum, teacher top and log-sum, h's sum, its shift, log-sum at T = 1."""
+ROW_NUMBERS = 8
+"""student top and log-sum, teacher top and log-sum, h's sum, its shift, log-sum at T = 1, and the
+student's log-sum less the teacher's."""
 
 
 def shard_statistics(
@@ -85,7 +86,8 @@ def shard_sums(
         *shared,
         *_divergence(loss),
         DIVERGENCE=loss.divergence,
-        FLOOR=loss.floor is not None,
+        BOUNDED=loss.min_logprob is not None,
+        WIDE=loss.wide,
         **options,
     )
     return found
@@ -130,14 +132,19 @@ def shard_gradient_(
         loss.ce,
         student.scale,
         DIVERGENCE=loss.divergence,
-        FLOOR=loss.floor is not None,
+        BOUNDED=loss.min_logprob is not None,
+        WIDE=loss.wide,
         HARD=labels is not None,
         **options,
     )
 
 
 def _divergence(loss: RowLoss) -> tuple[float, float, float]:
-    return loss.alpha, loss.beta, -math.inf if loss.floor is None else loss.floor * LOG2E
+    return (
+        loss.alpha,
+        loss.beta,
+        -math.inf if loss.min_logprob is None else loss.min_logprob * LOG2E,
+    )
 
 
 def _shared(student: Logits, teacher: Logits | None, loss: RowLoss) -> tuple:

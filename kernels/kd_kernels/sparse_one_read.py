@@ -137,7 +137,7 @@ def sparse_rows_one_read(
     temperature,
     alpha,
     beta,
-    floor,
+    bound,  # min_logprob in log2 units
     kd,
     ce,
     gradient_scale,
@@ -145,7 +145,8 @@ def sparse_rows_one_read(
     STUDENT_CAP: tl.constexpr,
     STUDENT_EXACT: tl.constexpr,
     HARD: tl.constexpr,  # 0: no hard labels; 1: at temperature 1; 2: at another
-    FLOOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDE: tl.constexpr,
     GRADIENT: tl.constexpr,
     CUDA: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -203,7 +204,7 @@ def sparse_rows_one_read(
         head = tl.load(heads + row)
     log_q = (outcome - outcome_top) - log_sum
     value, g, q = slot_gradient(
-        DIVERGENCE, FLOOR, target, log_q, head, alpha, beta, floor, CUDA
+        DIVERGENCE, BOUNDED, WIDE, target, log_q, head, alpha, beta, bound, CUDA
     )  # fmt: skip
     kd_scale = kd * weight * gradient_scale / temperature
     ce_scale = ce * weight * gradient_scale

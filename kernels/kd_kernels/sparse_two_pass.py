@@ -26,12 +26,13 @@ import triton.language as tl
 from kd_kernels.algebra import (
     LN2,
     LOWEST,
+    bounded_terms,
     combine_statistics,
     exp2,
     load_logits,
     logit_gradient,
+    probability_gap,
     start_statistics,
-    terms,
     to_log2,
     update_statistics,
     zero_row,
@@ -53,29 +54,34 @@ def without(z, ids, start, BLOCK: tl.constexpr):
 @triton.jit
 def slot_gradient(
     DIVERGENCE: tl.constexpr,
-    FLOOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDE: tl.constexpr,
     log_p,
     log_q,
     head,
     alpha,
     beta,
-    floor,
+    bound,  # min_logprob in log2 units
     CUDA: tl.constexpr,
 ):
     """(value, d value / d z~ [S], q [S]) of the outcomes."""
-    p = exp2(log_p, CUDA)
-    q = exp2(log_q, CUDA)
-    raised = log_p
-    if FLOOR:
-        raised = tl.maximum(log_p, floor, propagate_nan=tl.PropagateNan.ALL)
     head_share = 0.0
     if DIVERGENCE == "adaptive_kl":
-        gap = tl.abs(p - q)
+        gap = probability_gap(log_p, log_q, bound, BOUNDED, CUDA)
         total = tl.sum(gap, 0)
         in_head = tl.sum(tl.where(log_p >= head, gap, 0.0), 0)
         head_share = tl.where(total > 0, in_head / total, 0.5)
-    phi, h = terms(DIVERGENCE, p, q, raised, log_q, head_share, alpha, beta, CUDA)
-    return tl.sum(phi, 0), logit_gradient(DIVERGENCE, p, q, h, tl.sum(h, 0)), q
+    if WIDE:
+        log_p, log_q = log_p.to(tl.float64), log_q.to(tl.float64)
+        p, phi, h, q = bounded_terms(
+            DIVERGENCE, BOUNDED, log_p, log_q, log_q - log_p, head_share, alpha, beta, bound, False
+        )
+    else:
+        p, phi, h, q = bounded_terms(
+            DIVERGENCE, BOUNDED, log_p, log_q, log_q - log_p, head_share, alpha, beta, bound, CUDA
+        )
+    g = logit_gradient(DIVERGENCE, not BOUNDED, p, q, h, tl.sum(h, 0))
+    return tl.sum(phi, 0).to(tl.float32), g.to(tl.float32), q.to(tl.float32)
 
 
 @triton.jit
@@ -99,7 +105,7 @@ def sparse_rows_two_pass(
     temperature,
     alpha,
     beta,
-    floor,
+    bound,  # min_logprob in log2 units
     kd,
     ce,
     gradient_scale,
@@ -107,7 +113,8 @@ def sparse_rows_two_pass(
     STUDENT_CAP: tl.constexpr,
     STUDENT_EXACT: tl.constexpr,
     HARD: tl.constexpr,  # 0: no hard labels; 1: at temperature 1; 2: at another
-    FLOOR: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    WIDE: tl.constexpr,
     GRADIENT: tl.constexpr,
     CUDA: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -159,8 +166,9 @@ def sparse_rows_two_pass(
     if DIVERGENCE == "adaptive_kl":
         head = tl.load(heads + row)
     value, g, q = slot_gradient(
-        DIVERGENCE, FLOOR, target, (outcome - outcome_top) - log_sum, head, alpha, beta, floor, CUDA
-    )
+        DIVERGENCE, BOUNDED, WIDE, target, (outcome - outcome_top) - log_sum, head, alpha, beta,
+        bound, CUDA,
+    )  # fmt: skip
     kd_scale = kd * weight * gradient_scale / temperature
     ce_scale = ce * weight * gradient_scale
     loss = kd * value
