@@ -146,6 +146,8 @@ def _reverse_kl(d, p, q, log_p, log_q, head):
 def _log_ratio_to_mixture(log_a: Tensor, log_b: Tensor, weight_a: float) -> Tensor:
     """log a - log(weight_a * a + (1 - weight_a) * b), accurate where a and b are close."""
     ratio = log_b - log_a  # log(b / a); +-inf where one is zero, nan where both are
+    if weight_a == 0:  # log1p(expm1(ratio)) would be -inf from a gap of 17 nats in float32
+        return -ratio
     near = -torch.log1p((1 - weight_a) * torch.expm1(ratio.clamp(max=0)))
     far = -ratio - torch.log1p(weight_a * torch.expm1(-ratio.clamp(min=0)))
     return torch.where(ratio <= 0, near, far)
