@@ -412,10 +412,27 @@ def test_a_failure_of_the_server_is_no_failure_of_a_sequence(server, tmp_path):
 def test_a_server_that_fails_at_everything_is_an_error(server, tmp_path, count):
     lying(server, lambda rows: [None] * len(rows))
     items = [[i % 50, i // 50, 3] for i in range(count)]
-    words = rf"must score some sequences, got none of {min(count, 32)}. The first failure: sequence"
-    with pytest.raises(ValueError, match=words):
-        build(server, items, tmp_path / "cache", drop=True)
-    assert len(server.requests) <= 40
+    words = f"must score every sequence, got {min(count, 32)} that failed. The first is sequence"
+    for drop in (True, False):
+        server.requests.clear()
+        with pytest.raises(ValueError, match=words):
+            build(server, items, tmp_path / "cache", drop=drop)
+        assert len(server.requests) <= 40
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_poisoned_sequence_blocks_nothing(server, tmp_path, fault, concurrency):
+    items, truth = [[i, i + 1, i + 2] for i in range(12)], server.answer
+    bad = [items[0], items[5]]
+    server.answer = lambda body: FAULTS[fault] if body["prompt"] in bad else truth(body)
+    with pytest.raises((OSError, ValueError), match="got 2 that failed. The first is sequence"):
+        build(server, items, tmp_path / "cache", concurrency=concurrency, retries=0)
+    kept = TeacherCache(tmp_path / "cache", partial=True)
+    assert len(kept) == 10 and not any(tokens in kept for tokens in bad)
+    server.answer = truth  # mended: nothing is asked twice, nothing is missing
+    server.requests.clear()
+    assert len(build(server, items, tmp_path / "cache")) == 12 and len(server.requests) == 2
 
 
 def test_a_bad_sequence_keeps_what_was_answered(server, tmp_path):

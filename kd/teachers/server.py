@@ -29,10 +29,11 @@ from kd.teachers.progress import Meter
 
 MODES = ("prompt_logprobs", "echo")
 ON_FAILURE = ("error", "drop")
+CONTINUE = "What was scored is stored: run the same command again to continue."
 MAX_TOP_K = 1024
 MAX_RESPONSE = 1 << 30
 ENTRY_BYTES = 256  # of JSON for one token of one row, with its text; vLLM's have about 90
-MOST_DROPPED = 32  # before the first that can be stored
+MOST_FAILED = 32  # sequences that fail before a capture ends, unless they may be dropped
 TOLERANCE = 1e-3  # rounding by which a log-probability, or a row's log-mass, may exceed 0
 # Failures that a sequence can be the cause of; the others are the server's, of every sequence.
 OF_THE_SEQUENCE = (
@@ -275,9 +276,10 @@ def build_cache_from_server(
         shard_tokens: tokens in a shard: what a killed run loses at most.
         max_length: longer sequences are refused.
         limit: use only the first so many sequences.
-        on_failure: for a sequence that the server refuses, fails at or answers wrongly: "error"
-            (names sequence and row), or "drop": it is left out and counted in the manifest, under
-            "dropped_sequences". A server that fails at all of them is an error always.
+        on_failure: for a sequence that the server refuses, fails at or answers wrongly, again and
+            again: "error" scores the others, and ends with an error that names sequence and row;
+            "drop" leaves it out, counted in the manifest under "dropped_sequences". Where
+            everything fails, both end with the error, after 32 sequences at most.
         progress: show tokens/s and the time left.
 
     Returns:
@@ -285,9 +287,10 @@ def build_cache_from_server(
         where it is not among them; the last row of every sequence is empty.
 
     Raises:
-        OSError: the server failed. What was scored, also beside the request that failed, is
-            stored; the same command continues.
-        ValueError: an answer does not fit its sequence; the rest is stored too.
+        OSError: the server failed, at a sequence or altogether.
+        ValueError: an answer does not fit its sequence.
+            What was scored, also beside the request that failed, is stored in either case; the
+            same command continues.
     """
     from kd.vocab import tokenizer_fingerprint
 
@@ -337,8 +340,8 @@ class _Capture:
     ) -> None:
         self.teacher, self.writer, self.meter, self.drop = teacher, writer, meter, drop
         self.under_way: list[tuple[NDArray[np.int32], Future[Item]]] = []
-        self.dropped = 0
-        self.reason = ""
+        self.failed = 0
+        self.first: tuple[type[Exception], str] = ValueError, ""
 
     def submit(self, pool: ThreadPoolExecutor, tokens: NDArray[np.int32]) -> None:
         if tokens in self.writer:
@@ -357,8 +360,8 @@ class _Capture:
     def finish(self) -> None:
         while self.under_way:
             self._take()
-        if self.dropped:
-            self._refuse_nothing()
+        if self.failed:
+            self._refuse()
 
     def rescue(self) -> None:
         """Store what is answered beside a request that failed: it was paid for."""
@@ -383,22 +386,22 @@ class _Capture:
             self.meter.advance(len(tokens), fresh=True)
             return
         problem = f"sequence {describe(tokens)}: {problem}"
-        if not (mine and self.drop):
-            way_out = "Or leave such sequences out with on_failure='drop'." if mine else ""
-            raise kind(
-                f"build_cache_from_server: {problem} What was scored is stored: run the same "
-                f"command again to continue. {way_out}".rstrip()
-            )
-        self.dropped += 1
-        self.reason = self.reason or problem
+        if not mine:
+            raise kind(f"build_cache_from_server: {problem} {CONTINUE}")
+        self.first = self.first if self.failed else (kind, problem)
+        self.failed += 1
         self.writer.count("dropped_sequences")
         self.meter.advance(len(tokens), fresh=False)
-        if self.dropped == MOST_DROPPED:
-            self._refuse_nothing()
+        if self.failed == MOST_FAILED:
+            self._refuse()
 
-    def _refuse_nothing(self) -> None:
-        if not len(self.writer):
-            raise ValueError(
-                "build_cache_from_server: the server must score some sequences, got none of "
-                f"{self.dropped}. The first failure: {self.reason}"
-            )
+    def _refuse(self) -> None:
+        """Raise for the sequences that failed, unless they are dropped and others are not."""
+        if self.drop and len(self.writer):
+            return
+        kind, problem = self.first
+        way_out = "" if self.drop else " Or leave such sequences out with on_failure='drop'."
+        raise kind(
+            f"build_cache_from_server: the server must score every sequence, got {self.failed} "
+            f"that failed. The first is {problem} {CONTINUE}{way_out}"
+        )
