@@ -343,8 +343,6 @@ def _open(request: urllib.request.Request, watch: _Watch, seconds: float) -> Any
 
 def _bounded(response: Any, limit: int) -> bytes | None:
     """The body; None when it is longer than the limit, and then no more of it is read."""
-    if (response.length or 0) > limit:
-        return None
     parts, size = [], 0
     while part := response.read(1 << 16):
         parts.append(part)

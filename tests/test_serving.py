@@ -153,7 +153,21 @@ ECHOES = {
 def test_a_server_that_echoes_the_key(raw, client, echo):
     error = failure(client(raw(ECHOES[echo]).host)[1])
     texts = everything(error, local=True)
-    assert KEY not in texts and KEY[:12] not in texts.replace("sk%2D", "sk-x")
+    assert KEY not in texts and KEY[:6] not in texts
+
+
+@pytest.mark.parametrize(
+    "choices",
+    ["{}", [{"prompt_logprobs": [None, {"{}": -1.0}, {"3": -1.0}]}],
+     [{"prompt_logprobs": [None, {"2": "{}"}, {"3": -1.0}]}],
+     [{"prompt_logprobs": [None, "{}", {"3": -1.0}]}],
+     [{"prompt_token_ids": "{}", "prompt_logprobs": [None]}]],
+)  # fmt: skip
+def test_a_short_key_in_the_rows_of_an_answer(raw, monkeypatch, choices):
+    monkeypatch.setenv("KD_KEY", "s3cret")
+    answer = json.dumps({"choices": choices}).replace("{}", "s3cret")
+    error = failure(teacher(raw(http(answer.encode())).host)[1])
+    assert "***" in str(error) and "s3cret" not in everything(error)
 
 
 def test_a_key_in_an_answer_is_taken_out_of_it(raw, monkeypatch):
