@@ -281,7 +281,7 @@ def test_missing_sequences_are_skipped_and_counted_on_request(tmp_path, cached, 
     objective = Objective(kd_weight=1.0, ce_weight=0.5, vocab_size=cases.VOCABULARY)
     student = prepare_student(cases.student())
     loss = compute_loss(student, collator(rows[5:]), objective)
-    hard = compute_loss(student, collator(rows[5:]), Objective(ce_weight=0.5))
+    hard = compute_loss(student, DistillationCollator(0)(rows[5:]), Objective(ce_weight=0.5))
     torch.testing.assert_close(loss, hard)
     made = trainer(tmp_path / "run", data=rows, collator=collator, objective=objective)
     made.train()

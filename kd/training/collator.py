@@ -8,6 +8,7 @@ document follows it in the same row.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from kd.training.alignment import IGNORE
+from kd.training.objective import Objective
+from kd.training.rows import Row, read_row
 from kd.training.teachers import Document, Teachers
 
 
@@ -23,15 +26,20 @@ from kd.training.teachers import Document, Teachers
 class DistillationCollator:
     """Collates rows of {input_ids, labels[, weights][, lengths]} into a batch for ``Objective``.
 
+    ``labels`` of a row are Hugging Face's: the row's own tokens, not shifted, -100 where nothing is
+    trained. ``weights`` (numbers or a mask, per token) may be in some rows only; a row without
+    counts 1 a token. Padding that a row brings along, with its ``attention_mask``, is taken away.
+
     A row with ``lengths`` is a pack: so many documents behind each other. Each is looked up in
     the cache by itself, and the batch has ``position_ids`` instead of an attention mask, by which
     transformers keeps documents apart.
 
     Attributes:
-        pad_token_id: fills input_ids; padding is never trained on.
-        cache: a ``kd.cache.TeacherCache`` or ``HiddenCache`` (anything with
-            ``batch(sequences, length)``), a ``Teacher``, a list of them, or None. With teachers by
-            domain a row has a ``domain`` (a pack: ``domains``, one a document).
+        pad_token_id: fills input_ids; padding is never attended to or trained on.
+        cache: the ``Objective``, whose teachers' caches are looked up; or a
+            ``kd.cache.TeacherCache`` or ``HiddenCache`` (anything with ``batch(sequences,
+            length)``), a ``Teacher``, a list of them, or None. With teachers by domain a row has
+            a ``domain`` (a pack: ``domains``, one a document).
         pad_to_multiple_of: rounds the length up, for tensor cores.
         attention_mask: leave the mask out of the batch when False. With padding on the right and
             causal attention no real token sees padding, so a decoder gives the same answer
@@ -46,42 +54,57 @@ class DistillationCollator:
     attention_mask: bool = True
     max_length: int | None = None
 
+    def __post_init__(self) -> None:
+        try:
+            given = operator.index(self.pad_token_id)
+        except TypeError:
+            given = -1
+        if given < 0 or isinstance(self.pad_token_id, bool):
+            raise ValueError(
+                "DistillationCollator: pad_token_id must be a token's number, got "
+                f"{type(self.pad_token_id).__name__} {str(self.pad_token_id):.60}. Pass "
+                "tokenizer.pad_token_id, or tokenizer.eos_token_id where that is None: padding is "
+                "never trained on."
+            )
+        self.pad_token_id = given
+        if isinstance(self.cache, Objective):
+            self.cache = self.cache.teacher
+        Teachers.of(self.cache)  # refuses what is no teacher before the first batch
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        sequences = [_tensor(row["input_ids"], torch.long) for row in rows]
-        longest = max(len(ids) for ids in sequences)
+        """A batch [B, L]: input_ids, shift_labels, attention_mask or position_ids, and more.
+
+        Raises:
+            ValueError: naming the row and the column that is missing or contradicts another.
+        """
+        teachers = Teachers.of(self.cache)
+        read = [read_row(row, number) for number, row in enumerate(rows)]
+        longest = max(len(row.input_ids) for row in read)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), length)
+        shape = (len(read), length)
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
         labels = torch.full(shape, IGNORE, dtype=torch.long)
-        weights = torch.zeros(shape) if "weights" in rows[0] else None
-        teachers = Teachers.of(self.cache)
+        weights = torch.zeros(shape)
         documents: list[Document] = []  # (row, where it starts, its tokens, its domain)
-        for i, (row, ids) in enumerate(zip(rows, sequences, strict=True)):
-            target = _tensor(row["labels"], torch.long)
-            if len(target) != len(ids):
-                raise ValueError(
-                    "DistillationCollator: labels must be as long as input_ids, got "
-                    f"{len(target)} and {len(ids)}. Mask tokens with -100 instead of dropping them."
-                )
-            input_ids[i, : len(ids)] = ids
-            labels[i, : len(ids) - 1] = target[1:]
-            if weights is not None:
-                weights[i, : len(ids) - 1] = _tensor(row["weights"], torch.float)[1:]
+        for i, row in enumerate(read):
+            size = len(row.input_ids)
+            input_ids[i, :size] = row.input_ids
+            labels[i, : size - 1] = row.labels[1:]
+            weights[i, : size - 1] = 1.0 if row.weights is None else row.weights[1:]
             start = 0
-            for number, size in enumerate(_lengths(row, len(ids))):
-                domain = -1 if teachers is None else teachers.domain_of(row, number)
-                documents.append((i, start, ids[start : start + size], domain))
+            for number, count in enumerate(row.lengths):
+                domain = -1 if teachers is None else teachers.domain_of(rows[i], number)
+                documents.append((i, start, row.input_ids[start : start + count], domain))
                 self._check_length(documents[-1])
-                labels[i, start + size - 1] = IGNORE
-                start += size
+                start += count
+                labels[i, start - 1] = IGNORE
         batch = {"input_ids": input_ids, "shift_labels": labels}
-        if weights is not None:
+        if any(row.weights is not None for row in read):
             batch["weights"] = weights
-        if any("lengths" in row for row in rows):
+        if any(row.packed for row in read):
             batch["position_ids"] = _positions(shape, documents)
         elif self.attention_mask:
-            lengths = torch.tensor([len(ids) for ids in sequences])
-            batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+            batch["attention_mask"] = _mask(read, length)
         if teachers is not None:
             batch |= teachers.cached(shape, documents)
         return batch
@@ -97,14 +120,26 @@ class DistillationCollator:
             )
 
 
-def _lengths(row: Mapping[str, Any], size: int) -> list[int]:
-    lengths = [int(length) for length in row.get("lengths", (size,))]
-    if sum(lengths) != size or min(lengths) < 1:
-        raise ValueError(
-            "DistillationCollator: lengths must be positive and add up to the row's "
-            f"{size} tokens, got {lengths}. Take them from the Pack."
-        )
-    return lengths
+def default_collator(model: Any, processing_class: Any = None) -> DistillationCollator:
+    """A collator with the pad token of a tokenizer, or else of a model's own configuration."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    config = getattr(model, "config", None)
+    places = (tokenizer, getattr(model, "generation_config", None), config)
+    for place in places:
+        found = getattr(place, "pad_token_id", None)
+        if isinstance(found, int) and found >= 0:
+            return DistillationCollator(found)
+    raise ValueError(
+        "DistillationTrainer: data_collator must be given where neither processing_class nor the "
+        "model's configuration has a pad token, got none. Pass processing_class=tokenizer, or "
+        "data_collator=DistillationCollator(pad_token_id); the end-of-text token will do, as "
+        "padding is never trained on."
+    )
+
+
+def _mask(rows: Sequence[Row], length: int) -> Tensor:
+    lengths = torch.tensor([len(row.input_ids) for row in rows])
+    return (torch.arange(length) < lengths[:, None]).long()
 
 
 def _positions(shape: tuple[int, int], documents: Sequence[Document]) -> Tensor:
@@ -117,7 +152,3 @@ def _positions(shape: tuple[int, int], documents: Sequence[Document]) -> Tensor:
     for i, end in enumerate(ends):
         positions[i, end:] = torch.arange(shape[1] - end)
     return positions
-
-
-def _tensor(values: Any, dtype: torch.dtype) -> Tensor:
-    return torch.as_tensor(values, dtype=dtype)

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from kd.training import preflight
+from kd.training.collator import default_collator
 from kd.training.objective import Objective
 from kd.training.tokens import TokenClasses
 from kd.training.trainer import DistillationTrainer
@@ -46,7 +47,7 @@ def fit(
     rows: Any,
     folder: str | Path,
     *,
-    collator: Any,
+    collator: Any = None,
     objective: Objective | None = None,
     steps: int,
     batch_size: int,
@@ -64,8 +65,9 @@ def fit(
         model: the student, a causal LM.
         rows: a dataset of {input_ids, labels}.
         folder: for checkpoints; a rerun with the same folder continues.
-        collator: a ``DistillationCollator``.
-        objective: what to minimise; plain SFT when None.
+        collator: a ``DistillationCollator``; one with the tokenizer's or model's pad token when
+            None.
+        objective: what to minimise; plain SFT when None and the collator has no teacher.
         steps: optimiser steps.
         batch_size: sequences in one step on one process.
         learning_rate: peak; warmed up linearly, then cosine to zero.
@@ -102,6 +104,8 @@ def fit(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     args = TrainingArguments(str(folder), **{**settings, **arguments})
+    if collator is None:
+        collator = default_collator(model, tokenizer)
     trainer = DistillationTrainer(
         model,
         args,

@@ -14,6 +14,7 @@ import kd
 from kd.heads import dense_logits
 from kd.losses import Hidden
 from kd.training.objective import Objective
+from kd.training.teachers import STAMP
 from kd.training.tokens import ANSWER, DIGIT, THINK
 
 CLASSES = {"think": THINK, "answer": ANSWER, "digit": DIGIT}
@@ -43,8 +44,13 @@ class StepMetrics:
         student = dataclasses.replace(student, hidden=student.hidden.index_select(0, rows))
         found = dict.fromkeys(NAMES, 0.0)
         found["tokens"] = float(rows.numel())
-        hard = dataclasses.replace(objective, kd_weight=0.0, ce_weight=1.0)
-        found["ce"] = hard.loss(student, taken, reduction="sum").item()
+        found["ce"] = kd.cross_entropy(
+            student,
+            taken["shift_labels"],
+            vocab_size=objective.vocab_size,
+            backend=objective.backend,
+            reduction="sum",
+        ).item()
         if objective.soft:
             found |= _soft_parts(objective, student, taken)
         self.sums += torch.tensor([found[name] for name in NAMES], dtype=torch.float64)
@@ -109,7 +115,7 @@ def selected(flat: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     for key, value in flat.items():
         if isinstance(value, Hidden):
             taken[key] = dataclasses.replace(value, hidden=value.hidden.index_select(0, rows))
-        elif key.startswith("teacher_form"):
+        elif key.startswith(("teacher_form", STAMP)):
             taken[key] = value
         else:
             taken[key] = value.index_select(0, rows)

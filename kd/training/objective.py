@@ -15,12 +15,14 @@ from torch import Tensor
 import kd
 from kd.losses import Hidden
 from kd.losses.checks import renamed_floor
+from kd.losses.divergences import resolve
 from kd.losses.inputs import TAILS
 from kd.losses.tails import check_temperature
 from kd.training.alignment import aligned_labels
 from kd.training.faults import check_context
 from kd.training.schedules import Schedule
-from kd.training.teachers import MODEL_KEYS, Teachers
+from kd.training.sharing import check_apart
+from kd.training.teachers import MODEL_KEYS, STAMP, Teachers
 
 SCHEDULED = ("kd_weight", "ce_weight", "temperature")
 
@@ -29,14 +31,18 @@ SCHEDULED = ("kd_weight", "ce_weight", "temperature")
 class Objective:
     """kd_weight * T**2 * D(teacher, student) + ce_weight * cross-entropy, per trained token.
 
-    ``Objective()`` is plain SFT on the traces. ``Objective(kd_weight=0.5, ce_weight=0.5,
-    temperature=2.0, teacher=teacher)`` mixes in a teacher.
+    ``Objective(teacher=teacher)`` is the divergence alone, ``Objective(kd_weight=0.5,
+    ce_weight=0.5, temperature=2.0, teacher=teacher)`` a mix. The rule for weights that are left
+    out: kd_weight is 1 and ce_weight 0, as in ``kd.distillation_loss``; without a teacher there is
+    only the cross-entropy, with weight 1, so that ``Objective()`` is plain SFT.
     """
 
-    kd_weight: float | Schedule = 0.0
-    """Weight of the divergence from the teacher; 0 needs no teacher."""
-    ce_weight: float | Schedule = 1.0
-    """Weight of the cross-entropy on the labels."""
+    kd_weight: float | Schedule = None  # type: ignore[assignment]
+    """Weight of the divergence from the teacher; 1 when None, as in ``kd.distillation_loss``. 0
+    with a teacher is refused."""
+    ce_weight: float | Schedule = None  # type: ignore[assignment]
+    """Weight of the cross-entropy on the labels; 0 when None, and 1 where nothing else is
+    trained, without a teacher."""
     divergence: Any = "forward_kl"
     """A name, or kd.jsd(0.5), kd.skew_reverse_kl(0.1), ..."""
     temperature: float | Schedule = 1.0
@@ -61,7 +67,8 @@ class Objective:
     """Which implementation of the losses runs: auto, torch, triton, reference."""
     teacher: Any = dataclasses.field(default=None, compare=False, repr=False)
     """A causal LM in memory, a cache, a ``Teacher`` (weight, domains, offload), or a list of
-    them. None: the batch holds a cache's targets."""
+    them: the one place that knows them, which the collator gets them from. None: SFT, or with a
+    kd_weight one cache's targets that the batch holds."""
 
     floor: dataclasses.InitVar[float | None] = None
     """The former name of min_logprob; warns."""
@@ -69,6 +76,23 @@ class Objective:
     def __post_init__(self, floor: float | None) -> None:
         bound = renamed_floor("Objective", self.min_logprob, floor)
         object.__setattr__(self, "min_logprob", bound)
+        object.__setattr__(self, "_given", (self.kd_weight, self.ce_weight))
+        object.__setattr__(self, "teacher", Teachers.of(self.teacher))
+        if self.kd_weight is None:
+            object.__setattr__(self, "kd_weight", 0.0 if self.teacher is None else 1.0)
+        soft = not _is_zero(self.kd_weight)
+        object.__setattr__(self, "_taught", soft)
+        if self.ce_weight is None:
+            object.__setattr__(self, "ce_weight", 0.0 if soft else 1.0)
+        self._check_options()
+        if self.teacher is not None:
+            self._agree_with(self.teacher)
+
+    def _check_options(self) -> None:
+        try:
+            resolve(self.divergence)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("distillation_loss:", "Objective:")) from None
         for name in SCHEDULED:
             value = getattr(self, name)
             ends = (value.start, value.end) if isinstance(value, Schedule) else (value,)
@@ -79,14 +103,22 @@ class Objective:
                     f"{'above' if least else 'of at least'} 0, got {value}. "
                     "Turn a part off with a weight of 0."
                 )
-        if self.kd_weight == 0 and self.ce_weight == 0:
+        if self.teacher is not None and not self._taught:  # type: ignore[attr-defined]
+            raise ValueError(
+                "Objective: kd_weight must be above 0 where there is a teacher, got "
+                f"{self.kd_weight}. Leave the teacher out to train on the labels alone, or "
+                "kd_weight for a weight of 1."
+            )
+        if _is_zero(self.kd_weight) and _is_zero(self.ce_weight):
             raise ValueError(
                 "Objective: kd_weight or ce_weight must be above 0, got 0 and 0. "
                 "Nothing would be trained."
             )
-        object.__setattr__(self, "teacher", Teachers.of(self.teacher))
-        if self.teacher is not None:
-            self._agree_with(self.teacher)
+
+    def taught_by(self, teacher: Any) -> Objective:
+        """The same objective with a teacher; weights that were left out are those of one."""
+        kd_weight, ce_weight = self._given  # type: ignore[attr-defined]
+        return dataclasses.replace(self, teacher=teacher, kd_weight=kd_weight, ce_weight=ce_weight)
 
     def _agree_with(self, teachers: Teachers) -> None:
         """Refuse what contradicts a cache's own record, and take its live vocabulary."""
@@ -163,7 +195,13 @@ class Objective:
                     f"Objective: {name} must be a number in a step, got a Schedule. Pass "
                     "objective.at(step, steps)."
                 )
-        labels = aligned_labels(batch, "Objective.loss")
+        labels = self.check_batch(batch, "Objective.loss")
+        form = batch.get("teacher_form")
+        if self.teacher is None and self.vocab_size is None and form is not None:
+            now = copy.copy(self)  # the cache's own record counts, here as with teacher=cache
+            object.__setattr__(now, "vocab_size", int(form[0, 2]) or None)
+            if now.vocab_size is not None:
+                return now.loss(student, batch, reduction=reduction, num_items=num_items)
         passes = list(self._passes(batch))
         if len(passes) > 1 and reduction == "mean" and num_items is None:
             num_items = trained_weight(labels, batch.get("weights")).clamp(min=1e-30)
@@ -172,6 +210,31 @@ class Objective:
             for item in passes
         ]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
+
+    def check_batch(self, batch: Mapping[str, Any], asked: str) -> Tensor:
+        """The aligned labels of a batch; refuses one whose teachers are not this objective's."""
+        labels = aligned_labels(batch, asked)
+        told = sorted(key for key in batch if key.startswith("teacher_"))
+        stamps = [key for key in told if key.startswith(STAMP)]
+        fix = "Give the collator the objective: DistillationCollator(pad_token_id, objective)."
+        if self.teacher is not None and stamps not in ([], [self.teacher.stamp]):
+            raise ValueError(
+                f"{asked}: batch must hold what the objective's own teachers said, got targets of "
+                f"other teachers, weights or domains. {fix}"
+            )
+        if self.teacher is None and told and not self._taught:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{asked}: batch must hold no teacher's targets where the objective has no "
+                f"teacher, got {told}. Pass Objective(teacher=...) to learn from them, or give the "
+                "collator no cache."
+            )
+        several = [key for key in told if key.removeprefix(STAMP)[-2:-1] == "_"]
+        if self.teacher is None and told and (several or "domain" in batch):
+            raise ValueError(
+                f"{asked}: objective must have the teachers of the batch, which are several or "
+                f"have domains, got none. Pass Objective(teacher=...). {fix}"
+            )
+        return labels
 
     def _passes(
         self, batch: Mapping[str, Any]
@@ -274,9 +337,17 @@ class Objective:
         form = batch.get("teacher_form")
         if form is not None:
             # Seven digits are what float32 carried: 0.7 is 0.7 again.
-            temperature, number, *stored = (float(f"{value:.7g}") for value in form[0].tolist())
+            temperature, number, _, weight, *stored = (
+                float(f"{value:.7g}") for value in form[0].tolist()
+            )
             tail = TAILS[int(number)]
             self._check_form(temperature, tail)
+            if weight != 1:
+                raise ValueError(
+                    f"Objective: teacher must be given where its weight is not 1, got none for "
+                    f"{weight:g}. Pass Objective(teacher=...) and DistillationCollator("
+                    "pad_token_id, objective)."
+                )
         return kd.TopK(
             batch["teacher_ids"],
             batch["teacher_logprobs"],
@@ -286,6 +357,10 @@ class Objective:
             tail_temperatures=tuple(stored),
             tail_at_temperature=self.tail_at_temperature,
         )
+
+
+def _is_zero(weight: float | Schedule) -> bool:
+    return (weight.start, weight.end) == (0, 0) if isinstance(weight, Schedule) else weight == 0
 
 
 def trained_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -306,7 +381,7 @@ def flat_targets(batch: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(value, Hidden):
             flat[key] = dataclasses.replace(value, hidden=value.hidden.flatten(0, 1))
-        elif key.startswith("teacher_form"):
+        elif key.startswith(("teacher_form", STAMP)):
             flat[key] = value
         elif key in TOKEN_KEYS or key.startswith("teacher_"):
             flat[key] = value.flatten(0, 1)
@@ -332,6 +407,16 @@ def head_loss(
     return loss
 
 
+def _check_prepared(model: Any) -> None:
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    if modules and not any(getattr(m, "_kd_original_forward", None) is not None for m in modules):
+        raise TypeError(
+            "compute_loss: model must be one that prepare_student was called on, got "
+            f"{type(model).__name__}. Call kd.training.prepare_student(model) once, before DDP, "
+            "FSDP or accelerate wrap it."
+        )
+
+
 def compute_loss(
     model: Any,
     batch: Mapping[str, Any],
@@ -344,7 +429,7 @@ def compute_loss(
 
     Args:
         model: the student after ``prepare_student``, bare or wrapped by DDP, FSDP or accelerate.
-        batch: what ``DistillationCollator`` returns.
+        batch: what ``DistillationCollator`` returns; one without ``shift_labels`` is refused.
         objective: what to minimise; plain cross-entropy when None. One with schedules is passed
             as ``objective.at(step, steps)``. Its models in memory are run here.
         num_items: trained tokens of the whole optimiser step, over all microbatches and ranks;
@@ -360,7 +445,9 @@ def compute_loss(
         the loss of an evaluation is a mean over tokens, whatever its batches.
     """
     objective = objective or Objective()
-    labels = aligned_labels(batch)
+    labels = objective.check_batch(batch, "compute_loss")
+    _check_prepared(model)
+    check_apart(model, objective.teacher)
     config = getattr(getattr(model, "module", model), "config", None)
     if config is not None:
         check_context(config, batch)

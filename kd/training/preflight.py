@@ -266,7 +266,9 @@ def _ends(found: Check, rows: Sequence[Mapping[str, Any]], student: Any, tokeniz
 
 def _plain(objective: Objective) -> Objective:
     """The hard part alone, at full weight."""
-    return dataclasses.replace(objective, teacher=None, kd_weight=0.0, ce_weight=1.0)
+    return dataclasses.replace(
+        objective, teacher=None, kd_weight=0.0, ce_weight=1.0, temperature=1.0
+    )
 
 
 @torch.no_grad()
@@ -280,7 +282,8 @@ def _losses(
         count = int((labels != -100).sum())
         if not count:
             continue
-        flat = {k: v for k, v in batch.items() if k != "weights"}
+        hard = ("weights", "domain")
+        flat = {k: v for k, v in batch.items() if k not in hard and not k.startswith("teacher_")}
         ours += count * float(compute_loss(student, flat, _plain(objective), num_items=count))
         inputs = {key: batch[key] for key in MODEL_KEYS if batch.get(key) is not None}
         logits = student(**inputs, use_cache=False).logits.flatten(0, 1).float()

@@ -10,7 +10,9 @@ second teacher's keys end in ``_1``, and so on.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from kd.heads import causal_lm, final_hidden, reading
 from kd.losses.inputs import TAILS
 
 Document = tuple[int, int, Tensor, int]  # row of the batch, where it starts, its tokens, domain
+STAMP = "teacher_stamp_"  # of a batch: in a key's name, so that no GPU is waited for to read it
 MODEL_KEYS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
 
@@ -45,9 +48,10 @@ class Teacher:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight >= 0):
+        if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(
-                f"Teacher: weight must be a finite number of at least 0, got {self.weight}."
+                f"Teacher: weight must be a finite number above 0, got {self.weight}. Leave out a "
+                "teacher that is to take no part."
             )
         if isinstance(self.domains, str) or (self.domains is not None and not self.domains):
             raise ValueError(
@@ -57,7 +61,8 @@ class Teacher:
         if self.kind == "unknown":
             raise TypeError(
                 "Teacher: source must be a TeacherCache, a HiddenCache, a causal LM or None, got "
-                f"{type(self.source).__name__}."
+                f"{type(self.source).__name__}. Open a folder with kd.cache.TeacherCache(path), "
+                "load a model with AutoModelForCausalLM.from_pretrained."
             )
 
     @property
@@ -83,6 +88,8 @@ class Teachers:
         names = [name for member in members for name in member.domains or ()]
         self.domains = tuple(dict.fromkeys(names))
         self._offloaded: set[int] = set()
+        self.apart_from: weakref.WeakSet[Any] = weakref.WeakSet()  # students compared already
+        self.stamp = STAMP + hashlib.sha256(repr(self._record()).encode()).hexdigest()[:12]
         if not any(member.kind != "none" for member in members):
             raise ValueError("Teachers: at least one must have a source, got none.")
 
@@ -93,6 +100,26 @@ class Teachers:
             return teacher
         several = teacher if isinstance(teacher, (list, tuple)) else [teacher]
         return cls([item if isinstance(item, Teacher) else Teacher(item) for item in several])
+
+    def _record(self) -> list[Any]:
+        """What two lists of teachers must have in common to stand for each other."""
+        metas = [getattr(member.source, "meta", None) for member in self.members]
+        return [
+            (
+                member.kind,
+                float(member.weight),
+                member.domains,
+                type(member.source).__name__ if meta is None else meta,
+            )
+            for member, meta in zip(self.members, metas, strict=True)
+        ]
+
+    def same(self, other: Teachers) -> bool:
+        """Whether both ask the same sources, with the same weights and domains."""
+        pairs = zip(self.members, other.members, strict=False)
+        return self.stamp == other.stamp and all(
+            a.source is b.source or getattr(a.source, "meta", None) is not None for a, b in pairs
+        )
 
     # --- what the collator asks -------------------------------------------------------------------
 
@@ -126,9 +153,18 @@ class Teachers:
                 batch[keyed(name, number)] = _placed(values, empty, shape, mine)
             meta = getattr(member.source, "meta", None)
             if member.kind == "sparse" and meta is not None:
-                stored = getattr(meta, "tail_temperatures", ())
-                form = torch.tensor([float(meta.temperature), TAILS.index(meta.tail), *stored])
+                live = float(getattr(meta, "live_vocab", None) or 0)
+                form = torch.tensor(
+                    [
+                        float(meta.temperature),
+                        float(TAILS.index(meta.tail)),
+                        live,
+                        member.weight,
+                        *getattr(meta, "tail_temperatures", ()),
+                    ]
+                )
                 batch[keyed("teacher_form", number)] = form.expand(shape[0], -1).clone()
+        batch[self.stamp] = torch.zeros(shape[0], dtype=torch.int8)
         if self.domains:
             domain = torch.full(shape, -1, dtype=torch.long)
             for row, start, tokens, which in documents:

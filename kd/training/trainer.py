@@ -20,11 +20,13 @@ from kd.training import faults
 from kd.training.alignment import aligned_labels
 from kd.training.arguments import apply_arguments, check_resumable
 from kd.training.checkpoints import keep_newest, last_complete_checkpoint, mark_complete
-from kd.training.collator import DistillationCollator
+from kd.training.collator import DistillationCollator, default_collator
 from kd.training.metrics import StepMetrics
 from kd.training.objective import Objective, compute_loss, trained_weight
 from kd.training.report import append_metrics, peak_memory, write_report
+from kd.training.sharing import check_apart
 from kd.training.student import prepare_student
+from kd.training.teachers import Teachers
 from kd.training.tokens import TokenClasses
 
 CARRIED = "kd_state.json"
@@ -59,11 +61,14 @@ class DistillationTrainer(Trainer):
         model: the student, a causal LM.
         args: transformers' TrainingArguments. Each field is honoured, replaced or refused, as
             docs/training-arguments.md lists; so are ``Trainer``'s own arguments in ``options``.
-        objective: what to minimise and its teachers; plain SFT when None.
+        objective: what to minimise and its teachers; plain SFT when None and no teacher is given.
+        teacher_model: the objective's teacher, where TRL's trainers take it: whatever
+            ``Objective(teacher=...)`` takes. Given in both places, it is refused.
         token_classes: finds thoughts, answers and digits for the log; made from
             ``processing_class`` (a tokenizer) when None.
         report: write ``training.html`` and ``training.png`` into the output folder at the end.
-        **options: ``train_dataset``, ``data_collator``, ``callbacks``, ... as for ``Trainer``.
+        **options: ``train_dataset``, ``data_collator``, ``callbacks``, ... as for ``Trainer``;
+            without a collator ``DistillationCollator`` with the tokenizer's or model's pad token.
     """
 
     def __init__(
@@ -72,15 +77,23 @@ class DistillationTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         objective: Objective | None = None,
+        teacher_model: Any = None,
         token_classes: TokenClasses | None = None,
         report: bool = True,
         **options: Any,
     ) -> None:
-        if args is None:
-            raise TypeError("DistillationTrainer: args must be TrainingArguments, got None.")
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(
+                f"DistillationTrainer: args must be TrainingArguments, got {type(args).__name__}. "
+                "A teacher goes into teacher_model=, or into Objective(teacher=...)."
+            )
         apply_arguments(args, options)
         prepare_student(model)
-        self.objective, collator = _joined(objective or Objective(), options.get("data_collator"))
+        collator = options.get("data_collator")
+        if collator is None:
+            collator = default_collator(model, options.get("processing_class"))
+        self.objective, collator = _joined(objective or Objective(), collator, teacher_model)
+        check_apart(model, self.objective.teacher, "DistillationTrainer")
         if isinstance(collator, DistillationCollator) and collator.max_length is None:
             most = faults.context_length(model.config)
             collator = dataclasses.replace(collator, max_length=most)
@@ -102,15 +115,8 @@ class DistillationTrainer(Trainer):
         self.callback_handler.callbacks.insert(0, _Steps(self))
 
     def _place_teachers(self) -> None:
-        teachers = self.objective.teacher
-        for member in [] if teachers is None else teachers.members:
-            if member.source is self.model:
-                raise ValueError(
-                    "DistillationTrainer: a teacher must be another object than the student, got "
-                    "the same model. Load it twice."
-                )
-        if teachers is not None:
-            teachers.to(self.args.device)
+        if self.objective.teacher is not None:
+            self.objective.teacher.to(self.args.device)
 
     # --- the loss ---------------------------------------------------------------------------------
 
@@ -206,7 +212,7 @@ class DistillationTrainer(Trainer):
                 logs["tokens_per_second"] = (seen - before) / max(now_time - then, 1e-9)
             self._last_log = (now_time, seen)
             logs["peak_memory_gib"] = peak_memory(self.args.device)
-            skipped = getattr(getattr(self.data_collator, "cache", None), "skipped", 0)
+            skipped = self._skipped()
             if skipped:
                 logs["skipped_sequences"] = skipped
         if "train_loss" in logs:
@@ -214,6 +220,11 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
         if self.args.should_save:
             append_metrics(Path(self.args.output_dir), self.state.log_history[-1])
+
+    def _skipped(self) -> int:
+        teachers = self.objective.teacher
+        members = [] if teachers is None else teachers.members
+        return sum(getattr(member.source, "skipped", 0) for member in members)
 
     def _mean_loss(self) -> float:
         """Over all steps of the run, also those before a resume."""
@@ -324,12 +335,24 @@ class DistillationTrainer(Trainer):
         return broadcast_object_list(found)[0]
 
 
-def _joined(objective: Objective, collator: Any) -> tuple[Objective, Any]:
-    """The collator looks up what the objective asks for, and the other way round."""
-    if not objective.soft or not isinstance(collator, DistillationCollator):
+def _joined(objective: Objective, collator: Any, teacher_model: Any) -> tuple[Objective, Any]:
+    """One place knows the teachers, the objective; the collator looks up what it asks for."""
+    if teacher_model is not None:
+        if objective.teacher is not None:
+            raise ValueError(
+                "DistillationTrainer: a teacher must be given once, got teacher_model and the "
+                "objective's own. Leave one out; several go into Objective(teacher=[...])."
+            )
+        objective = objective.taught_by(teacher_model)
+    if not isinstance(collator, DistillationCollator):
         return objective, collator
-    if objective.teacher is None and collator.cache is not None:
-        objective = dataclasses.replace(objective, teacher=collator.cache)
-    elif collator.cache is None:
-        collator = dataclasses.replace(collator, cache=objective.teacher)
-    return objective, collator
+    theirs = Teachers.of(collator.cache)
+    if theirs is not None and objective.teacher is None:
+        objective = objective.taught_by(theirs)
+    elif theirs is not None and not theirs.same(objective.teacher):
+        raise ValueError(
+            "DistillationTrainer: the collator's cache must be the objective's teacher, got "
+            "another, or other weights or domains. Leave it out of the collator: the trainer hands "
+            "it the objective's."
+        )
+    return objective, dataclasses.replace(collator, cache=objective.teacher)

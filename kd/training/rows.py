@@ -1,0 +1,164 @@
+"""One row of a data set as tensors, and everything that a row may contradict itself in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.training.alignment import IGNORE
+
+# Columns by which tokenizers and other trainers change what a model reads or trains; ignored, they
+# would be wrong without a word.
+REFUSED = re.compile(
+    r"(.+_mask|.+_masks|token_type_ids|mm_token_type_ids|seq_lengths|shift_labels|inputs_embeds"
+    r"|pixel_values.*|image_.*|decoder_.*|encoder_.*|cu_seq_lens.*|label|label_ids)"
+)
+FIXES = {
+    "seq_lengths": "Call the column lengths",
+    "shift_labels": "Give the row's own tokens as labels; the collator shifts them",
+    "completion_mask": "Put -100 into labels where it is 0 and remove it",
+    "assistant_masks": "Put -100 into labels where it is 0 and remove it",
+    "token_type_ids": "Tokenize with return_token_type_ids=False",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row without padding.
+
+    Attributes:
+        input_ids: [L] int64.
+        labels: [L] int64, not shifted.
+        weights: [L] float32, or None where the row has none.
+        lengths: of its documents; they add up to L.
+        packed: whether the row says that it holds documents.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    lengths: list[int]
+    packed: bool
+
+
+def read_row(row: Mapping[str, Any], number: int) -> Row:
+    """Read a row and refuse what would be ignored or is contradictory.
+
+    Args:
+        row: {input_ids, labels[, weights][, lengths][, attention_mask][, position_ids]}; columns
+            that are no input of a model (ids, texts, domains) may be there too.
+        number: its place in the batch, for errors.
+    """
+    where = f"got row {number} of the batch with"
+    missing = [name for name in ("input_ids", "labels") if row.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"DistillationCollator: rows must have input_ids and labels, {where} "
+            f"{sorted(map(str, row))} and no {' or '.join(missing)}. Tokenize and render them "
+            "first (kd.traces.render); labels are the row's own tokens, -100 where nothing is "
+            "trained."
+        )
+    for name in row:
+        if name != "attention_mask" and REFUSED.fullmatch(str(name)) and row[name] is not None:
+            raise ValueError(
+                f"DistillationCollator: rows must have no column that would be ignored, {where} "
+                f"{name}. {FIXES.get(name, 'Remove the column')}."
+            )
+    ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
+    if ids.ndim != 1 or not len(ids):
+        raise ValueError(
+            f"DistillationCollator: input_ids must be a list of at least one token, {where} shape "
+            f"{list(ids.shape)}. Give one sequence a row and drop empty ones."
+        )
+    labels = _per_token(row, "labels", ids, torch.long, where)
+    weights = _per_token(row, "weights", ids, torch.float, where)
+    positions = _per_token(row, "position_ids", ids, torch.long, where)
+    keep = _kept(_per_token(row, "attention_mask", ids, torch.long, where), where)
+    if weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError(
+            f"DistillationCollator: weights must be finite and at least 0, {where} "
+            f"{weights.min().item():g} to {weights.max().item():g}. Use 0 to leave a token out."
+        )
+    if len(ids[keep]) < len(ids):
+        if row.get("lengths") is not None:
+            raise ValueError(
+                f"DistillationCollator: attention_mask must be all 1 in a pack, {where} padding. "
+                "Remove it; the collator pads."
+            )
+        ids, labels = ids[keep], labels[keep]
+        weights = None if weights is None else weights[keep]
+        positions = None if positions is None else positions[keep]
+    _check_shift(ids, labels, where)
+    lengths = _lengths(row.get("lengths"), positions, len(ids), where)
+    packed = row.get("lengths") is not None or len(lengths) > 1
+    return Row(ids, labels, weights, lengths, packed)
+
+
+def _per_token(
+    row: Mapping[str, Any], name: str, ids: Tensor, dtype: torch.dtype, where: str
+) -> Any:
+    if row.get(name) is None:
+        return None
+    values = torch.as_tensor(row[name]).to(dtype)
+    if values.shape != ids.shape:
+        size = len(values) if values.ndim == 1 else list(values.shape)
+        raise ValueError(
+            f"DistillationCollator: {name} must be as long as input_ids, got "
+            f"{size} and {len(ids)}, {where[4:]} them. Mask tokens with -100 in labels instead of "
+            "dropping them."
+        )
+    return values
+
+
+def _kept(mask: Tensor | None, where: str) -> slice:
+    """The tokens between padding on the left and padding on the right."""
+    if mask is None:
+        return slice(0, None)
+    found = mask.nonzero().squeeze(1).tolist()
+    start, end = (found[0], found[-1] + 1) if found else (0, 0)
+    if not found or len(found) != end - start or bool((mask[start:end] != 1).any()):
+        raise ValueError(
+            "DistillationCollator: attention_mask must be 1 on one run of tokens and 0 on padding "
+            f"around it, {where} {mask.tolist()[:16]}. Mask tokens of the loss with -100 in "
+            "labels; say where the documents of a pack end with lengths."
+        )
+    return slice(start, end)
+
+
+def _check_shift(ids: Tensor, labels: Tensor, where: str) -> None:
+    """Refuse labels that were shifted already: they are the next tokens and not the row's own."""
+    trained = labels != IGNORE
+    if bool((labels == ids)[trained].all()):
+        return
+    inside = trained[:-1]
+    if bool(inside.any()) and bool((labels[:-1] == ids[1:])[inside].all()):
+        raise ValueError(
+            "DistillationCollator: labels must be the row's own tokens (-100 where nothing is "
+            f"trained), {where} labels that are the next tokens. The collator shifts them; do not "
+            "shift them before."
+        )
+
+
+def _lengths(given: Any, positions: Tensor | None, size: int, where: str) -> list[int]:
+    told = None if given is None else [int(length) for length in given]
+    if told is not None and (sum(told) != size or min(told, default=0) < 1):
+        raise ValueError(
+            "DistillationCollator: lengths must be positive and add up to the row's "
+            f"{size} tokens, got {told}, {where[4:]} them. Take them from the Pack."
+        )
+    if positions is None:
+        return told or [size]
+    starts = (positions == 0).nonzero().squeeze(1).tolist()
+    found = [end - start for start, end in zip(starts, [*starts[1:], size], strict=False)]
+    wanted = torch.cat([torch.arange(length) for length in found]) if found else None
+    if wanted is None or not torch.equal(wanted, positions) or told not in (None, found):
+        raise ValueError(
+            "DistillationCollator: position_ids must count from 0 in each document of lengths, "
+            f"{where} {positions.tolist()[:16]} and lengths {told}. Leave position_ids out."
+        )
+    return found
