@@ -139,16 +139,16 @@ def test_a_caches_own_vocabulary_counts_whoever_knows_it():
     student = prepare_student(cases.student())
     student.resize_token_embeddings(cases.VOCABULARY + 9)
     batch = DistillationCollator(0, cache)(ROWS)
-    told = compute_loss(student, batch, Objective(teacher=cache))
-    torch.testing.assert_close(compute_loss(student, batch, Objective(kd_weight=1.0)), told)
-    wider = Objective(kd_weight=1.0, vocab_size=cases.VOCABULARY + 9)
+    told = compute_loss(student, batch, Objective(teacher=cache, temperature=2.0))
+    torch.testing.assert_close(compute_loss(student, batch, Objective(kd_weight=1.0, temperature=2.0)), told)
+    wider = Objective(kd_weight=1.0, temperature=2.0, vocab_size=cases.VOCABULARY + 9)
     assert (compute_loss(student, batch, wider) - told).abs() > 1e-4
 
 
 @pytest.mark.parametrize("given", ["objective", "teachers", "member", "list"])
 def test_the_collator_gets_its_teachers_from_the_objective(given):
     cache = with_record()
-    objective = Objective(teacher=[Teacher(cache, weight=0.3)])
+    objective = Objective(teacher=[Teacher(cache, weight=0.3)], temperature=2.0)
     source = {
         "objective": objective,
         "teachers": objective.teacher,
@@ -157,7 +157,7 @@ def test_the_collator_gets_its_teachers_from_the_objective(given):
     }[given]
     student = prepare_student(cases.student())
     loss = compute_loss(student, DistillationCollator(0, source)(ROWS), objective)
-    alone = Objective(teacher=cache)
+    alone = Objective(teacher=cache, temperature=2.0)
     whole = compute_loss(student, DistillationCollator(0, alone)(ROWS), alone)
     torch.testing.assert_close(loss, 0.3 * whole)
 

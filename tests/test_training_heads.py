@@ -18,7 +18,7 @@ IDS = torch.arange(1, 9)[None]
 
 
 def batch_of(count=5, **options):
-    return DistillationCollator(0, cases.RandomCache())(cases.rows(count, **options))
+    return DistillationCollator(0)(cases.rows(count, **options))
 
 
 def inputs_of(batch):

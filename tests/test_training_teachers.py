@@ -219,7 +219,7 @@ def test_a_cache_says_how_it_is_read():
         Objective(kd_weight=1.0, ce_weight=0.0, teacher=cache, temperature=2.0),
     ):
         assert compute_loss(student, batch, objective) == expected
-    assert Objective(teacher=cache).vocab_size == cases.VOCABULARY
+    assert Objective(teacher=cache, temperature=2.0).vocab_size == cases.VOCABULARY
 
 
 def test_what_contradicts_a_cache_is_refused():
