@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
+# Processes that share the tests, whole files each; about 2 GiB of memory for one.
+JOBS   ?= 2
 
 .PHONY: quickstart test test-all lint errors gradients steps aot bench bench-gpu bench-compare help clean
 
@@ -18,10 +20,10 @@ quickstart: $(STAMP)  ## distil a small reasoning model and open its report
 	$(BIN)/kd run quickstart --open
 
 test: $(STAMP)  ## the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: $(STAMP)  ## the default suite and the slow tests
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow or not slow"
 
 lint: $(STAMP)  ## formatting, lint, types, import layers
 	$(BIN)/ruff format --check .

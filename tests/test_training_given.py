@@ -140,7 +140,9 @@ def test_a_caches_own_vocabulary_counts_whoever_knows_it():
     student.resize_token_embeddings(cases.VOCABULARY + 9)
     batch = DistillationCollator(0, cache)(ROWS)
     told = compute_loss(student, batch, Objective(teacher=cache, temperature=2.0))
-    torch.testing.assert_close(compute_loss(student, batch, Objective(kd_weight=1.0, temperature=2.0)), told)
+    torch.testing.assert_close(
+        compute_loss(student, batch, Objective(kd_weight=1.0, temperature=2.0)), told
+    )
     wider = Objective(kd_weight=1.0, temperature=2.0, vocab_size=cases.VOCABULARY + 9)
     assert (compute_loss(student, batch, wider) - told).abs() > 1e-4
 
