@@ -77,7 +77,7 @@ def build(student_form, teacher_form, gap, dtype, seed):
         return student, logits.to(dtype), leaves
     logprobs, ids = torch.log_softmax(logits, -1).topk(TOP_K)
     stored = logprobs if dtype == torch.float64 else logprobs.float()
-    return student, kd.TopK(ids, stored, tail=teacher_form), leaves
+    return student, kd.TopK(ids, stored, tail=teacher_form, tail_at_temperature="spread"), leaves
 
 
 def exactly(student, leaves):

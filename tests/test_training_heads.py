@@ -17,8 +17,8 @@ from kd.training.teachers import hidden_of
 IDS = torch.arange(1, 9)[None]
 
 
-def batch_of(count=5, **options):
-    return DistillationCollator(0)(cases.rows(count, **options))
+def batch_of(count=5, cache=None, **options):
+    return DistillationCollator(0, cache)(cases.rows(count, **options))
 
 
 def inputs_of(batch):
@@ -341,7 +341,7 @@ def test_compiled_the_forward_is_one_graph_and_is_not_compiled_again():
 
     torch._dynamo.reset()
     counters.clear()
-    model, batch = prepare_student(cases.student()), batch_of()
+    model, batch = prepare_student(cases.student()), batch_of(cache=cases.RandomCache())
     wanted = compute_loss(model, batch, cases.MIXED)
     wanted.backward()
     expected = model.model.layers[0].mlp.up_proj.weight.grad.clone()
