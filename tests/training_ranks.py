@@ -24,6 +24,9 @@ MODES = ("ddp", "fsdp2", "zero3", "online-ddp", "online-fsdp2", "trainer-ddp", "
 MODES += ("trainer-zero3", "trainer-online-ddp", "trainer-online-fsdp2")
 
 
+EVALUATED = cases.rows(7, seed=5, weights=True)  # in twos: one of two ranks gets a row twice
+
+
 def parts_of(rank, world):
     """The rows of a rank's two microbatches."""
     if world == 2:
@@ -60,7 +63,16 @@ def whole_batch(mode):
     tokens = (batch["weights"] * (batch["shift_labels"] != -100)).sum()
     model = prepare_student(student_of(mode))
     compute_loss(model, batch, objective, num_items=tokens).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    if evaluates(mode):
+        with torch.no_grad():
+            loss = compute_loss(model.eval(), collate(EVALUATED), objective)
+        found["eval_loss"] = loss[None]
+    return found
+
+
+def evaluates(mode):
+    return mode.startswith("trainer") and mode.endswith("ddp")
 
 
 def gradients(model):
@@ -171,6 +183,12 @@ def trainer(mode, folder):
         callbacks=[Catch()],
     )
     made.train()
+    if evaluates(mode):
+        fresh = cases.arguments(folder, per_device_eval_batch_size=2)
+        other = DistillationTrainer(
+            cases.student(), fresh, objective=objective, data_collator=collate
+        )
+        caught["eval_loss"] = torch.tensor([other.evaluate(EVALUATED)["eval_loss"]])
     return caught
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from kd.training import faults
 from kd.training.alignment import aligned_labels
@@ -109,6 +110,7 @@ class DistillationTrainer(Trainer):
         self._place_teachers()
         self._metrics = StepMetrics()
         self._tokens_seen: Any = 0.0
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # loss and tokens, summed
         self._last_log = (time.perf_counter(), 0.0)
         self._stop, self._stop_agreed = faults.StopSignal(), False
         self._resumed_from: str | None = None
@@ -148,8 +150,6 @@ class DistillationTrainer(Trainer):
             observe = partial(self._metrics.observe, objective)
             if self.token_classes is not None and objective.soft:
                 inputs = {**inputs, "token_class": self.token_classes(inputs)}
-        if num_items_in_batch is None:  # evaluation
-            num_items_in_batch = (inputs["shift_labels"] != -100).sum().clamp(min=1)
         loss = compute_loss(model, inputs, objective, num_items=num_items_in_batch, observe=observe)
         if training and self.args.world_size > 1:
             loss = loss * self.args.world_size  # DDP and FSDP average over ranks; we want the sum
@@ -163,8 +163,43 @@ class DistillationTrainer(Trainer):
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        aligned_labels(inputs, "DistillationTrainer")  # without them transformers has no loss
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        """Adds a batch to the sums that ``eval_loss`` is the quotient of; no logits are made."""
+        inputs = self._prepare_inputs(inputs)
+        labels = aligned_labels(inputs, "DistillationTrainer")
+        labels[_real_rows(self.accelerator, len(labels)) :] = -100
+        last = max(self.state.max_steps, 1)
+        objective = self.objective.at(last, last)  # a schedule's end, so that steps can be compared
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = compute_loss(model, inputs, objective, num_items=1.0)  # the sum
+        tokens = trained_weight(labels, inputs.get("weights"))
+        self._evaluated += torch.stack([loss, tokens.to(loss)]).double().cpu()
+        return loss / tokens.clamp(min=1e-30), None, None
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As transformers', with the loss as a mean over all trained tokens (or their weights).
+
+        transformers averages the batches' means, which depends on how the rows are batched.
+
+        Raises:
+            ValueError: no token of the data set is trained.
+        """
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        sums = self._evaluated
+        if self.args.world_size > 1:
+            sums = self._sum_over_ranks(sums)
+        total, tokens = sums.tolist()
+        if tokens <= 0:
+            raise ValueError(
+                f"DistillationTrainer: an evaluation must have trained tokens, got {tokens:g} of "
+                f"{output.num_samples} rows. Unmask labels of its rows."
+            )
+        for name in output.metrics:
+            if name.endswith("_loss"):
+                output.metrics[name] = total / tokens
+        return output
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', asked before every optimiser step; a NaN never reaches the weights."""
@@ -333,6 +368,15 @@ class DistillationTrainer(Trainer):
 
         found = [function() if self.args.process_index == 0 else None]
         return broadcast_object_list(found)[0]
+
+
+def _real_rows(accelerator: Any, rows: int) -> int:
+    """Rows of this rank's batch that are not there twice to make the last batch of all even."""
+    state = accelerator.gradient_state
+    remainder = state.remainder if state.end_of_dataloader else -1
+    if accelerator.num_processes == 1 or remainder <= 0:
+        return rows
+    return min(rows, max(0, remainder - accelerator.process_index * rows))
 
 
 def _joined(objective: Objective, collator: Any, teacher_model: Any) -> tuple[Objective, Any]:
