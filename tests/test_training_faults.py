@@ -296,3 +296,18 @@ def test_metrics_are_on_disk_line_by_line(tmp_path):
     made.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [3, 6]
+
+
+def test_a_run_shorter_than_logging_steps_has_its_page(tmp_path):
+    made = trainer(tmp_path, logging_steps=500)
+    made.write_report = True
+    made.train()
+    assert [e["step"] for e in made.state.log_history if "loss" in e] == [8]
+    assert (tmp_path / "training.html").is_file()
+    assert "ce" in made.state.log_history[0] and "kd" in made.state.log_history[0]
+
+
+def test_who_wants_no_log_gets_none(tmp_path):
+    made = trainer(tmp_path, logging_strategy="no")
+    made.train()
+    assert not [entry for entry in made.state.log_history if "loss" in entry]

@@ -65,3 +65,36 @@ def test_links_and_names_exist():
     text = README.read_text()
     for name in re.findall(r"`((?:tests|recipes)/[\w./]+)`", text):
         assert (README.parents[2] / name).exists(), name
+
+
+def test_the_first_snippet_is_one_loss_before_and_after(tmp_path):
+    """With every token cached; the shift of Hugging Face's labels is in it."""
+    from torch.nn import functional
+
+    import kd
+    from kd.teachers import build_cache
+
+    text = (README.parents[2] / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    shift, before, after = re.split(r"# before.*\n|# after.*\n", code)
+    batch = [torch.tensor(row["input_ids"]) for row in cases.rows(30) if len(row["labels"]) == 9]
+    input_ids = torch.stack(batch)
+    labels = input_ids.masked_fill(torch.arange(9) < 3, -100)
+    student, teacher = cases.student().eval(), cases.student(seed=7).eval()
+    cache = build_cache(
+        teacher, batch, tmp_path, top_k=cases.VOCABULARY - 1, codec="float32", progress=False
+    )
+    names = {"F": functional, "kd": kd, "student": student, "teacher": teacher, "cache": cache}
+    names |= {"input_ids": input_ids, "labels": labels}
+    found = []
+    for part in (before, after):
+        exec(shift + part, names)
+        found.append(names["loss"])
+        names["labels"] = labels
+    assert len(batch) > 1
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    own = student(input_ids, labels=labels).loss  # and the labels are where the model has them
+    hard = kd.cross_entropy(
+        student(input_ids).logits, functional.pad(labels[:, 1:], (0, 1), value=-100)
+    )
+    torch.testing.assert_close(hard, own)

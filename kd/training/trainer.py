@@ -46,6 +46,8 @@ class _Steps(TrainerCallback):
         if self.trainer._stop_agreed or (args.world_size == 1 and self.trainer._stop.name):
             self.trainer._stop_agreed = True
             control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps and self.trainer._nothing_logged():
+            control.should_log = True  # a run shorter than logging_steps has a curve too
 
 
 class DistillationTrainer(Trainer):
@@ -230,7 +232,13 @@ class DistillationTrainer(Trainer):
         elif args.logging_strategy == "epoch":
             every = max(1, round(state.max_steps / max(state.num_train_epochs, 1)))
         first = args.logging_first_step and state.global_step == 0
+        if state.global_step + 1 == state.max_steps and self._nothing_logged():
+            return True
         return first or (every > 0 and (state.global_step + 1) % every == 0)
+
+    def _nothing_logged(self) -> bool:
+        wanted = self.args.logging_strategy != "no"
+        return wanted and not any("loss" in entry for entry in self.state.log_history)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, agreement, speed and memory (see the README's table)."""
