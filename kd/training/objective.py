@@ -20,6 +20,7 @@ from kd.losses.inputs import TAILS
 from kd.losses.tails import check_temperature
 from kd.training.alignment import aligned_labels
 from kd.training.faults import check_context
+from kd.training.packs import documents_apart
 from kd.training.schedules import Schedule
 from kd.training.sharing import check_apart
 from kd.training.teachers import MODEL_KEYS, STAMP, Teachers
@@ -445,12 +446,13 @@ def compute_loss(
         the loss of an evaluation is a mean over tokens, whatever its batches.
     """
     objective = objective or Objective()
-    labels = objective.check_batch(batch, "compute_loss")
+    objective.check_batch(batch, "compute_loss")
     _check_prepared(model)
     check_apart(model, objective.teacher)
     config = getattr(getattr(model, "module", model), "config", None)
     if config is not None:
         check_context(config, batch)
+    batch = documents_apart(model, batch, objective.teacher if objective.soft else None)
     inputs = {key: batch[key] for key in MODEL_KEYS if batch.get(key) is not None}
     if objective.soft and objective.teacher is not None:
         batch = objective.teacher.forward(batch)
@@ -459,5 +461,5 @@ def compute_loss(
     if added is None or not torch.is_grad_enabled():
         return loss
     if num_items is not None:  # a mean over microbatches and ranks, weighted by their tokens
-        added = added * (trained_weight(labels, batch.get("weights")) / num_items)
+        added = added * (trained_weight(batch["shift_labels"], batch.get("weights")) / num_items)
     return loss + added.to(loss.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kd.training.metrics import NAMES, StepMetrics
 from kd.training.objective import Objective, compute_loss
+from kd.training.packs import documents_apart
 from kd.training.student import prepare_student
 from kd.training.teachers import MODEL_KEYS
 
@@ -285,7 +286,8 @@ def _losses(
         hard = ("weights", "domain")
         flat = {k: v for k, v in batch.items() if k not in hard and not k.startswith("teacher_")}
         ours += count * float(compute_loss(student, flat, _plain(objective), num_items=count))
-        inputs = {key: batch[key] for key in MODEL_KEYS if batch.get(key) is not None}
+        read = documents_apart(student, batch)
+        inputs = {key: read[key] for key in MODEL_KEYS if read.get(key) is not None}
         logits = student(**inputs, use_cache=False).logits.flatten(0, 1).float()
         if objective.vocab_size is not None:
             logits = logits[:, : objective.vocab_size]

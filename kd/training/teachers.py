@@ -26,7 +26,8 @@ from kd.losses.inputs import TAILS
 
 Document = tuple[int, int, Tensor, int]  # row of the batch, where it starts, its tokens, domain
 STAMP = "teacher_stamp_"  # of a batch: in a key's name, so that no GPU is waited for to read it
-MODEL_KEYS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+FLAT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of one row
+MODEL_KEYS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *FLAT_KEYS)
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,11 @@ class Teachers:
             rows = None
             if member.domains is not None:
                 rows = self.mask(number, batch["domain"]).any(1).nonzero().squeeze(1)
-                inputs = {key: value[rows] for key, value in inputs.items()}
+                if len(rows) < len(batch["input_ids"]):
+                    inputs = {
+                        key: value if key in FLAT_KEYS else value[rows]
+                        for key, value in inputs.items()
+                    }
             if rows is None or len(rows):
                 said = self._run(member, inputs)
                 found[keyed("teacher_hidden", number)] = _spread(
@@ -203,7 +208,10 @@ class Teachers:
             model.eval()
         if not member.offload:
             there = next(model.parameters()).device
-            inputs = {key: value.to(there) for key, value in inputs.items()}
+            inputs = {
+                key: value.to(there) if isinstance(value, Tensor) else value
+                for key, value in inputs.items()
+            }
         return _on(hidden_of(model, inputs), device)
 
     def target(
