@@ -2,6 +2,10 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,3 +347,37 @@ def _sharded_is_measured_at_once():
             with pytest.raises(TypeError, match="OPTForCausalLM"):
                 compute_loss(model, packed)
             assert len(calls) == count
+
+
+@pytest.mark.slow
+def test_a_rank_with_packs_does_not_wait_for_one_without():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    root = Path(__file__).parents[1]
+    paths = [str(root / part) for part in ("", "kernels", "recipes")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, __file__], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _packs_on_the_second_rank_only():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    reference, model = prepare_student(student()), prepare_student(student())
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mesh=mesh)
+    given = packs() if torch.distributed.get_rank() else rows(3)
+    batch = DistillationCollator(0)(given)
+    for _ in range(2):
+        loss = compute_loss(model, batch)
+        loss.backward()
+        assert abs(loss - compute_loss(reference, batch)) < 1e-5
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _packs_on_the_second_rank_only()

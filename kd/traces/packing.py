@@ -177,7 +177,7 @@ def collate_packs(
     return made_batch | {"use_cache": False}
 
 
-def isolates_documents(model: Any, *, flat: bool = False) -> bool:
+def isolates_documents(model: Any, *, flat: bool = False, device: Any = None) -> bool:
     """Whether a causal LM keeps packed documents apart; recurrent layers and ALiBi do not.
 
     The logits of a document are compared behind two different ones, in a batch of two rows as
@@ -187,6 +187,7 @@ def isolates_documents(model: Any, *, flat: bool = False) -> bool:
     Args:
         model: any that takes ``input_ids``, ``position_ids`` and ``use_cache``.
         flat: both rows in one, with ``cu_seq_lens_q`` and so on, as flash attention needs it.
+        device: of its input; that of its embeddings when None.
 
     Returns:
         True where they differ by rounding only: by less than 1e-5 of the largest logit in float32
@@ -199,7 +200,8 @@ def isolates_documents(model: Any, *, flat: bool = False) -> bool:
     size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
     tokens = [(size // 2 + i) % size for i in range(9)]  # away from special ones
     firsts, second = (tokens[:3], tokens[3:6]), [tokens[6], tokens[7], tokens[6], tokens[8]]
-    device = "cpu" if home.type == "meta" else home
+    if device is None:
+        device = torch.device("cpu") if home.type == "meta" else home
 
     def logits(order: tuple[int, int], packed: bool) -> Any:
         """Of the second documents, [2, 4, V]."""
@@ -223,7 +225,7 @@ def isolates_documents(model: Any, *, flat: bool = False) -> bool:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if home.type == "cuda" else []):
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             (leaked, largest, dtype), (as_one, _, _) = change(True), change(False)
     finally:
         for module, flag in flags:

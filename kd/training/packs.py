@@ -45,10 +45,11 @@ def documents_apart(
     for member in () if teachers is None else teachers.members:
         if member.kind == "model":
             models.append(("a teacher", member.source))
+    device = batch["input_ids"].device
     flat = any(_attention(one)[-1] not in SEVERAL_ROWS for _, one in models)
     for _, one in models:  # a forward of sharded weights needs every rank, packs or not
         if _kept(one, flat) is None and _sharded(one):
-            _measure(one, flat)
+            _measure(one, flat, device)
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     _check_borders(batch)
     known = [_kept(one, flat) for _, one in models]
@@ -58,7 +59,7 @@ def documents_apart(
         return batch
     _check_form(batch, positions, mask)
     for role, one in models:
-        (trouble,) = _kept(one, flat) or _measure(one, flat)
+        (trouble,) = _kept(one, flat) or _measure(one, flat, device)
         if trouble:
             raise TypeError(_refusal(role, one, trouble))
     return flattened(batch) if flat and batch.get("cu_seq_lens_q") is None else batch
@@ -146,11 +147,14 @@ def _kept(model: Any, flat: bool) -> tuple[str] | None:
     return found.get((_attention(model), flat))
 
 
-def _measure(model: Any, flat: bool) -> tuple[str]:
+def _measure(model: Any, flat: bool, device: torch.device) -> tuple[str]:
     """Measure and keep; a sharded model through its wrapper, whose hooks bring the weights."""
     bare = _bare(model)
     try:
-        apart = isolates_documents(model if _sharded(model) else bare, flat=flat)
+        if _sharded(model):
+            apart = isolates_documents(model, flat=flat, device=device)
+        else:
+            apart = isolates_documents(bare, flat=flat)
         trouble = "" if apart else "the logits of a document change with the one before it"
     except torch.OutOfMemoryError:
         raise
