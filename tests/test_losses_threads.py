@@ -43,7 +43,7 @@ def teacher(form, t):
         return t
     if form == "sparse":
         logprobs, ids = torch.log_softmax(t, -1).topk(8)
-        return kd.TopK(ids, logprobs)
+        return kd.TopK(ids, logprobs, tail_at_temperature="spread")
     return kd.Hidden(t[:, :4].contiguous(), t[:4].T.contiguous())
 
 
