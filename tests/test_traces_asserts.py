@@ -2,10 +2,10 @@
 
 import pytest
 
+from kd.sandbox import Bubblewrap, Limits, UnsafeSubprocess
 from kd.traces import Trace, verify
 from kd.traces.verifiers.asserts import assertions, literal, read_asserts, same
 from kd.traces.verifiers.code import Code
-from kd.traces.verifiers.sandbox import Bubblewrap, Limits, UnsafeSubprocess
 
 try:
     SANDBOX = Bubblewrap(Limits(seconds=3.0))

@@ -10,11 +10,9 @@ import subprocess
 import pytest
 
 from kd.cli.main import main
+from kd.sandbox import HOSTILE, Bubblewrap, Limits, Run, SandboxClosed, UnsafeSubprocess, hostile
 from kd.traces import Trace, verify
-from kd.traces.verifiers import hostile
 from kd.traces.verifiers.code import Code, extract_program
-from kd.traces.verifiers.hostile import HOSTILE
-from kd.traces.verifiers.sandbox import Bubblewrap, Limits, Run, SandboxClosed, UnsafeSubprocess
 
 try:
     SANDBOX = Bubblewrap(Limits(seconds=2.0))

@@ -169,8 +169,7 @@ def run_select(args: argparse.Namespace) -> int:
 
 
 def run_sandbox(args: argparse.Namespace) -> int:
-    from kd.traces.verifiers.hostile import table
-    from kd.traces.verifiers.sandbox import Bubblewrap, Limits
+    from kd.sandbox import Bubblewrap, Limits, table
 
     text, contained = table(Bubblewrap(Limits(seconds=3.0)))
     print(text)
@@ -178,7 +177,7 @@ def run_sandbox(args: argparse.Namespace) -> int:
 
 
 def _backend(name: str) -> Any:
-    from kd.traces.verifiers.sandbox import Bubblewrap, UnsafeSubprocess
+    from kd.sandbox import Bubblewrap, UnsafeSubprocess
 
     if name == "no":
         return None

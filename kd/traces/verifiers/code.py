@@ -9,9 +9,9 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kd.sandbox import Run
 from kd.traces.trace import Trace
 from kd.traces.verifiers.asserts import RUNNER, Asserts, read_asserts, same
-from kd.traces.verifiers.sandbox import Run
 from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, WRONG, Verdict
 
 Backend = Callable[[str, str], Run]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kd.traces.verifiers.sandbox import Bubblewrap, Run
+from kd.sandbox.bubblewrap import Bubblewrap, Run
 
 
 class Hostile(NamedTuple):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from kd.traces.verifiers.seccomp import program as seccomp_program
+from kd.sandbox.seccomp import program as seccomp_program
 
 FIRST_UID = 61_100
 UIDS = 64
