@@ -154,6 +154,42 @@ def test_completions_align_by_bytes_and_rows_move_with_them():
         Aligner(teacher, student, contract)(a, b[:-1])
 
 
+@pytest.mark.parametrize(
+    "theirs, ours, at",
+    [
+        ("the cat sat", "the dog ran", 4),  # as long as each other
+        ("1 + 2 = 3", "1 + 2 = 4", 8),
+        ("caf\u00e9", "cafe\u0301"[:5], 3),  # composed and not: bytes differ
+        ("Paris", "paris", 0),
+        ("same", "same and more", 4),
+    ],
+)
+def test_completions_of_other_texts_are_refused_where_they_part(theirs, ours, at):
+    teacher, student = small("<e>"), small("<e>")
+    align = Aligner(teacher, student, vocabulary_contract(teacher, student))
+    with pytest.raises(ValueError, match=rf"must be the same text, got .* at byte {at}\."):
+        align(teacher(theirs).input_ids, student(ours).input_ids)
+    assert align(student(ours).input_ids, student(ours).input_ids).tolist() == list(
+        range(len(student(ours).input_ids))
+    )
+
+
+@pytest.mark.parametrize("starts", [(0, 0), (0, 3), (2, 0), (1, 1)], ids=str)
+def test_what_no_row_predicts_takes_none(starts):
+    """Row j of a sequence is for its token j + 1; the first token of all has no row."""
+    teacher_start, student_start = starts
+    ids = torch.arange(teacher_start + 4)[:, None]
+    found, logprobs = place_rows(
+        ids, -1.0 - ids.float(), torch.tensor([0, -1, 2, 3]), teacher_start, student_start
+    )
+    wanted = {}
+    for here, there in ((0, 0), (2, 2), (3, 3)):
+        if student_start + here > 0 and teacher_start + there > 0:
+            wanted[student_start + here - 1] = teacher_start + there - 1
+    assert found.squeeze(1).tolist() == [wanted.get(row, -1) for row in range(student_start + 4)]
+    assert torch.equal(logprobs, torch.where(found >= 0, -1.0 - found.float(), -torch.inf))
+
+
 @QWEN
 def test_real_r1_distill_and_qwen_differ_in_seven_ids():
     teacher, student = real("r1-distill"), real("qwen2.5")

@@ -7,6 +7,7 @@ token of the student belongs to the teacher's token that covers the same bytes o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,15 @@ class Aligner:
         Raises:
             ValueError: the two are not the same text.
         """
+        theirs = b"".join(self.teacher[token] for token in teacher_ids)
+        ours = b"".join(self.student[token] for token in student_ids)
+        if theirs != ours:
+            same = len(os.path.commonprefix([theirs, ours]))
+            raise ValueError(
+                "Aligner: both completions must be the same text, got "
+                f"{theirs[same : same + 40]!r} from the teacher and {ours[same : same + 40]!r} "
+                f"from the student at byte {same}. Render both from one trace, with the same tags."
+            )
         places, at = {}, 0
         for i, token in enumerate(teacher_ids):
             places[at] = (i, self.table[token])
@@ -76,16 +86,10 @@ class Aligner:
         found = torch.full((len(student_ids),), -1, dtype=torch.long)
         here = 0
         for j, token in enumerate(student_ids):
-            i, same = places.get(here, (-1, -1))
-            if same == token:
+            i, same_token = places.get(here, (-1, -1))
+            if same_token == token:
                 found[j] = i
             here += len(self.student[token])
-        if here != at:
-            raise ValueError(
-                "Aligner: both completions must be the same text, got "
-                f"{at} bytes from the teacher and {here} from the student. Render both from one "
-                "trace, with the same tags."
-            )
         return found
 
 
@@ -95,7 +99,8 @@ def place_rows(
     """The teacher's rows [L, K] where the student's sequence needs them; other rows are empty.
 
     Row i is the distribution of the token after token i, so a completion token at place j is
-    predicted by the row before it.
+    predicted by the row before it. The first token of a sequence without a prompt, on either side,
+    is predicted by no row and takes none.
 
     Args:
         ids: of the teacher's whole sequence, translated to the student's ids.
@@ -111,8 +116,10 @@ def place_rows(
     out_ids = torch.full((length, ids.shape[-1]), -1, dtype=torch.long)
     out_logprobs = torch.full((length, ids.shape[-1]), -torch.inf)
     here = (places >= 0).nonzero().squeeze(1)
-    out_ids[student_start + here - 1] = ids[teacher_start + places[here] - 1]
-    out_logprobs[student_start + here - 1] = logprobs[teacher_start + places[here] - 1]
+    ours, theirs = student_start + here - 1, teacher_start + places[here] - 1
+    predicted = (ours >= 0) & (theirs >= 0)
+    out_ids[ours[predicted]] = ids[theirs[predicted]]
+    out_logprobs[ours[predicted]] = logprobs[theirs[predicted]]
     return out_ids, out_logprobs
 
 
