@@ -168,6 +168,39 @@ def test_a_missing_sequence_is_named(tmp_path, items):
     assert cache.missing([items[0][0], [1, 2, 3], items[30][0]]) == [1, 2]
 
 
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+@pytest.mark.parametrize("pad", [0, "last", "first"])
+def test_padding_is_named_where_it_is_the_cause(tmp_path, items, side, pad):
+    """Also where the padding is the sequence's own last (end) or first (begin) token."""
+    cache = cases.write(tmp_path / "cache", items)
+    tokens = max((item[0] for item in items), key=len)
+    pad = {"last": int(tokens[-1]), "first": int(tokens[0])}.get(pad, pad)
+    filler = torch.full((7,), pad)
+    left, right = side in ("left", "both"), side in ("right", "both")
+    padded = torch.cat([*[filler] * left, tokens, *[filler] * right])
+    first = 7 if left else 0
+    words = rf"padded: tokens {first} to {first + len(tokens) - 1} of it .* are id {pad}\. Pass"
+    with pytest.raises(KeyError, match=words):
+        cache.batch(padded[None], length=64)
+    with pytest.raises(KeyError, match="row\\[mask.bool"):
+        cache.lookup(padded)
+    mask = torch.zeros(len(padded))
+    mask[first : first + len(tokens)] = 1
+    rows = [row[one.bool()] for row, one in zip(padded[None], mask[None], strict=True)]
+    assert torch.equal(cache.batch(rows, length=64).ids[0, : len(tokens)], cache.lookup(tokens).ids)
+
+
+def test_a_pack_or_a_longer_text_is_told_from_padding(tmp_path, items):
+    cache = cases.write(tmp_path / "cache", items)
+    pair = [item[0] for item in items if len(item[0]) > 3][:2]
+    with pytest.raises(KeyError, match=rf"first {len(pair[0])} tokens .*cache.packed"):
+        cache.lookup(torch.cat(pair))
+    with pytest.raises(KeyError, match="changed since the capture"):
+        cache.lookup(pair[0][:-1])  # cut
+    with pytest.raises(KeyError, match="changed since the capture"):
+        cache.lookup(torch.full((9,), 5))  # nothing but padding
+
+
 def test_missing_sequences_can_be_skipped_and_are_counted(tmp_path, items):
     import kd
 

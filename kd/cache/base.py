@@ -167,9 +167,8 @@ class CacheReader:
         if found is None:
             raise KeyError(
                 f"TeacherCache: a sequence must be in the cache {self.path}, got "
-                f"{describe(tokens)}. Its tokens changed since the capture (template, tokenizer, "
-                "truncation), or it was not captured. cache.missing(sequences) lists them; "
-                "on_missing='skip' trains without their targets."
+                f"{describe(tokens)}. {self._why_missing(tokens)} cache.missing(sequences) lists "
+                "them; on_missing='skip' trains without their targets."
             )
         shard, sequence, length = found
         if length != len(tokens):
@@ -179,6 +178,28 @@ class CacheReader:
                 f"cache verify {self.path}."
             )
         return shard, sequence
+
+    def _why_missing(self, tokens: NDArray[np.int32]) -> str:
+        """The likely cause, from the part of a sequence that is stored."""
+        part = self._index.part(tokens)
+        if part is None:
+            return (
+                "Its tokens changed since the capture (template, tokenizer, truncation), or it "
+                "was not captured."
+            )
+        start, stop = part
+        ids = set(tokens[:start].tolist()) | set(tokens[stop:].tolist())
+        if start or len(ids) == 1:
+            return (
+                f"It is padded: tokens {start} to {stop - 1} of it are in the cache, the others "
+                f"are id {', '.join(map(str, sorted(ids)))}. Pass sequences without padding: "
+                "[row[mask.bool()] for row, mask in zip(input_ids, attention_mask)]."
+            )
+        return (
+            f"Its first {stop} tokens are in the cache as a sequence of their own. Where it is a "
+            "pack, pass its documents (cache.packed, or rows with lengths to the collator); "
+            "otherwise it was cut before the capture, or something was added to it since."
+        )
 
     def _shard(self, number: int) -> Shard:
         with self._guard:

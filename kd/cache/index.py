@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kd.cache.keys import KEY_BYTES, key_of
 
 
 class KeyIndex:
@@ -39,6 +42,26 @@ class KeyIndex:
                 number = int(self._order[at])
                 return (*self._locate(number), int(self._lengths[number]))
             at += 1
+        return None
+
+    def part(self, tokens: NDArray[np.int32]) -> tuple[int, int] | None:
+        """(start, stop) of the longest stored sequence that these tokens begin with, or that is
+        left without a run of one id before it; for messages, as it hashes every part."""
+        state, best = hashlib.sha256(), 0
+        for stop in range(1, len(tokens) + 1):
+            state.update(tokens[stop - 1 : stop].tobytes())
+            if self.find(state.digest()[:KEY_BYTES]) is not None:
+                best = stop
+        if best:
+            return 0, best
+        other = np.flatnonzero(tokens != tokens[0])
+        run = int(other[0]) if len(other) else len(tokens)
+        for start in range(run, 0, -1):
+            ends = np.flatnonzero(tokens[start:] != tokens[-1])
+            stops = {len(tokens), *(start + int(ends[-1]) + i for i in (1, 2) if len(ends))}
+            for stop in sorted(stops, reverse=True):
+                if self.find(key_of(tokens[start:stop])) is not None:
+                    return start, stop
         return None
 
     def _locate(self, number: int) -> tuple[int, int]:
