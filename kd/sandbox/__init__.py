@@ -7,8 +7,10 @@ Example:
     ('done', 0, 'abab\\n')
 """
 
-from kd.sandbox.bubblewrap import Bubblewrap, Limits, Run, SandboxClosed, UnsafeSubprocess
+from kd.sandbox.bubblewrap import Bubblewrap
 from kd.sandbox.hostile import HOSTILE, Hostile, table
+from kd.sandbox.runs import Limits, Run, SandboxClosed
+from kd.sandbox.unsafe import UnsafeSubprocess
 
 __all__ = [
     "HOSTILE",

@@ -1,8 +1,14 @@
 """Runs programs nobody has read: in bubblewrap, proved tight at start, closed otherwise.
 
-Layers: another uid (when root), new user, pid, network, ipc and uts namespaces, no
-capabilities, read-only /usr and nothing else of the disk, a small tmpfs, an empty environment,
-rlimits, a seccomp filter, a wall clock, an output cap, and the process group killed at the end.
+Layers: another uid (when root), a cgroup where there is one, new user, pid, network, ipc and uts
+namespaces, no capabilities, read-only /usr and nothing else of the disk, a tmpfs of bounded bytes
+and files, an empty environment, rlimits, a seccomp filter, a wall clock, an output cap, and the
+process group killed at the end.
+
+With or without a cgroup the memory of a run is bounded as a whole: there is one process with a
+bounded address space, and what could hold memory outside it (shared memory, message queues,
+anonymous files, other processes) is denied or, like the tmpfs, bounded. Page tables, which no
+rlimit bounds, are counted by the cgroup, or else looked at ten times a second.
 """
 
 from __future__ import annotations
@@ -10,67 +16,30 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
-import selectors
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import threading
-import time
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from kd.sandbox.cgroup import Cgroups, ran_out_of_memory
+from kd.sandbox.runs import Limits, Run, SandboxClosed, can_be_watched, supervise
 from kd.sandbox.seccomp import program as seccomp_program
 
 FIRST_UID = 61_100
 UIDS = 64
 PYTHON = "/usr/bin/python3"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one run may use.
-
-    Attributes:
-        seconds: of wall clock; the processor gets one second more.
-        memory: bytes of address space.
-        disk: bytes of one file, and of the whole tmpfs.
-        output: bytes of stdout and stderr together.
-        processes: tasks of the sandbox's uid; new processes are refused anyway.
-    """
-
-    seconds: float = 5.0
-    memory: int = 2**30
-    disk: int = 16 * 2**20
-    output: int = 2**20
-    processes: int = 64
-
-
-@dataclass(frozen=True)
-class Run:
-    """What came of a run.
-
-    Attributes:
-        status: "done", "time limit", "output limit", or "sandbox error" (says nothing about the
-            program).
-        code: its exit status, negative for a signal; None where it was killed by us.
-        stdout: what it wrote, as text with replacement characters.
-        stderr: likewise.
-        seconds: wall clock.
-    """
-
-    status: str
-    code: int | None = None
-    stdout: str = ""
-    stderr: str = ""
-    seconds: float = 0.0
-
-
-class SandboxClosed(OSError):
-    """The sandbox does not run anything here; the message says why."""
+TOOLS = ("prlimit", "unshare", "setpriv", "mount", "sh")  # util-linux and a shell
+SETTING_OUT = "/usr/sbin:/usr/bin:/sbin:/bin"
+_CANARY = Path(__file__).with_name("canary.py")
+# sh -c: enter the cgroup named first, or none; then run the rest
+_ENTER = 'echo $$ > "$0" || exit 125; exec "$@"'
+# sh -c: bubblewrap cannot bound the number of files, so /tmp of a namespace of our own is mounted
+# first, and the sandbox is given that
+_MOUNT = 'mount -t tmpfs -o "$0" tmpfs /tmp || exit 125; exec "$@"'
 
 
 class Bubblewrap:
@@ -80,24 +49,28 @@ class Bubblewrap:
         limits: of each run.
         bwrap: the program; found on PATH by default.
 
+    Attributes:
+        cgroups: where runs get a cgroup of their own, or why there is none.
+        watched: whether, without one, page tables are counted by looking at them.
+
     Raises:
-        SandboxClosed: bubblewrap is missing, cannot make namespaces here, or let a probe through.
+        SandboxClosed: bubblewrap or util-linux is missing, namespaces cannot be made here, a limit
+            cannot be enforced here, or a probe got through.
     """
 
     def __init__(self, limits: Limits | None = None, *, bwrap: str | None = None) -> None:
         self.limits = limits or Limits()
-        found = bwrap or shutil.which("bwrap")
-        if found is None:
-            raise SandboxClosed(
-                "Bubblewrap: bwrap must be installed, got none on PATH. "
-                "Install it (apt install bubblewrap), or pass a remote backend."
-            )
+        self.bwrap = bwrap or _found("bwrap", "bubblewrap", shutil.which("bwrap"))
         if not os.path.exists(PYTHON):
             raise SandboxClosed(f"Bubblewrap: {PYTHON} must exist, got none. Install python3.")
-        self.bwrap = found
+        self._tools = {
+            name: _found(name, "util-linux", shutil.which(name, path=SETTING_OUT)) for name in TOOLS
+        }
         self._filter = seccomp_program()
         self._slots = itertools.count()
         self._lock = threading.Lock()
+        self.cgroups, self.watched = Cgroups(), can_be_watched()
+        self._try_cgroup()
         self._probe()
 
     def __repr__(self) -> str:
@@ -105,36 +78,65 @@ class Bubblewrap:
 
     def __call__(self, program: str, stdin: str = "") -> Run:
         """Run a Python program on an input."""
-        with self._lock:
-            uid = FIRST_UID + next(self._slots) % UIDS
-        with (
-            _file(self._filter) as filters,
-            _file(program.encode("utf-8", "replace")) as source,
-            tempfile.TemporaryFile() as status,
-        ):
-            handles = (filters.fileno(), source.fileno(), status.fileno())
+        with ExitStack() as stack:
+            group = None
             try:
+                if self.cgroups.parent is not None:
+                    group = stack.enter_context(self.cgroups.one(self.limits))
+                filters = stack.enter_context(_file(self._filter))
+                source = stack.enter_context(_file(program.encode("utf-8", "replace")))
+                status = stack.enter_context(tempfile.TemporaryFile())
+                handles = (filters.fileno(), source.fileno(), status.fileno())
                 process = subprocess.Popen(
-                    self._command(*handles),
+                    [*self._outside(group), *self._inside(*handles)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     pass_fds=handles,
                     start_new_session=True,
                     cwd="/",
-                    env={},
-                    preexec_fn=_limiter(self.limits, uid if os.geteuid() == 0 else None),
+                    env={"PATH": SETTING_OUT},
+                    umask=0o077,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 return Run("sandbox error", stderr=str(error))
-            run = supervise(process, stdin.encode("utf-8", "replace"), self.limits)
+            feed, watch = stdin.encode("utf-8", "replace"), group is None and self.watched
+            run = supervise(process, feed, self.limits, watch=watch)
+            if group is not None and ran_out_of_memory(group):
+                return Run("memory limit", None, run.stdout, run.stderr, run.seconds)
             status.seek(0)
             if run.status == "done" and b"exit-code" not in status.read():
                 return Run("sandbox error", run.code, stderr=run.stderr, seconds=run.seconds)
             return run
 
-    def _command(self, filters: int, source: int, status: int) -> list[str]:
-        disk = str(self.limits.disk)
+    def _outside(self, group: Path | None) -> list[str]:
+        """What runs before bubblewrap: it enters the cgroup, drops root, and mounts the tmpfs."""
+        tool, limits = self._tools, self.limits
+        line = []
+        if group is not None:
+            line += [tool["sh"], "-c", _ENTER, str(group / "cgroup.procs")]
+        if os.geteuid() == 0:  # neither uid 0 nor its share of limits is bound by RLIMIT_NPROC
+            with self._lock:
+                uid = str(FIRST_UID + next(self._slots) % UIDS)
+            line += [tool["setpriv"], "--reuid", uid, "--regid", uid, "--clear-groups"]
+        both = {
+            "as": limits.memory,
+            "cpu": int(limits.seconds) + 1,
+            "fsize": limits.disk,
+            "nofile": 64,
+            "core": 0,
+            "sigpending": 256,
+            "msgqueue": 0,
+        }
+        line += [tool["prlimit"], *(f"--{key}={value}:{value}" for key, value in both.items())]
+        line += [tool["unshare"], "--map-root-user", "--mount"]
+        size = f"size={limits.disk},nr_inodes={limits.files},mode=0777"
+        return [*line, tool["sh"], "-c", _MOUNT, size]
+
+    def _inside(self, filters: int, source: int, status: int) -> list[str]:
+        """Bubblewrap and what it runs: RLIMIT_NPROC counts the tasks of one namespace, so it is
+        set in there."""
+        tasks = self.limits.processes
         return [
             self.bwrap,
             *("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc"),
@@ -145,12 +147,29 @@ class Bubblewrap:
             *("--symlink", "usr/bin", "/bin", "--dir", "/dev"),
             *("--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/zero", "/dev/zero"),
             *("--dev-bind", "/dev/urandom", "/dev/urandom"),
-            *("--size", disk, "--tmpfs", "/tmp", "--dir", "/program"),
+            *("--bind", "/tmp", "/tmp", "--dir", "/program"),
             *("--ro-bind-data", str(source), "/program/main.py", "--remount-ro", "/"),
             *("--chdir", "/tmp", "--setenv", "PYTHONHASHSEED", "0"),
             *("--json-status-fd", str(status), "--seccomp", str(filters)),
-            *("--", PYTHON, "-I", "-X", "utf8", "/program/main.py"),
+            *("--", "/usr/bin/prlimit", f"--nproc={tasks}:{tasks}"),
+            *(PYTHON, "-I", "-X", "utf8", "/program/main.py"),
         ]
+
+    def memory(self) -> str:
+        """What bounds the memory of a run here, in words."""
+        if self.cgroups.parent is not None:
+            return f"memory and tasks counted by {self.cgroups}"
+        looked = "looked at" if self.watched else "NOT bounded, since the kernel shows no children"
+        return f"{self.cgroups}: address space bounded, page tables {looked}"
+
+    def _try_cgroup(self) -> None:
+        if self.cgroups.parent is not None:
+            try:
+                with self.cgroups.one(self.limits):
+                    return
+            except OSError as error:
+                self.cgroups.reason = f"{self.cgroups.parent} cannot be used: {error}"
+                self.cgroups.parent = None
 
     def _probe(self) -> None:
         """Try to get out in every way the canary knows; anything that works closes the sandbox."""
@@ -167,6 +186,9 @@ class Bubblewrap:
                 "folder": folder,
                 "port": listener.getsockname()[1],
                 "pid": os.getpid(),
+                "processes": self.limits.processes,
+                "files": self.limits.files,
+                "disk": self.limits.disk,
             }
             run = self(_CANARY.read_text(), json.dumps(facts))
             listener.setblocking(False)
@@ -190,124 +212,13 @@ class Bubblewrap:
             )
 
 
-_CANARY = Path(__file__).with_name("canary.py")
-
-
-class UnsafeSubprocess:
-    """A plain subprocess with rlimits, for programs you trust as much as your own.
-
-    There is NO isolation: it reads your files, uses your network and runs as you.
-    """
-
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
-
-    def __repr__(self) -> str:
-        return f"UnsafeSubprocess({self.limits})"
-
-    def __call__(self, program: str, stdin: str = "") -> Run:
-        """Run a Python program on an input."""
-        import sys
-
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "main.py"
-            source.write_bytes(program.encode("utf-8", "replace"))
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-X", "utf8", str(source)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                cwd=folder,
-                env={},
-                preexec_fn=_limiter(self.limits, None),
-            )
-            return supervise(process, stdin.encode("utf-8", "replace"), self.limits)
-
-
-def supervise(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits) -> Run:
-    """Feed a process, read what it writes up to the cap, and kill its whole group at the end."""
-    started = time.monotonic()
-    parts: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
-    status = "done"
-    pipes: dict[str, IO[bytes]] = {"stdout": process.stdout, "stderr": process.stderr}  # type: ignore[dict-item]
-    feed = memoryview(stdin)
-    with selectors.DefaultSelector() as selector:
-        for name, pipe in pipes.items():
-            selector.register(pipe, selectors.EVENT_READ, name)
-        assert process.stdin is not None
-        os.set_blocking(process.stdin.fileno(), False)
-        selector.register(process.stdin, selectors.EVENT_WRITE, "stdin")
-        while selector.get_map() and status == "done":
-            left = started + limits.seconds - time.monotonic()
-            if left <= 0:
-                status = "time limit"
-                break
-            for key, _ in selector.select(left):
-                if key.data == "stdin":
-                    feed = _feed(key.fileobj, feed, selector)
-                    continue
-                data = os.read(key.fd, 65536)
-                if not data:
-                    selector.unregister(key.fileobj)
-                parts[key.data] += data
-                if sum(map(len, parts.values())) > limits.output:
-                    status = "output limit"
-    if status == "done":
-        try:
-            process.wait(max(0.05, started + limits.seconds - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            status = "time limit"
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()
-    process.wait()
-    for handle in (process.stdin, process.stdout, process.stderr):
-        try:
-            handle.close()  # type: ignore[union-attr]
-        except OSError:
-            pass
-    texts = {k: bytes(v[: limits.output]).decode("utf-8", "replace") for k, v in parts.items()}
-    code = process.returncode if status == "done" else None
-    return Run(status, code, texts["stdout"], texts["stderr"], time.monotonic() - started)
-
-
-def _feed(pipe: Any, feed: memoryview, selector: selectors.BaseSelector) -> memoryview:
-    try:
-        feed = feed[os.write(pipe.fileno(), feed[:65536]) :] if feed else feed
-    except BlockingIOError:
-        return feed
-    except OSError:  # it does not read its input
-        feed = feed[:0]
-    if not feed:
-        selector.unregister(pipe)
-        pipe.close()
-    return feed
-
-
-def _limiter(limits: Limits, uid: int | None) -> Any:
-    """Runs in the child: rlimits, and another uid, since RLIMIT_NPROC does not bind root."""
-    wanted = {
-        resource.RLIMIT_AS: limits.memory,
-        resource.RLIMIT_CPU: int(limits.seconds) + 1,
-        resource.RLIMIT_FSIZE: limits.disk,
-        resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_CORE: 0,
-    }
-    if uid is not None:
-        wanted[resource.RLIMIT_NPROC] = limits.processes
-
-    def limit() -> None:
-        os.umask(0o077)
-        if uid is not None:
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
-        for kind, value in wanted.items():
-            resource.setrlimit(kind, (value, value))
-
-    return limit
+def _found(program: str, package: str, found: str | None) -> str:
+    if found is None:
+        raise SandboxClosed(
+            f"Bubblewrap: {program} must be installed, got none on PATH. "
+            f"Install it (apt install {package}), or pass a remote backend."
+        )
+    return found
 
 
 def _file(content: bytes) -> IO[bytes]:

@@ -1,11 +1,13 @@
-"""Hostile programs, themselves bounded (at most 200 processes, 1 GiB, 5 seconds), and what has to
-contain each: the table that ``kd traces sandbox`` prints for the machine it runs on."""
+"""Hostile programs, themselves bounded (at most 200 tasks, 1.5 GiB, 200,000 files, 5 seconds), and
+what has to contain each: the table that ``kd traces sandbox`` prints for the machine it runs on."""
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
-from kd.sandbox.bubblewrap import Bubblewrap, Run
+from kd.sandbox.bubblewrap import Bubblewrap
+from kd.sandbox.runs import Run
 
 
 class Hostile(NamedTuple):
@@ -35,7 +37,7 @@ HOSTILE: dict[str, Hostile] = {
         "    if pid == 0: os._exit(0)\n"
         "    n += 1\n"
         "print('children', n)",
-        "seccomp: fork denied (and RLIMIT_NPROC of its own uid)",
+        "seccomp: fork denied",
         "children 0",
     ),
     "threads": Hostile(
@@ -46,8 +48,134 @@ HOSTILE: dict[str, Hostile] = {
         "        threading.Thread(target=time.sleep, args=(1,), daemon=True).start(); n += 1\n"
         "except RuntimeError: pass\n"
         "print('bounded' if n < 150 else 'unbounded')",
-        "RLIMIT_NPROC and RLIMIT_AS",
+        "RLIMIT_NPROC of the namespace",
         "bounded",
+    ),
+    "threads with tiny stacks": Hostile(
+        "import threading\n"
+        "threading.stack_size(2**16); stop = threading.Event(); n = 0\n"
+        "try:\n"
+        "    for _ in range(200):\n"
+        "        threading.Thread(target=stop.wait, daemon=True).start(); n += 1\n"
+        "except RuntimeError: pass\n"
+        "stop.set(); print('bounded' if n < 64 else 'unbounded')",
+        "RLIMIT_NPROC of the namespace",
+        "bounded",
+    ),
+    "shared memory (System V)": Hostile(
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None); libc.shmat.restype = ctypes.c_void_p; held = 0\n"
+        "for _ in range(16):\n"
+        "    i = libc.shmget(0, 2**25, 0o1600)\n"
+        "    if i < 0: break\n"
+        "    at = libc.shmat(i, None, 0)\n"
+        "    ctypes.memset(at, 1, 2**25); libc.shmdt(ctypes.c_void_p(at)); held += 32\n"
+        "print(held, 'MiB')",
+        "seccomp: shmget denied",
+        "0 MiB",
+    ),
+    "shared memory (POSIX)": Hostile(
+        "from multiprocessing import shared_memory\n"
+        "try: shared_memory.SharedMemory(create=True, size=2**25); print('got it')\n"
+        "except OSError: print('refused')",
+        "no /dev/shm",
+        "refused",
+    ),
+    "shared mappings": Hostile(
+        "import mmap\n"
+        "held = []\n"
+        "try:\n"
+        "    for _ in range(80): held.append(mmap.mmap(-1, 2**24)); held[-1].write(b'1')\n"
+        "except OSError: pass\n"
+        "print('bounded' if len(held) < 64 else 'unbounded')",
+        "RLIMIT_AS",
+        "bounded",
+    ),
+    "page tables": Hostile(
+        "import ctypes, time\n"
+        "libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p\n"
+        "number = ctypes.c_long\n"
+        "libc.mmap.argtypes = [ctypes.c_void_p, number, *[ctypes.c_int] * 3, number]\n"
+        "block, at = bytearray(800 * 2**20), 2**40\n"
+        "for _ in range(2**17):\n"
+        "    page = libc.mmap(at, 4096, 3, 0x100022, -1, 0)\n"
+        "    if page in (None, 2**64 - 1): break\n"
+        "    ctypes.memset(page, 1, 1); at += 2**29\n"
+        "time.sleep(0.5); print('held')",
+        "looking at them, or the cgroup",
+        status="memory limit",
+    ),
+    "files in memory": Hostile(
+        "import os\ntry: os.memfd_create('x'); print('got it')\nexcept OSError: print('refused')",
+        "seccomp: memfd_create denied",
+        "refused",
+    ),
+    "message queues": Hostile(
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "print([libc.msgget(0, 0o1600) >= 0, libc.mq_open(b'/q', 0o102, 0o600, None) >= 0])",
+        "seccomp: msgget, mq_open denied",
+        "[False, False]",
+    ),
+    "semaphores": Hostile(
+        "import ctypes\n"
+        "print(any(ctypes.CDLL(None).semget(0, 32000, 0o1600) >= 0 for _ in range(100)))",
+        "seccomp: semget denied",
+        "False",
+    ),
+    "pages kept in pipes": Hostile(
+        "import ctypes, os\n"
+        "class Part(ctypes.Structure):\n"
+        "    _fields_ = [('base', ctypes.c_void_p), ('length', ctypes.c_size_t)]\n"
+        "buffer = ctypes.create_string_buffer(4096)\n"
+        "part = Part(ctypes.addressof(buffer), 4096)\n"
+        "print(ctypes.CDLL(None).vmsplice(os.pipe()[1], ctypes.byref(part), 1, 0))",
+        "seccomp: vmsplice denied",
+        "-1",
+    ),
+    "pipes": Hostile(
+        "import os, fcntl\n"
+        "n = 0\n"
+        "try:\n"
+        "    while n < 5000: fcntl.fcntl(os.pipe()[1], 1031, 2**20); n += 1\n"
+        "except OSError: pass\n"
+        "print('bounded' if n < 40 else 'unbounded')",
+        "RLIMIT_NOFILE",
+        "bounded",
+    ),
+    "empty files": Hostile(
+        "n = 0\n"
+        "try:\n"
+        "    for n in range(200_000): open(f'/tmp/{n}', 'w').close()\n"
+        "except OSError: pass\n"
+        "print('bounded' if n <= 1024 else 'unbounded')",
+        "files of the tmpfs (nr_inodes)",
+        "bounded",
+    ),
+    "links and folders": Hostile(
+        "import os\n"
+        "n = 0\n"
+        "try:\n"
+        "    for n in range(50_000): os.symlink('x', f'/tmp/s{n}'); os.mkdir(f'/tmp/d{n}')\n"
+        "except OSError: pass\n"
+        "print('bounded' if n <= 512 else 'unbounded')",
+        "files of the tmpfs (nr_inodes)",
+        "bounded",
+    ),
+    "small full files": Hostile(
+        "n = 0\n"
+        "try:\n"
+        "    for n in range(20_000):\n"
+        "        with open(f'/tmp/{n}', 'w') as f: f.write('x' * 65536)\n"
+        "except OSError: pass\n"
+        "print('bounded' if n <= 256 else 'unbounded')",
+        "size of the tmpfs",
+        "bounded",
+    ),
+    "watching files": Hostile(
+        "import ctypes\nprint(ctypes.CDLL(None).inotify_init1(0) >= 0)",
+        "seccomp: inotify_init denied",
+        "False",
     ),
     "memory": Hostile(
         "try:\n"
@@ -214,7 +342,9 @@ HOSTILE: dict[str, Hostile] = {
 
 def table(sandbox: Bubblewrap) -> tuple[str, bool]:
     """Run every program and say what became of it, as Markdown; True when all were contained."""
-    lines = ["| program tries | contained by | it got | seconds | |", "|---|---|---|---|---|"]
+    user = "root, programs as another uid" if os.geteuid() == 0 else f"uid {os.geteuid()}"
+    lines = [f"As {user}; {sandbox.limits}; {sandbox.memory()}.", ""]
+    lines += ["| program tries | contained by | it got | seconds | |", "|---|---|---|---|---|"]
     sound = True
     for name, hostile in HOSTILE.items():
         run = sandbox(hostile.program)

@@ -1,4 +1,5 @@
-"""A seccomp filter for the sandbox, assembled by hand: no new processes, sockets or mounts.
+"""A seccomp filter for the sandbox, assembled by hand: no new processes, sockets or mounts, and
+no memory that is held outside the address space of the process.
 
 Classic BPF over ``struct seccomp_data`` {nr, arch, ip, args}: the wrong architecture is killed,
 ``clone`` passes only for threads, ``clone3`` says "not implemented" so that libc falls back to
@@ -49,7 +50,21 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "move_mount": (429, 429),
     "fsopen": (430, 430),
     "fsmount": (432, 432),
+    "fsconfig": (431, 431),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    # memory that outlives its mapping, or belongs to nobody
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    "vmsplice": (278, 75),  # pages in a pipe stay when they are unmapped
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
 }
 _ARCHITECTURES = {
     "x86_64": (0xC000003E, 0, 56, 435),
