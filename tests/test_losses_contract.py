@@ -308,3 +308,35 @@ def test_bad_input_is_named(name):
     with pytest.raises(error, match=message):
         call(z, t)
     assert torch.equal(z.detach(), before)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "uniform"])
+def test_rows_without_targets_do_not_count_unless_said(tail, backend):
+    """A padded batch of cached targets has the mean of its tokens, in any tail's reading."""
+    z = logits(2, 4, 11)
+    logprobs, ids = logits(2, 4, 11, seed=1, grad=False).log_softmax(-1).topk(3)
+    ids[1, 2:] = -1  # padding: one row's, and one all but empty
+    ids[0, 1, 1:] = -1
+    teacher = kd.TopK(ids, logprobs.masked_fill(ids < 0, -INF), tail=tail)
+    real = (ids >= 0).any(-1)
+
+    single = kd.distillation_loss(
+        z[real], kd.TopK(ids[real], teacher.logprobs[real], tail=tail), backend=backend
+    )
+    batch = kd.distillation_loss(z, teacher, backend=backend)
+    (gradient,) = torch.autograd.grad(batch, z)
+    assert torch.allclose(batch, single, rtol=1e-6) and gradient[~real].eq(0).all()
+    each = kd.forward_kl(z, teacher, reduction="none", backend=backend)
+    assert each[~real].eq(0).all() and torch.allclose(each[real].mean(), single, rtol=1e-6)
+
+    # Labels or weights say which rows count, and theirs is the denominator.
+    everything = torch.zeros(2, 4, dtype=torch.long)
+    whole = kd.distillation_loss(z, teacher, labels=everything, reduction="sum", backend=backend)
+    for said in ({"labels": everything}, {"weights": torch.ones(2, 4)}):
+        mean = kd.distillation_loss(z, teacher, **said, backend=backend)
+        assert torch.allclose(mean, whole / 8, rtol=1e-6)
+
+    nothing = kd.TopK(torch.full_like(ids, -1), torch.full_like(logprobs, -INF), tail=tail)
+    empty = kd.distillation_loss(z, nothing, backend=backend)
+    assert empty == 0 and empty.requires_grad

@@ -53,7 +53,8 @@ def distillation_loss(
         scale_by_t2: multiply value and gradient of the soft part by T**2 (Hinton et al. 2015,
             section 2), so that its gradient keeps its size as T changes.
         labels: [...] integer token ids, aligned with the rows. Rows equal to ``ignore_index``
-            are left out of the whole loss; the others enter it only where ce_weight > 0.
+            are left out of the whole loss; the others enter it only where ce_weight > 0. Without
+            labels and weights, rows of a ``kd.TopK`` without entries do not count either.
         ignore_index: label of rows that do not count.
         kd_weight, ce_weight: >= 0 weights of the two parts; no hard-label part by default.
         weights: [...] per-token weights, floating point, constants like the teacher; rows of
@@ -329,7 +330,7 @@ def _loss(
     flat_student = _flat_student(student)
     leaf = next(t for t in leaves(flat_student) if t is not None)
     dtype = compute_dtype(leaf.dtype)
-    row_weight = _row_weights(flat_labels, weights, ignore_index, leaf, dtype)
+    row_weight = _row_weights(flat_labels, weights, teacher, ignore_index, leaf, dtype)
     if backend == "reference":
         losses = _reference(student, flat_teacher, flat_labels, objective, row_weight != 0)
         return _reduce(losses, row_weight.double(), reduction, num_items, shape)
@@ -374,12 +375,20 @@ def _may_overwrite(where: str, asked: bool, student: Student, reduction: str) ->
     return True
 
 
-def _row_weights(labels, weights, ignore_index, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N] weight of each row, zero where the label is ignored."""
-    rows = like.shape[0]
-    weight = torch.ones(rows, dtype=dtype, device=like.device)
+def _row_weights(
+    labels, weights, teacher, ignore_index, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[N] weight of each row, zero where the label is ignored.
+
+    Where neither labels nor weights say which rows count, those that a sparse teacher has nothing
+    for (padding, tokens the cache lacks) do not.
+    """
     if weights is not None:
         weight = weights.detach().reshape(-1).to(dtype)
+    elif labels is None and isinstance(teacher, TopK):
+        weight = (teacher.ids >= 0).any(-1).reshape(-1).to(dtype)
+    else:
+        weight = torch.ones(like.shape[0], dtype=dtype, device=like.device)
     if labels is not None:
         weight = torch.where(labels == ignore_index, torch.zeros_like(weight), weight)
     return weight

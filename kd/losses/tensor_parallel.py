@@ -96,7 +96,7 @@ def vocab_parallel_loss(
     flat_student = objective._flat_student(student)
     like = flat_student if isinstance(flat_student, Tensor) else flat_student.pairs[0][0]
     dtype = compute_dtype(like.dtype)
-    weight = objective._row_weights(flat_labels, weights, ignore_index, like, dtype)
+    weight = objective._row_weights(flat_labels, weights, teacher, ignore_index, like, dtype)
     aim = Objective(
         divergence=chosen,
         temperature=float(temperature),
