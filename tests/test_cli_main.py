@@ -1,5 +1,6 @@
 """The command line: help that teaches, errors in one line, completion, doctor."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -115,3 +116,23 @@ def test_doctor_finds_what_is_missing_or_too_old(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "torch 2.1.0 is too old. Fix: pip install 'torch>=2.6'" in printed
     assert "tyro is not installed. Fix:" in printed
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["cache", "build", "--teacher", "./nowhere", "--data", "rows.jsonl", "--output", "cache"],
+        ["traces", "generate", "problems.jsonl", "-o", "out.jsonl", "--model", "./nowhere"],
+        ["traces", "render", "traces.jsonl", "-o", "out.jsonl", "--tokenizer", "./nowhere"],
+        ["evaluate", "one=./nowhere", "--problems", "problems.jsonl"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_a_model_that_is_not_there_is_named(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "2+2?", "thought": "so", "answer": "4", "reference": "4", "text": "a b"}
+    for name in ("rows", "problems", "traces"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "./nowhere, which does not exist" in error and "Repo id" not in error

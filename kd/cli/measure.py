@@ -25,8 +25,8 @@ from kd.evaluation import (
     text_table,
 )
 from kd.evaluation.texts import blocks, documents
+from kd.models import load_model, load_tokenizer, mixed_precision
 from kd.recipe import Progress
-from kd.recipe.models import load_model, load_tokenizer, mixed_precision
 
 BLOCK = 512
 

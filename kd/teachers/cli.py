@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.cache import cli as cache_cli
+from kd.models import load_model, load_tokenizer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -117,23 +118,21 @@ def run_doctor(args: argparse.Namespace) -> int:
 def load_teacher(args: argparse.Namespace) -> tuple[Any, Any]:
     """The teacher and its tokenizer (None when it has none)."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_pretrained(args.teacher, revision=args.revision, dtype=dtype)
-    return model.to(device).eval(), load_tokenizer(args.teacher, args.revision)
+    model = load_model(args.teacher, on=args.device, revision=args.revision, dtype=dtype)
+    return model.eval(), _tokenizer(args.teacher, args.revision)
 
 
-def load_tokenizer(name: str, revision: str | None) -> Any:
-    """A model's tokenizer; None where its files hold none (transformers makes an empty one)."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError):
+def _tokenizer(name: str, revision: str | None) -> Any:
+    """A model's tokenizer; None where a folder has no files of one (transformers makes it up)."""
+    folder = Path(name)
+    if folder.is_dir() and not any(
+        path.name.startswith(("tokenizer", "vocab", "spiece")) or path.suffix == ".tiktoken"
+        for path in folder.iterdir()
+    ):
         return None
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+    return load_tokenizer(name, revision=revision)
 
 
 def read_sequences(path: str, tokenizer: Any) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kd.models import load_model, load_tokenizer
 from kd.traces.trace import Trace
 from kd.traces.yields import Yield
 
@@ -77,10 +78,7 @@ def run_generate(args: argparse.Namespace) -> int:
         server, told = _server(args), {"journal": args.journal, "report": report}
         stream = generate_server(server, problems, sampling=sampling, n=args.n, **told)
         return _finish(args, report, stream)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model)
+    tokenizer, model = load_tokenizer(args.model), load_model(args.model, dtype="auto")
 
     def made() -> Iterator[Trace]:
         options: dict[str, Any] = {"n": args.n, "batch_size": args.batch_size}
@@ -201,7 +199,7 @@ def run_filter(args: argparse.Namespace) -> int:
                 "kd traces filter: --max-tokens must come with --tokenizer, got none. "
                 "Name the student's."
             )
-        checks.append(Tokens(_tokenizer(args.tokenizer), args.min_tokens, args.max_tokens))
+        checks.append(Tokens(load_tokenizer(args.tokenizer), args.min_tokens, args.max_tokens))
     # a stage enters the report when it first runs, and the last of a chain runs first
     wanted = {
         "filter": True,
@@ -264,7 +262,7 @@ def run_render(args: argparse.Namespace) -> int:
 
     report = _counts(args)
     most = min((n for n in (args.max_tokens, args.pack) if n), default=None)
-    renderer = Renderer(_tokenizer(args.tokenizer))
+    renderer = Renderer(load_tokenizer(args.tokenizer))
     stream = render_stream(_again(args), renderer, report=report, max_tokens=most)
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -301,9 +299,3 @@ def run_demo(args: argparse.Namespace) -> int:
     page = run_demo(args.output or "runs/traces-demo", problems=args.problems, steps=args.steps)
     print(page)
     return 0
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)

@@ -134,7 +134,7 @@ def _need(config: Config) -> _dry_run.Need:
 def _shape(student: str) -> Shape:
     if student == OFFLINE:
         return Shape(64, 4, 2, 2, 176, 151_936, True, 128)
-    from kd.recipe.models import load_config
+    from kd.models import load_config
 
     return Shape.of(load_config(student))
 

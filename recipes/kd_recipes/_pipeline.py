@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from kd.models import device, load_config, load_model, load_tokenizer
 from kd.recipe import Progress, Stage, read_json, write_json
-from kd.recipe.models import device, load_config, load_model, load_tokenizer
 from kd_recipes import _arithmetic as arithmetic
 
 OFFLINE, OFFLINE_QWEN = "offline", "offline-qwen"

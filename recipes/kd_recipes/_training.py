@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd.models import device, fast_bf16, load_model, load_tokenizer
 from kd.recipe import read_json, run_jobs, write_json
-from kd.recipe.models import device, fast_bf16, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd.recipe import (
-    Progress,
-    Run,
-    Stage,
-    default_workers,
-    read_json,
-    run_jobs,
-    say,
-    write_json,
-)
-from kd.recipe.models import (
+from kd.models import (
     SMOLLM2_HUB,
     SMOLLM2_INSTALL,
     device,
@@ -44,6 +34,16 @@ from kd.recipe.models import (
     mixed_precision,
     packaged_smollm2,
     unpack_gguf,
+)
+from kd.recipe import (
+    Progress,
+    Run,
+    Stage,
+    default_workers,
+    read_json,
+    run_jobs,
+    say,
+    write_json,
 )
 from kd_recipes._heal_report import ARMS, write_report
 

