@@ -46,8 +46,9 @@ def test_stored_tails(temperature, tail):
     left = torch.log_softmax(logits(seed=1), -1).scatter(1, teacher.ids.clamp(min=0), -torch.inf)
     stored = torch.stack([(left / t).logsumexp(-1) for t in (1.0, 1.6, 4.0)], -1)
     teacher = kd.TopK(teacher.ids, teacher.logprobs, tail, 1.0, stored, (1.0, 1.6, 4.0))
-    for divergence in ("forward_kl", "reverse_kl", "jsd"):
-        compare(logits(), teacher, divergence=divergence, temperature=temperature)
+    slack = 1e-6 if temperature < 2 else 1e-5  # p and q are close there, whatever the tail
+    for divergence in DIVERGENCES.values():
+        compare(logits(), teacher, divergence=divergence, temperature=temperature, slack=slack)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 31, 32, VOCAB])
