@@ -94,6 +94,21 @@ def test_what_the_wheels_readmes_name_is_in_the_wheel():
         assert name.startswith("recipes/kd_recipes/") and (ROOT / name).is_file(), name
 
 
+def test_every_test_that_the_docs_name_exists():
+    missing, named = [], 0
+    for page in (p for p in ROOT.rglob("*.md") if ".venv" not in p.parts):
+        for row in page.read_text().splitlines():
+            file = ""
+            for of_file, name, alone in re.findall(
+                r"\b(test_\w+\.py)(?:::(test_\w+))?|::(test_\w+)", row
+            ):
+                file, name, named = of_file or file, name or alone, named + 1
+                path = ROOT / "tests" / file
+                if not path.is_file() or (name and f"def {name}(" not in path.read_text()):
+                    missing.append(f"{page.relative_to(ROOT)}: {file}::{name}")
+    assert named > 100 and not missing, missing
+
+
 def test_import_adds_little_to_torch():
     """Measured as import-time self cost of kd's own modules, not wall time of a busy machine."""
     done = subprocess.run(
