@@ -51,6 +51,7 @@ class CacheInfo:
                 str(q): float(np.quantile(self.mass, q)) for q in QUANTILES if len(self.mass)
             },
             "counters": manifest.counters,
+            "sources": manifest.sources,
             "open_writers": manifest.open_writers,
         }
 
@@ -85,6 +86,10 @@ class CacheInfo:
             f"{len(self.cache.manifest.shards):,} shards",
             f"size           {self.bytes:,} bytes, {self.bytes_per_token:.1f} bytes/token",
         ]
+        for entry in self.cache.manifest.sources:
+            date = (entry.get("rendering") or {}).get("date")
+            told = f"  (its chat template was told the date {date})" if date else ""
+            lines.append(f"data           {entry.get('data')}{told}")
         for name, number in sorted(self.cache.manifest.counters.items()):
             lines.append(f"counted        {name}: {number:,}")
         if len(self.mass):

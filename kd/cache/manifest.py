@@ -57,12 +57,14 @@ class Manifest:
 
     open_writers: ranks whose capture has not ended well; a reader refuses while there are any.
     counters: what capture counted, such as {"duplicates": 3}; for people, no reader needs it.
+    sources: what was captured: {"data": its name, "digest", "rendering": what ids depend on}, ...
     """
 
     meta: CacheMeta
     shards: list[ShardEntry] = field(default_factory=list)
     open_writers: list[int] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
     def to_bytes(self) -> bytes:
         body = {
@@ -74,6 +76,7 @@ class Manifest:
             "shards": [vars(entry) for entry in self.shards],
             "open_writers": sorted(self.open_writers),
             "counters": self.counters,
+            **({"sources": self.sources} if self.sources else {}),
         }
         body["digest"] = digest_of(body)
         return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
@@ -137,7 +140,9 @@ def _manifest_of(path: Path, body: Mapping[str, Any]) -> Manifest:
     try:
         meta = CacheMeta.from_dict(body["meta"])
         shards = [ShardEntry(**entry) for entry in body["shards"]]
-        manifest = Manifest(meta, shards, list(body["open_writers"]), dict(body["counters"]))
+        sources = [dict(entry) for entry in body.get("sources", [])]
+        writers, counters = list(body["open_writers"]), dict(body["counters"])
+        manifest = Manifest(meta, shards, writers, counters, sources)
         for entry in shards:
             entry.check()
         if not all(map(whole, (*manifest.open_writers, *manifest.counters.values()))):

@@ -34,7 +34,8 @@ def merge_caches(
     """
     if not sources:
         raise ValueError("merge_caches: sources must name at least one cache, got none.")
-    caches = [read_manifest(Path(source)).meta for source in sources]
+    manifests = [read_manifest(Path(source)) for source in sources]
+    caches = [manifest.meta for manifest in manifests]
     for source, meta in zip(sources, caches, strict=True):
         found = differences(caches[0].to_dict(), meta.to_dict())
         if found:
@@ -43,7 +44,8 @@ def merge_caches(
                 f"{side_by_side(found, str(sources[0]), str(source))}\n"
                 "Nothing was written. Only caches of one teacher and one setting can be merged."
             )
-    with CacheWriter(path, caches[0], shard_tokens=SHARD_TOKENS) as writer:
+    captured = [entry for manifest in manifests for entry in manifest.sources]
+    with CacheWriter(path, caches[0], shard_tokens=SHARD_TOKENS, sources=captured) as writer:
         for source in sources:
             cache = TeacherCache(source, partial=True, duplicates="first")
             for number, entry in enumerate(cache.manifest.shards):

@@ -7,7 +7,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,6 +44,7 @@ class CacheWriter:
         rank: number of this writer. Writers of different ranks may write side by side; a second
             writer of one rank is refused.
         world_size: how many writers there are; ranks of an earlier run past it are forgotten.
+        sources: what is captured, for the manifest; entries that it has already are not added.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class CacheWriter:
         shard_tokens: int = SHARD_TOKENS,
         rank: int = 0,
         world_size: int = 1,
+        sources: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if shard_tokens < 1:
             raise ValueError(f"CacheWriter: shard_tokens must be at least 1, got {shard_tokens}.")
@@ -61,6 +63,7 @@ class CacheWriter:
             raise ValueError(f"CacheWriter: rank must be from 0 to 9999, got {rank}.")
         self.path, self.meta = Path(path), meta
         self.shard_tokens, self.rank, self.world_size = shard_tokens, rank, world_size
+        self.sources = [dict(source) for source in sources]
         self.counters: dict[str, int] = {}
         self._known: set[bytes] = set()
         self._pending: list[tuple[np.ndarray, Rows]] = []
@@ -220,6 +223,7 @@ class CacheWriter:
             )
         kept = {rank for rank in present.open_writers if rank < self.world_size}
         present.open_writers = sorted(kept | {self.rank})
+        present.sources += [entry for entry in self.sources if entry not in present.sources]
         return present
 
     def _closed(self, present: Manifest | None) -> Manifest:

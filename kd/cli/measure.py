@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +132,17 @@ def _same_tokenizer(tokenizer: Any, path: Path) -> None:
 
 
 def _rendered(path: Path, tokenizer: Any, limit: int) -> list[dict[str, Any]]:
-    from kd.traces import Renderer, Yield, load, render_stream
+    from kd.traces import Renderer, Yield, render_rows
 
-    stream = render_stream(load(path), Renderer(tokenizer), report=Yield())
-    rows = []
-    for _, row in stream:
-        rows.append({"input_ids": row.input_ids, "labels": row.labels})
-        if limit and len(rows) == limit:
-            break
-    return rows
+    report = Yield()
+    rows = render_rows(path, Renderer(tokenizer), report=report)
+    found = [row._asdict() for row in islice(rows, limit or None)]
+    if not found:
+        raise ValueError(
+            f"kd evaluate: --traces must hold rows that can be rendered, got none in {path}:\n"
+            f"{report.table()}"
+        )
+    return found
 
 
 # --- the page -------------------------------------------------------------------------------------

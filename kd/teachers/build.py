@@ -17,6 +17,7 @@ from kd.cache.keys import describe, key_of, token_array
 from kd.cache.tails import DEFAULT as DEFAULT_TAIL_TEMPERATURES
 from kd.cache.writer import SHARD_TOKENS
 from kd.heads import reading
+from kd.teachers.data import token_ids
 from kd.teachers.identity import teacher_identity
 from kd.teachers.logits import LogitSource
 from kd.teachers.progress import Meter
@@ -46,6 +47,7 @@ def build_cache(
     max_length: int | None = None,
     limit: int | None = None,
     on_bad_rows: str = "error",
+    source: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> TeacherCache:
     """Cache a local transformers model's likeliest tokens after every token of every sequence.
@@ -57,7 +59,9 @@ def build_cache(
 
     Args:
         model: a causal LM in eval mode on its device.
-        sequences: one-dimensional integer token ids, unpadded; repeated ones are stored once.
+        sequences: one-dimensional integer token ids, unpadded, or what else
+            ``kd.traces.render_rows`` takes (traces, ``messages``, texts, packs), which is rendered
+            with ``tokenizer``; repeated ones are stored once.
         path: the cache's folder.
         tokenizer: its fingerprint is recorded, and its length is the live vocabulary.
         top_k: tokens kept in each row.
@@ -78,6 +82,7 @@ def build_cache(
         limit: use only the first so many sequences.
         on_bad_rows: for a NaN or +inf logit: "error" (names sequence and row), "drop" the
             sequence, or "mask" the row (it stores nothing); the latter two are counted.
+        source: what the sequences are of, for the manifest: {"data": a name, ...}.
         progress: show tokens/s and the time left.
 
     Returns:
@@ -105,12 +110,18 @@ def build_cache(
     meter = Meter(_total(sequences, limit), progress and rank == 0)
     try:
         with CacheWriter(
-            path, meta, shard_tokens=shard_tokens, rank=rank, world_size=world
+            path,
+            meta,
+            shard_tokens=shard_tokens,
+            rank=rank,
+            world_size=world,
+            sources=() if source is None else (source,),
         ) as writer:
             _wait_for_all(world)  # every rank is marked as open before the first can close
             capture = _Capture(model, writer, meter, on_bad_rows, selection_of(selection, top_k))
             most = max_length or getattr(model.config, "max_position_embeddings", None)
-            for number, batch in enumerate(batches(sequences, batch_tokens, limit, most)):
+            ids = token_ids(sequences, tokenizer)
+            for number, batch in enumerate(batches(ids, batch_tokens, limit, most)):
                 if number % world == rank:
                     capture.batch(batch)
     finally:
@@ -313,7 +324,10 @@ class _Capture:
 def _total(sequences: Any, limit: int | None) -> int | None:
     if not isinstance(sequences, (list, tuple)):
         return None
-    return sum(len(sequence) for sequence in sequences[:limit])
+    ids = [
+        item for item in sequences[:limit] if isinstance(item, (list, tuple, Tensor, np.ndarray))
+    ]
+    return sum(map(len, ids)) if len(ids) == len(sequences[:limit]) else None
 
 
 def _wait_for_all(world: int) -> None:

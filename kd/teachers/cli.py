@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kd.cache import cli as cache_cli
 from kd.models import load_model, load_tokenizer
+from kd.traces.cli import DATE, DATE_HELP
 
+DATA = "a file, folder or hub data set of traces, messages, text or input_ids (packs too)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -27,11 +27,17 @@ def _teacher(verb: Any, data_help: str, required: bool) -> None:
     verb.add_argument("--dtype", choices=DTYPES, default="auto")
     verb.add_argument("--device", default=None, help="cuda, cpu; a GPU when there is one")
     verb.add_argument("--data", required=required, help=data_help)
+    verb.add_argument(
+        "--tokenizer",
+        help="whose chat template renders the data: the student's, where it differs from the "
+        "teacher's (same vocabulary)",
+    )
+    verb.add_argument("--date", default=DATE, help=DATE_HELP)
 
 
 def _build(verbs: Any) -> None:
     verb = verbs.add_parser("build", help="run a teacher over a data set; resumable")
-    _teacher(verb, "JSONL with input_ids, text or messages, or a saved datasets folder", True)
+    _teacher(verb, DATA + ", or a folder saved by datasets", True)
     verb.add_argument("--output", required=True, help="the cache's folder")
     verb.add_argument("--top-k", type=int, default=32)
     verb.add_argument("--temperature", type=float, default=1.0)
@@ -53,6 +59,11 @@ def _build(verbs: Any) -> None:
     verb.add_argument("--shard-tokens", type=int, default=1 << 17)
     verb.add_argument("--limit", type=int, help="use only the first so many sequences")
     verb.add_argument("--on-bad-rows", choices=("error", "drop", "mask"), default="error")
+    verb.add_argument(
+        "--append",
+        action="store_true",
+        help="add other data to a cache (the same data always continues where it was stopped)",
+    )
     verb.set_defaults(run=run_build)
 
 
@@ -70,12 +81,16 @@ def tail_temperatures(text: str) -> tuple[float, ...] | str | None:
 
 def run_build(args: argparse.Namespace) -> int:
     from kd.teachers.build import build_cache
+    from kd.teachers.data import TrainingData
     from kd.teachers.selection import Selection
 
     model, tokenizer = load_teacher(args)
+    data = TrainingData(args.data, tokenizer, date=args.date, limit=args.limit)
+    if not args.append:
+        data.refuse_if_other(args.output)
     cache = build_cache(
         model,
-        read_sequences(args.data, tokenizer),
+        data,
         args.output,
         tokenizer=tokenizer,
         temperature=args.temperature,
@@ -84,9 +99,16 @@ def run_build(args: argparse.Namespace) -> int:
         tail_temperatures=args.tail_temperatures,
         batch_tokens=args.batch_tokens,
         shard_tokens=args.shard_tokens,
-        limit=args.limit,
         on_bad_rows=args.on_bad_rows,
+        source=data.source(),
     )
+    summary = data.summary()
+    if summary:
+        print(summary)
+    if not len(cache):
+        raise ValueError(
+            f"kd cache build: --data must hold rows that can be rendered, got none in {args.data}."
+        )
     print(f"{args.output}: {len(cache):,} sequences, {cache.tokens:,} tokens")
     return 0
 
@@ -101,6 +123,7 @@ def _doctor(verbs: Any) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     from kd.cache import TeacherCache
+    from kd.teachers.data import TrainingData
     from kd.teachers.doctor import diagnose
 
     model, tokenizer = load_teacher(args)
@@ -108,7 +131,7 @@ def run_doctor(args: argparse.Namespace) -> int:
         TeacherCache(args.cache, partial=True, duplicates="first"),
         model,
         tokenizer=tokenizer,
-        sequences=read_sequences(args.data, tokenizer) if args.data else (),
+        sequences=TrainingData(args.data, tokenizer, date=args.date) if args.data else (),
         samples=args.samples,
     )
     print(found.text())
@@ -116,12 +139,31 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def load_teacher(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The teacher and its tokenizer (None when it has none)."""
+    """The teacher and the tokenizer that renders its data (None when there is none)."""
     import torch
 
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     model = load_model(args.teacher, on=args.device, revision=args.revision, dtype=dtype)
-    return model.eval(), _tokenizer(args.teacher, args.revision)
+    own = _tokenizer(args.teacher, args.revision)
+    if args.tokenizer is None:
+        return model.eval(), own
+    tokenizer = load_tokenizer(args.tokenizer)
+    if own is not None:
+        _refuse_other_ids(own, tokenizer)
+    return model.eval(), tokenizer
+
+
+def _refuse_other_ids(teacher: Any, student: Any) -> None:
+    from kd.vocab import vocabulary_diff
+
+    diff = vocabulary_diff(teacher, student)
+    added = [token for _, token, ours in diff.special if ours is None]  # the teacher's own
+    if diff.ordinary or diff.probes or len(added) < len(diff.special):
+        raise ValueError(
+            "kd cache: --tokenizer must have the teacher's vocabulary, and may differ in its chat "
+            f"template alone, got\n{diff}\nCapture with the teacher's own and translate the cache "
+            "(kd.recipe.translate), as the recipe r1_to_qwen does."
+        )
 
 
 def _tokenizer(name: str, revision: str | None) -> Any:
@@ -133,49 +175,3 @@ def _tokenizer(name: str, revision: str | None) -> Any:
     ):
         return None
     return load_tokenizer(name, revision=revision)
-
-
-def read_sequences(path: str, tokenizer: Any) -> Iterator[Any]:
-    """Token ids of every row of a data set.
-
-    Args:
-        path: a JSONL file, or a folder saved by ``datasets``; rows have ``input_ids``, ``text``
-            or ``messages``.
-        tokenizer: for text and messages.
-    """
-    for number, row in enumerate(_rows(path)):
-        if row.get("input_ids") is not None:
-            yield row["input_ids"]
-            continue
-        if tokenizer is None:
-            raise ValueError(
-                f"kd cache: row {number} of {path} must have input_ids, got {sorted(row)}. "
-                "The teacher has no tokenizer to make them."
-            )
-        if isinstance(row.get("messages"), list):
-            found = tokenizer.apply_chat_template(row["messages"], return_dict=True)
-            yield found["input_ids"]
-        elif isinstance(row.get("text"), str):
-            yield tokenizer(row["text"])["input_ids"]
-        else:
-            raise ValueError(
-                f"kd cache: row {number} of {path} must have input_ids, text or messages, got "
-                f"{sorted(row)}."
-            )
-
-
-def _rows(path: str) -> Iterator[dict[str, Any]]:
-    if Path(path).is_dir():
-        from datasets import load_from_disk
-
-        yield from load_from_disk(path)
-        return
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ValueError(
-                        f"kd cache: line {number} of {path} must be JSON, got {error}."
-                    ) from None

@@ -13,6 +13,7 @@ import torch
 from kd.cache.hidden import Head, HiddenCache, HiddenWriter, hidden_meta
 from kd.cache.writer import SHARD_TOKENS
 from kd.teachers.build import batches
+from kd.teachers.data import token_ids
 from kd.teachers.identity import teacher_identity
 from kd.teachers.logits import LogitSource
 from kd.teachers.progress import Meter
@@ -37,7 +38,7 @@ def build_hidden_cache(
     Args:
         model: a causal LM on its device whose logits are lm_head(hidden), perhaps scaled and
             softcapped; others are refused.
-        sequences: one-dimensional integer token ids, unpadded; repeated ones are stored once.
+        sequences: as in build_cache; repeated ones are stored once.
         path: the cache's folder.
         tokenizer: its fingerprint is recorded, and its length is the live vocabulary.
         codec: "hidden_bf16" (2 H bytes a token) or "hidden_fp8" (H + 4).
@@ -72,7 +73,8 @@ def build_hidden_cache(
     model.eval()
     try:
         with HiddenWriter(path, meta, head, shard_tokens=shard_tokens) as writer:
-            for batch in batches(sequences, batch_tokens, limit, most):
+            ids = token_ids(sequences, tokenizer)
+            for batch in batches(ids, batch_tokens, limit, most):
                 _store(source, writer, batch, meter)
     finally:
         model.train(was_training)

@@ -25,6 +25,7 @@ from kd.cache.keys import describe
 from kd.cache.writer import SHARD_TOKENS
 from kd.serving import Endpoint, ServerError, shown_fields
 from kd.teachers.build import batches
+from kd.teachers.data import token_ids
 from kd.teachers.progress import Meter
 
 MODES = ("prompt_logprobs", "echo")
@@ -267,7 +268,8 @@ def build_cache_from_server(
 
     Args:
         teacher: the server.
-        sequences: one-dimensional integer token ids of the teacher's tokenizer, at least 2 long.
+        sequences: one-dimensional integer token ids of the teacher's tokenizer, at least 2 long;
+            or records, rendered with ``tokenizer`` as in build_cache.
         path: the cache's folder.
         live_vocab: the teacher's tokens; the tokenizer's length when None.
         tokenizer: its fingerprint is recorded.
@@ -321,7 +323,7 @@ def build_cache_from_server(
         ):
             capture = _Capture(teacher, writer, meter, on_failure == "drop")
             try:
-                for (tokens,) in batches(sequences, 1, limit, max_length):
+                for (tokens,) in batches(token_ids(sequences, tokenizer), 1, limit, max_length):
                     capture.submit(pool, tokens)
                 capture.finish()
             except BaseException:

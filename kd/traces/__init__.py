@@ -17,9 +17,12 @@ from kd.traces.generation import Sampling, generate_local
 from kd.traces.loading import load, to_dataset
 from kd.traces.mixing import JsonlTraces, Source, mix
 from kd.traces.packing import Pack, best_fit, collate_packs, efficiency, isolates_documents, pack
-from kd.traces.rendering import CHATML, Rendered, Renderer, RenderError, render, render_stream
+from kd.traces.rendering import CHATML, AnyRenderer, Renderer
+from kd.traces.rows import render, render_rows, render_stream
 from kd.traces.selecting import best_of_n, by_difficulty, diverse, pass_rate
 from kd.traces.server import Server, generate_server
+from kd.traces.templates import RenderError
+from kd.traces.tokens import Rendered
 from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
 from kd.traces.verification import judge_all, verify, verify_stream
 from kd.traces.verifiers import (
@@ -39,6 +42,7 @@ __all__ = [
     "COMPACT",
     "R1",
     "SKY_T1",
+    "AnyRenderer",
     "Choice",
     "Evaluations",
     "Exact",
@@ -84,6 +88,7 @@ __all__ = [
     "pack",
     "pass_rate",
     "render",
+    "render_rows",
     "render_stream",
     "split_completion",
     "to_dataset",

@@ -6,6 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from kd.traces.templates import DATE
+
+DATE_HELP = (
+    "YYYY-MM-DD, told to a chat template that prints today's date; give the same to `kd cache "
+    "build` and to serving (default: %(default)s, on every day)"
+)
 VERIFIERS = ("choice", "code", "exact", "gym", "maths", "numeric")
 STATUSES = ("correct", "wrong", "unknown", "error")
 
@@ -86,7 +92,8 @@ def add_parser(subparsers: Any) -> None:
     mixing.add_argument("--reasoning-share", type=float)
     mixing.add_argument("--seed", type=int, default=0)
     render = verb("render", "token ids for a student, packed or one trace a row")
-    render.add_argument("--tokenizer", required=True)
+    render.add_argument("--tokenizer", required=True, help="the student's: folder or hub id")
+    render.add_argument("--date", default=DATE, help=DATE_HELP)
     render.add_argument("--max-tokens", type=int)
     render.add_argument("--pack", type=int, help="tokens a row; documents stay apart")
     report = verb("report", "an HTML page of the counts and samples", inputs="*")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kd.traces.templates import ChatTemplate, opened_thought
 from kd.traces.trace import Trace, split_completion
 
 
@@ -74,7 +75,8 @@ def generate_local(
     if batch_size < 1:
         raise ValueError(f"generate_local: batch_size must be at least 1, got {batch_size}.")
     asked = [Trace(item) if isinstance(item, str) else item for item in problems]
-    texts = [prompt_text(tokenizer, trace, chat=chat) for trace in asked]
+    template = ChatTemplate(tokenizer) if chat else None
+    texts = [trace.prompt if template is None else template.text(trace) for trace in asked]
     encoded = [list(tokenizer(text, add_special_tokens=not chat).input_ids) for text in texts]
     for i, ids in enumerate(encoded):
         if not ids:
@@ -92,7 +94,7 @@ def generate_local(
         completions = _complete(model, tokenizer, rows, sampling, sampling.seed + start)
         for (i, k), (ids, finish) in zip(chosen, completions, strict=True):
             text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            think, answer = split_completion(text, prefilled=ends_in_open_thought(texts[i]))
+            think, answer = split_completion(text, prefilled=bool(opened_thought(texts[i])))
             yield (
                 asked[i]
                 .replace(think=think, answer=answer)
@@ -106,28 +108,6 @@ def generate_local(
         done += len(chosen)
         if progress is not None:
             progress(done)
-
-
-def prompt_text(tokenizer: Any, trace: Trace, *, chat: bool = True) -> str:
-    """The text a model completes: system and prompt in its chat template, ready for the answer."""
-    if not chat:
-        return trace.prompt
-    return str(
-        tokenizer.apply_chat_template(messages(trace), add_generation_prompt=True, tokenize=False)
-    )
-
-
-def messages(trace: Trace) -> list[dict[str, str]]:
-    """The messages before the answer: system, earlier turns, prompt."""
-    made = [{"role": "system", "content": trace.system}] if trace.system else []
-    for turn in trace.metadata.get("history", ()):
-        made.append({"role": str(turn["role"]), "content": str(turn["content"])})
-    return [*made, {"role": "user", "content": trace.prompt}]
-
-
-def ends_in_open_thought(text: str) -> bool:
-    """Whether a rendered prompt already opened the thought, as newer R1 templates do."""
-    return text.rstrip().endswith("<think>")
 
 
 def _complete(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-IGNORE = -100
+from kd.traces.tokens import IGNORE
 
 
 @dataclass

@@ -1,47 +1,43 @@
-"""Traces to token ids of the student's chat template, without losing the thought."""
+"""Traces and texts to the token ids that are captured and trained on, without losing a thought."""
 
 from __future__ import annotations
 
-import re
+import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
-from kd.traces.generation import ends_in_open_thought, messages
+from kd.traces.control import ControlTokens, special
+from kd.traces.templates import (
+    DATE,
+    ChatTemplate,
+    Piece,
+    RenderError,
+    closed_thought,
+    messages,
+    opened_thought,
+)
+from kd.traces.tokens import AS_IS, IGNORE, Rendered, border, encode, plain
 from kd.traces.trace import R1, Tags, Trace
-from kd.traces.yields import Tally, Yield, metered
 
-IGNORE = -100
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_PROBE = "KDPROBEANSWER"
 _BATCH = 256
 
 
-class Rendered(NamedTuple):
-    """Token ids and labels of one trace; ``labels`` is -100 on the prompt, else the id itself."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-class RenderError(ValueError):
-    """A trace cannot be rendered; ``reason`` is the phrase that yields count."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 class Renderer:
-    """Renders traces for one tokenizer.
+    """Renders traces and plain texts for one tokenizer; ``kd cache build`` and training share it.
 
     The template writes the conversation up to the answer; thought and answer are then written
     by us (R1-Distill's template would delete the thought, others rewrite it), and the turn ends
     as the template ends it. A template that has already opened ``<think>`` gets no second one.
-    Every rendered trace is decoded and parsed back; one that does not survive is an error.
+    Prompt and completion are tokenised as one text. Every rendered trace is decoded and parsed
+    back; one that does not survive, or in which a control token is not the template's own, is an
+    error.
 
     Args:
         tokenizer: the student's.
@@ -49,9 +45,14 @@ class Renderer:
             ``COMPACT`` without newlines, ``SKY_T1``, or your own.
         chat_template: used in place of the tokenizer's own.
         template_options: more arguments for the template, such as ``{"enable_thinking": True}``.
+        date: the day, "YYYY-MM-DD", that a template is told which prints today's.
+
+    Attributes:
+        seen: how many traces the template gave a "default system prompt" or "trimmed messages".
 
     Raises:
-        ValueError: the tokenizer has no template or no end-of-sequence token, or pads with it.
+        ValueError: the tokenizer has no template or no end-of-sequence token, or the template
+            draws at random.
     """
 
     def __init__(
@@ -60,50 +61,66 @@ class Renderer:
         *,
         tags: Tags = R1,
         chat_template: str | None = None,
-        template_options: dict[str, Any] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        date: str = DATE,
     ) -> None:
         self.tokenizer = tokenizer
         self.tags = tags
-        self.options = dict(template_options or {})
-        if chat_template is not None:
-            self.options["chat_template"] = chat_template
-        elif not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "Renderer: tokenizer must have a chat template, got none. Pass "
-                "chat_template=kd.traces.CHATML or the model's own."
-            )
+        self.template = ChatTemplate(
+            tokenizer, chat_template=chat_template, options=template_options, date=date
+        )
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "Renderer: tokenizer must have an end-of-sequence token, got None. "
                 "Set tokenizer.eos_token to the token that ends a turn."
             )
-        self.turn_end = self._turn_end()
-        template = str(self.options.get("chat_template") or tokenizer.chat_template)
-        tokens = sorted(_control_tokens(tokenizer, tags, template), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, tokens)))
+        self.turn_end = self.template.turn_end()
+        self.control = ControlTokens(tokenizer, tags, self.template.words() + self.turn_end)
+        self.seen: Counter[str] = Counter()
 
-    def __call__(self, trace: Trace, *, check: bool = True) -> Rendered:
-        """Render one trace.
+    def facts(self) -> dict[str, Any]:
+        """What ids depend on beside trace and tokenizer: the template's facts and the tags."""
+        return {**self.template.facts(), "tags": list(vars(self.tags).values())}
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the texts, in words: what the template added to them."""
+        told, found = self.template, []
+        if told.date:
+            found.append(f"the chat template prints a date: it was told {told.date}")
+        if self.seen["default system prompt"]:
+            found.append(
+                f"the chat template adds a system prompt to {self.seen['default system prompt']:,} "
+                f"traces that have none: {told.default_system!r:.120}"
+            )
+        if self.seen["trimmed messages"]:
+            found.append(
+                "the chat template takes white space off the ends of messages: "
+                f"{self.seen['trimmed messages']:,} traces"
+            )
+        return found
+
+    def __call__(self, item: Trace | str, *, check: bool = True) -> Rendered:
+        """Render one trace, or one plain text (every token of it is trained).
 
         Args:
-            trace: with an answer.
+            item: a trace with an answer, or a text.
             check: decode and parse the result, and compare it with the trace.
 
         Raises:
             RenderError: the trace cannot be rendered, or does not survive the round trip.
         """
-        outcome = next(self.render_all([trace], check=check))
-        if isinstance(outcome[1], RenderError):
-            raise outcome[1]
-        return outcome[1]
+        outcome = next(self.render_all([item], check=check))[1]
+        if isinstance(outcome, RenderError):
+            raise outcome
+        return outcome
 
     def render_all(
-        self, traces: Iterable[Trace], *, check: bool = True
-    ) -> Iterator[tuple[Trace, Rendered | RenderError]]:
-        """Every trace with its ids, or with the error that it met, in order."""
-        batch: list[Trace] = []
-        for trace in traces:
-            batch.append(trace)
+        self, items: Iterable[Trace | str], *, check: bool = True
+    ) -> Iterator[tuple[Trace | str, Rendered | RenderError]]:
+        """Every trace or text with its ids, or with the error that it met, in order."""
+        batch: list[Trace | str] = []
+        for item in items:
+            batch.append(item)
             if len(batch) == _BATCH:
                 yield from self._batch(batch, check)
                 batch = []
@@ -112,185 +129,186 @@ class Renderer:
 
     def texts(self, trace: Trace) -> tuple[str, str]:
         """The prompt's text and the completion's, which ends with the end of the turn."""
-        self._refuse_special(trace)
-        prompt = self._apply(messages(trace))
-        written = self.tags.write(trace.think, trace.answer)
-        if ends_in_open_thought(prompt):
-            if not trace.think:
-                # close the thought that the template has opened
-                written = f"{self.tags.middle.lstrip()}{trace.answer}"
-            elif written.startswith(self.tags.start.rstrip()):
-                written = written[len(self.tags.start.rstrip()) :]
-                written = written.lstrip("\n") if prompt[-1] == "\n" else written
-        return prompt, written + self.turn_end
+        prompt, completion = self._pieces(trace)
+        return _joined(prompt), _joined(completion)
 
     def parse(self, prompt: str, completion: str) -> tuple[str, str]:
         """Read (think, answer) back from a rendered text."""
         text = completion.removesuffix(self.turn_end)
         opened = self.tags.start.strip()
         middle = self.tags.middle.strip()
-        if not ends_in_open_thought(prompt) and not text.startswith(opened):
+        if not opened_thought(prompt) and not text.lstrip().startswith(opened):
             return "", text
-        think, found, answer = text.removeprefix(opened).partition(middle)
+        think, found, answer = text.lstrip().removeprefix(opened).partition(middle)
         if not found:
             return think.strip(), ""
         return think.strip(), answer.strip().removesuffix(self.tags.end.strip()).strip()
 
-    def _batch(
-        self, traces: Sequence[Trace], check: bool
-    ) -> Iterator[tuple[Trace, Rendered | RenderError]]:
-        outcomes: list[Rendered | RenderError | None] = [None] * len(traces)
-        ready: list[int] = []
-        texts: list[str] = []
-        for i, trace in enumerate(traces):
-            try:
-                texts.extend(self.texts(trace))
-                ready.append(i)
-            except RenderError as error:
-                outcomes[i] = error
-        encoded = self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        back: list[str] = []
-        if check and ready:
-            back = self.tokenizer.batch_decode(
-                encoded[1::2], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    def _pieces(self, trace: Trace) -> tuple[list[Piece], list[Piece]]:
+        """The prompt and the completion, each text with whose it is."""
+        self._refuse_control(trace)
+        prompt, lead = self.template.prompt(trace)
+        text, tags, start = _joined(prompt), self.tags, self.tags.start
+        opened = opened_thought(text)
+        if opened and opened != start.strip():
+            raise RenderError(
+                "chat template opens a thought of another form",
+                f"render: tags must open a thought as the chat template does, got {start.strip()!r}"
+                f" and {opened!r}. Pass tags=kd.traces.R1, or another chat_template.",
             )
-        for at, i in enumerate(ready):
-            prompt, completion = encoded[2 * at], encoded[2 * at + 1]
-            labels = [IGNORE] * len(prompt) + list(completion)
-            outcome: Rendered | RenderError = Rendered([*prompt, *completion], labels)
-            if check:
-                outcome = self._checked(traces[i], texts[2 * at], back[at]) or outcome
-            outcomes[i] = outcome
-        for trace, made in zip(traces, outcomes, strict=True):
-            assert made is not None
-            yield trace, made
+        if trace.think and closed_thought(text):
+            raise RenderError(
+                "chat template closes the thought",
+                "render: a trace with a thought must have a chat template that lets it think, got "
+                f"a prompt that ends with {text[-24:]!r}. Pass template_options="
+                "{'enable_thinking': True}, or what the template calls it.",
+            )
+        if opened:
+            start = start[len(start.rstrip()) :]
+            start = start.lstrip("\n") if text.endswith("\n") else start
+        answer = [Piece("answer", trace.answer)]
+        if trace.think:
+            thought = [Piece("", start), Piece("think", trace.think), Piece("", tags.middle)]
+            answer = [*thought, *answer, Piece("", tags.end)]
+        elif opened:  # close the thought that the template has opened
+            answer = [Piece("", tags.middle.lstrip()), *answer]
+        return prompt, [Piece("", lead), *answer, Piece("", self.turn_end)]
 
-    def _checked(self, trace: Trace, prompt: str, decoded: str) -> RenderError | None:
-        wanted = (_canonical(trace.think), _canonical(trace.answer))
-        think, answer = self.parse(prompt, decoded)
-        if (_canonical(think), _canonical(answer)) == wanted:
-            return None
-        lost = "thought" if _canonical(think) != wanted[0] else "answer"
-        return RenderError(
-            f"round trip lost the {lost}",
-            f"render: trace must survive tokenising and parsing, got {decoded[:80]!r} back for "
-            f"{trace.answer[:40]!r}. Choose other tags or check the tokenizer's vocabulary.",
-        )
-
-    def _refuse_special(self, trace: Trace) -> None:
+    def _refuse_control(self, trace: Trace) -> None:
         if not trace.answer.strip():
             raise RenderError(
                 "empty answer", "render: trace must have an answer, got an empty one."
             )
-        for name in ("system", "prompt", "think", "answer"):
-            found = self._special.search(getattr(trace, name))
+        said = [("think", trace.think), ("answer", trace.answer)]
+        for i, turn in enumerate(messages(trace)):
+            rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
+            said.append((f"the {turn['role']} message {i}", str(turn["content"])))
+            said.append((f"the rest of message {i}", json.dumps(rest, ensure_ascii=False)))
+        if trace.metadata.get("tools"):
+            tools = json.dumps(trace.metadata["tools"], ensure_ascii=False)
+            said.append(("tools", tools))
+        for name, text in said:
+            if not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise RenderError(
+                        "invalid UTF-8", f"render: {name} must be valid Unicode, got {error}."
+                    ) from None
+            found = self.control.find(text)
             if found:
-                raise RenderError(
-                    "special token in the text",
-                    f"render: {name} must not contain special tokens, got {found.group()!r} at "
-                    f"character {found.start()}. Drop the record or escape the token.",
-                )
+                raise special(name, f"{found[0]!r} at character {found[1]}")
 
-    def _apply(self, conversation: list[dict[str, str]], generation: bool = True) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    conversation, add_generation_prompt=generation, tokenize=False, **self.options
-                )
-            )
-        except Exception as error:  # jinja's own errors: a template may refuse a role or an order
-            raise RenderError(
-                "chat template refused",
-                f"render: trace must fit the chat template, got {type(error).__name__}: {error}. "
-                "Pass another chat_template, or drop the system message.",
-            ) from error
+    def _batch(
+        self, items: Sequence[Trace | str], check: bool
+    ) -> Iterator[tuple[Trace | str, Rendered | RenderError]]:
+        outcomes: list[Rendered | RenderError | None] = [None] * len(items)
+        ready: list[tuple[int, list[Piece], list[Piece]]] = []
+        for i, item in enumerate(items):
+            try:
+                if isinstance(item, str):
+                    outcomes[i] = plain(self.tokenizer, item)
+                else:
+                    ready.append((i, *self._pieces(item)))
+            except RenderError as error:
+                outcomes[i] = error
+        texts = [_joined(prompt) for _, prompt, _ in ready]
+        texts += [_joined(prompt + completion) for _, prompt, completion in ready]
+        encoded = encode(self.tokenizer, texts) if texts else []
+        for (i, prompt, completion), alone, whole in zip(
+            ready, encoded[: len(ready)], encoded[len(ready) :], strict=True
+        ):
+            item = items[i]
+            assert isinstance(item, Trace)
+            try:
+                start = border(self.tokenizer, alone, whole)
+                self.control.check(prompt + completion, whole)
+                if check:
+                    self._check_round_trip(item, prompt, whole[:start], whole[start:])
+                outcomes[i] = Rendered(whole, [IGNORE] * start + whole[start:])
+                self._note(item, prompt)
+            except RenderError as error:
+                outcomes[i] = error
+        for item, made in zip(items, outcomes, strict=True):
+            assert made is not None
+            yield item, made
 
-    def _turn_end(self) -> str:
-        """What ends an answer: the template's own mark, and always the end-of-sequence token."""
-        asked = {"role": "user", "content": "1"}
-        whole = self._apply([asked, {"role": "assistant", "content": _PROBE}], generation=False)
-        tail = whole.rpartition(_PROBE)[2] if _PROBE in whole else ""
-        eos = self.tokenizer.eos_token
-        if eos in tail:
-            return tail[: tail.index(eos) + len(eos)]
-        return tail.rstrip() + eos
-
-
-def render(trace: Trace, tokenizer: Any, **options: Any) -> Rendered:
-    """Render one trace: ``input_ids, labels = render(trace, tokenizer)``.
-
-    Args:
-        trace: with an answer.
-        tokenizer: the student's.
-        **options: of ``Renderer``: tags, chat_template, ... For many traces make one ``Renderer``.
-
-    Returns:
-        ``input_ids`` and ``labels``: -100 on the prompt, the ids themselves on thought, answer
-        and end of turn. Labels are not shifted; the training collator does that.
-    """
-    return Renderer(tokenizer, **options)(trace)
-
-
-def render_stream(
-    traces: Iterable[Trace],
-    renderer: Renderer,
-    *,
-    report: Yield,
-    stage: str = "render",
-    max_tokens: int | None = None,
-    check: bool = True,
-) -> Iterator[tuple[Trace, Rendered]]:
-    """Render many traces; those that cannot be are dropped and counted.
-
-    Args:
-        traces: what to render.
-        renderer: for the student's tokenizer.
-        report: takes the counts, and the token counts as notes.
-        stage: the stage's name in the report.
-        max_tokens: longer ones are dropped, never cut.
-        check: the round trip of every trace.
-    """
-    tally = report.stage(stage)
-    return metered(tally, _rendered(traces, renderer, tally, max_tokens, check))
-
-
-def _rendered(
-    traces: Iterable[Trace],
-    renderer: Renderer,
-    tally: Tally,
-    max_tokens: int | None,
-    check: bool,
-) -> Iterator[tuple[Trace, Rendered]]:
-    notes = tally.notes
-    for key in ("tokens", "trained_tokens"):
-        notes.setdefault(key, 0)
-    for trace, outcome in renderer.render_all(traces, check=check):
-        if isinstance(outcome, RenderError):
-            tally.drop(outcome.reason, trace, str(outcome))
-        elif max_tokens is not None and len(outcome.input_ids) > max_tokens:
-            tally.drop(
-                f"longer than {max_tokens} tokens", trace, f"{len(outcome.input_ids)} tokens"
-            )
+    def _check_round_trip(
+        self, trace: Trace, prompt: Sequence[Piece], before: list[int], after: list[int]
+    ) -> None:
+        decoded = self.tokenizer.decode(after, **AS_IS)
+        think, answer = self.parse(_joined(prompt), decoded)
+        lost = ""
+        if _canonical(think) != _canonical(trace.think):
+            lost = "thought"
+        elif _canonical(answer) != _canonical(trace.answer):
+            lost = "answer"
         else:
-            tally.keep()
-            notes["tokens"] += len(outcome.input_ids)
-            notes["trained_tokens"] += len(outcome.labels) - outcome.labels.count(IGNORE)
-            yield trace, outcome
+            shown = _canonical(self.tokenizer.decode(before, **AS_IS))
+            lost = next((who for who, text in prompt if who and _canonical(text) not in shown), "")
+        if lost:
+            raise RenderError(
+                f"round trip lost the {lost.partition('[')[0]}",
+                "render: trace must survive tokenising and parsing, got "
+                f"{decoded[:80]!r} back for {trace.answer[:40]!r}: the {lost} differs. Choose "
+                "other tags or check the tokenizer's vocabulary.",
+            )
+
+    def _note(self, trace: Trace, prompt: Sequence[Piece]) -> None:
+        if not trace.system and self.template.default_system:
+            self.seen["default system prompt"] += 1
+        shown = {piece.text for piece in prompt if piece.who}
+        if any(str(turn["content"]) not in shown for turn in messages(trace)):
+            self.seen["trimmed messages"] += 1
+
+
+class AnyRenderer:
+    """A ``Renderer`` that is made when the first trace comes: texts need no chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        **options: of ``Renderer``.
+    """
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        self.tokenizer, self._options = tokenizer, options
+        self._made: Renderer | None = None
+
+    @property
+    def full(self) -> Renderer:
+        if self._made is None:
+            self._made = Renderer(self.tokenizer, **self._options)
+        return self._made
+
+    def facts(self) -> dict[str, Any]:
+        """Those of the ``Renderer``; none where there is no chat template."""
+        templated = getattr(self.tokenizer, "chat_template", None)
+        return self.full.facts() if templated or "chat_template" in self._options else {}
+
+    def remarks(self) -> list[str]:
+        """What the chat template added to the traces, in words."""
+        return [] if self._made is None else self._made.remarks()
+
+    def render_all(
+        self, items: Iterable[Trace | str]
+    ) -> Iterator[tuple[Trace | str, Rendered | RenderError]]:
+        """As ``Renderer.render_all``."""
+        for kind, group in groupby(items, key=type):
+            if kind is not str:
+                yield from self.full.render_all(group)
+                continue
+            for text in group:
+                try:
+                    yield text, plain(self.tokenizer, str(text))
+                except RenderError as error:
+                    yield text, error
+
+
+def _joined(pieces: Iterable[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
 
 
 def _canonical(text: str) -> str:
     """Tokenizers may normalise (Qwen's composes characters), and our tags trim the ends."""
     text = text.strip()
     return text if text.isascii() else unicodedata.normalize("NFC", text)
-
-
-def _control_tokens(tokenizer: Any, tags: Tags, template: str) -> set[str]:
-    """Tokens a text must not contain: every special one, the tags of the thought, and what the
-    template writes that is one token (R1-Distill's ``<｜User｜>`` is added, but not special)."""
-    special = {str(token) for token in tokenizer.all_special_tokens}
-    for token in getattr(tokenizer, "added_tokens_decoder", {}).values():
-        if token.special or str(token.content) in template:
-            special.add(str(token.content))
-    for part in (tags.start, tags.middle):
-        special.update(part.split())
-    return {token for token in special if token}

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.serving import Endpoint, ServerError, shown_fields
-from kd.traces.generation import Sampling, messages
+from kd.traces.generation import Sampling
+from kd.traces.templates import messages
 from kd.traces.trace import Trace, split_completion
 from kd.traces.yields import Yield
 

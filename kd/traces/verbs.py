@@ -258,27 +258,35 @@ def run_mix(args: argparse.Namespace) -> int:
 def run_render(args: argparse.Namespace) -> int:
     from kd.traces.files import write_rows
     from kd.traces.packing import pack
-    from kd.traces.rendering import Renderer, render_stream
+    from kd.traces.rendering import AnyRenderer
+    from kd.traces.rows import render_rows
 
     report = _counts(args)
     most = min((n for n in (args.max_tokens, args.pack) if n), default=None)
-    renderer = Renderer(load_tokenizer(args.tokenizer))
-    stream = render_stream(_again(args), renderer, report=report, max_tokens=most)
+    renderer = AnyRenderer(load_tokenizer(args.tokenizer), date=args.date)
+    date = {"date": args.date} if renderer.facts().get("date") else {}
+
+    def rendered() -> Iterator[Any]:
+        for source in args.input:
+            yield from render_rows(source, renderer, report=report, max_tokens=most)
 
     def rows() -> Iterator[dict[str, Any]]:
         if not args.pack:
-            for _, (input_ids, labels) in stream:
-                yield {"input_ids": input_ids, "labels": labels}
+            for input_ids, labels in rendered():
+                yield {"input_ids": input_ids, "labels": labels, **date}
             return
         used = packs = 0
-        for made in pack((rendered for _, rendered in stream), args.pack):
+        for made in pack(rendered(), args.pack):
             used, packs = used + len(made.input_ids), packs + 1
-            yield dict(vars(made))
+            yield {**vars(made), **date}
         fullness = round(used / max(1, packs * args.pack), 4)
         report["render"].notes |= {"packs": packs, "fullness": fullness}
         print(f"packed into {packs:,} rows of {args.pack:,}, {100 * fullness:.1f} % full")
 
-    return _finish(args, report, rows(), write_rows)
+    done = _finish(args, report, rows(), write_rows)
+    for line in renderer.remarks():
+        print(line)
+    return done
 
 
 def run_report(args: argparse.Namespace) -> int:

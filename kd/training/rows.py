@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd.traces.documents import document_lengths, unpadded
 from kd.training.alignment import IGNORE
 
 # Columns by which tokenizers and other trainers change what a model reads or trains; ignored, they
@@ -78,25 +79,21 @@ def read_row(row: Mapping[str, Any], number: int) -> Row:
     labels = _per_token(row, "labels", ids, torch.long, where)
     weights = _per_token(row, "weights", ids, torch.float, where)
     positions = _per_token(row, "position_ids", ids, torch.long, where)
-    keep = _kept(_per_token(row, "attention_mask", ids, torch.long, where), where)
+    mask = _per_token(row, "attention_mask", ids, torch.long, where)
+    told = None if row.get("lengths") is None else [int(length) for length in row["lengths"]]
+    name = f"DistillationCollator: row {number} of the batch"
+    keep = unpadded(None if mask is None else mask.tolist(), told is not None, name)
     if weights is not None and not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError(
             f"DistillationCollator: weights must be finite and at least 0, {where} "
             f"{weights.min().item():g} to {weights.max().item():g}. Use 0 to leave a token out."
         )
-    if len(ids[keep]) < len(ids):
-        if row.get("lengths") is not None:
-            raise ValueError(
-                f"DistillationCollator: attention_mask must be all 1 in a pack, {where} padding. "
-                "Remove it; the collator pads."
-            )
-        ids, labels = ids[keep], labels[keep]
-        weights = None if weights is None else weights[keep]
-        positions = None if positions is None else positions[keep]
+    ids, labels = ids[keep], labels[keep]
+    weights = None if weights is None else weights[keep]
+    places = None if positions is None else positions[keep].tolist()
     _check_shift(ids, labels, where)
-    lengths = _lengths(row.get("lengths"), positions, len(ids), where)
-    packed = row.get("lengths") is not None or len(lengths) > 1
-    return Row(ids, labels, weights, lengths, packed)
+    lengths = document_lengths(told, places, len(ids), name)
+    return Row(ids, labels, weights, lengths, told is not None or len(lengths) > 1)
 
 
 def _per_token(
@@ -115,21 +112,6 @@ def _per_token(
     return values
 
 
-def _kept(mask: Tensor | None, where: str) -> slice:
-    """The tokens between padding on the left and padding on the right."""
-    if mask is None:
-        return slice(0, None)
-    found = mask.nonzero().squeeze(1).tolist()
-    start, end = (found[0], found[-1] + 1) if found else (0, 0)
-    if not found or len(found) != end - start or bool((mask[start:end] != 1).any()):
-        raise ValueError(
-            "DistillationCollator: attention_mask must be 1 on one run of tokens and 0 on padding "
-            f"around it, {where} {mask.tolist()[:16]}. Mask tokens of the loss with -100 in "
-            "labels; say where the documents of a pack end with lengths."
-        )
-    return slice(start, end)
-
-
 def _check_shift(ids: Tensor, labels: Tensor, where: str) -> None:
     """Refuse labels that were shifted already: they are the next tokens and not the row's own."""
     trained = labels != IGNORE
@@ -142,23 +124,3 @@ def _check_shift(ids: Tensor, labels: Tensor, where: str) -> None:
             f"trained), {where} labels that are the next tokens. The collator shifts them; do not "
             "shift them before."
         )
-
-
-def _lengths(given: Any, positions: Tensor | None, size: int, where: str) -> list[int]:
-    told = None if given is None else [int(length) for length in given]
-    if told is not None and (sum(told) != size or min(told, default=0) < 1):
-        raise ValueError(
-            "DistillationCollator: lengths must be positive and add up to the row's "
-            f"{size} tokens, got {told}, {where[4:]} them. Take them from the Pack."
-        )
-    if positions is None:
-        return told or [size]
-    starts = (positions == 0).nonzero().squeeze(1).tolist()
-    found = [end - start for start, end in zip(starts, [*starts[1:], size], strict=False)]
-    wanted = torch.cat([torch.arange(length) for length in found]) if found else None
-    if wanted is None or not torch.equal(wanted, positions) or told not in (None, found):
-        raise ValueError(
-            "DistillationCollator: position_ids must count from 0 in each document of lengths, "
-            f"{where} {positions.tolist()[:16]} and lengths {told}. Leave position_ids out."
-        )
-    return found

@@ -1,0 +1,179 @@
+"""Rows to capture and to train on, from whatever a data set holds: one way for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kd.traces.columns import ANSWERS, QUESTIONS, ShapeError
+from kd.traces.documents import documents
+from kd.traces.files import BadRecord
+from kd.traces.loading import _records
+from kd.traces.rendering import AnyRenderer, Renderer
+from kd.traces.shapes import normalise
+from kd.traces.templates import RenderError
+from kd.traces.tokens import IGNORE, Rendered
+from kd.traces.trace import Trace
+from kd.traces.yields import Tally, Yield, metered
+
+_BATCH = 256
+_ASKED = ("messages", "conversations", "choices", "generic_request", *QUESTIONS, *ANSWERS)
+Item = Trace | str | list[Rendered] | RenderError
+Outcome = tuple[Any, Rendered | RenderError]
+
+
+def render(trace: Trace, tokenizer: Any, **options: Any) -> Rendered:
+    """Render one trace: ``input_ids, labels = render(trace, tokenizer)``.
+
+    Args:
+        trace: with an answer.
+        tokenizer: the student's.
+        **options: of ``Renderer``: tags, chat_template, ... For many traces make one ``Renderer``.
+
+    Returns:
+        ``input_ids`` and ``labels``: -100 on the prompt, the ids themselves on thought, answer
+        and end of turn. Labels are not shifted; the training collator does that.
+    """
+    return Renderer(tokenizer, **options)(trace)
+
+
+def render_stream(
+    traces: Iterable[Trace],
+    renderer: Renderer,
+    *,
+    report: Yield,
+    stage: str = "render",
+    max_tokens: int | None = None,
+    check: bool = True,
+) -> Iterator[tuple[Trace, Rendered]]:
+    """Render many traces; those that cannot be are dropped and counted.
+
+    Args:
+        traces: what to render.
+        renderer: for the student's tokenizer.
+        report: takes the counts; tokens, the template's facts and what it added are notes.
+        stage: the stage's name in the report.
+        max_tokens: longer ones are dropped, never cut.
+        check: the round trip of every trace.
+    """
+    tally = report.stage(stage)
+    outcomes = renderer.render_all(traces, check=check)
+    return metered(tally, _kept(outcomes, renderer, tally, max_tokens))
+
+
+def render_rows(
+    source: str | Path | Iterable[Any],
+    renderer: Renderer | AnyRenderer | None,
+    *,
+    report: Yield | None = None,
+    stage: str = "render",
+    max_tokens: int | None = None,
+) -> Iterator[Rendered]:
+    """Rows of ids and labels from any data set: what is captured, and what is trained on.
+
+    Args:
+        source: what ``kd.traces.load`` reads, a folder saved by ``datasets``, or records. A
+            record is a ``Trace``; of a known shape (a trace, ``messages``, prompt and response);
+            {"text": ...} or a text, which is tokenised as it is; or token ids, bare or as
+            {"input_ids": ...}, whose padding (``attention_mask``) is taken off and whose pack
+            (``lengths``, or ``position_ids`` that start again) is taken apart.
+        renderer: of the tokenizer whose ids are wanted; None where the source holds ids alone.
+        report: takes the counts; without one, the first record that cannot be rendered is an
+            error.
+        stage: the stage's name in the report.
+        max_tokens: longer rows are dropped, never cut.
+
+    Raises:
+        ValueError: a row of ids contradicts itself, or there is text and no renderer.
+        RenderError: without ``report``: the first record that cannot be rendered.
+    """
+    outcomes = _outcomes(_items(source), renderer)
+    if report is None:
+        for _, outcome in outcomes:
+            if isinstance(outcome, RenderError):
+                raise outcome
+            yield outcome
+        return
+    tally = report.stage(stage)
+    for _, rendered in metered(tally, _kept(outcomes, renderer, tally, max_tokens)):
+        yield rendered
+
+
+def _kept(
+    outcomes: Iterable[Outcome],
+    renderer: Renderer | AnyRenderer | None,
+    tally: Tally,
+    most: int | None,
+) -> Iterator[tuple[Any, Rendered]]:
+    """Those that were rendered, the others counted."""
+    notes = tally.notes
+    for key in ("tokens", "trained_tokens"):
+        notes.setdefault(key, 0)
+    for item, outcome in outcomes:
+        shown = item if isinstance(item, (Trace, Mapping)) else {"text": str(item)}
+        if isinstance(outcome, RenderError):
+            tally.drop(outcome.reason, shown, str(outcome))
+        elif most is not None and len(outcome.input_ids) > most:
+            tally.drop(f"longer than {most} tokens", shown, f"{len(outcome.input_ids)} tokens")
+        else:
+            tally.keep()
+            notes["tokens"] += len(outcome.input_ids)
+            notes["trained_tokens"] += len(outcome.labels) - outcome.labels.count(IGNORE)
+            yield item, outcome
+    if renderer is not None:
+        notes["template"] = renderer.facts()
+        notes["remarks"] = renderer.remarks()
+
+
+def _outcomes(
+    items: Iterable[tuple[Any, Item]], renderer: Renderer | AnyRenderer | None
+) -> Iterator[Outcome]:
+    """Every record with its ids (a pack's documents one by one), or its error, in order."""
+    stream = iter(items)
+    while batch := list(islice(stream, _BATCH)):
+        texts = [item for _, item in batch if isinstance(item, (Trace, str))]
+        if texts and renderer is None:
+            raise ValueError(
+                "render_rows: records must have input_ids where there is no tokenizer, got "
+                f"{texts[0]!r:.80}. Name a tokenizer that the teacher and the student share."
+            )
+        made = renderer.render_all(texts) if renderer is not None else iter(())
+        for record, item in batch:
+            if isinstance(item, list):
+                yield from ((record, document) for document in item)
+            elif isinstance(item, RenderError):
+                yield record, item
+            else:
+                yield next(made)
+
+
+def _items(source: str | Path | Iterable[Any]) -> Iterator[tuple[Any, Item]]:
+    """Every record with what is to be rendered of it."""
+    if isinstance(source, (str, Path)) and (Path(source) / "state.json").is_file():
+        from datasets import load_from_disk
+
+        source = load_from_disk(str(source))
+    for origin, index, record in _records(source):
+        where = f"record {index} of {origin or 'the data'}"
+        shown = record if isinstance(record, (Trace, Mapping)) else {"index": index}
+        if isinstance(record, BadRecord):
+            yield shown, RenderError(record.reason, f"{where}: {record.reason}: {record.detail}")
+        elif isinstance(record, (Trace, str)):
+            yield shown, record
+        elif not isinstance(record, Mapping):
+            yield shown, [Rendered(record, record)]  # ids, or refused by who takes them for such
+        elif record.get("input_ids") is not None:
+            yield shown, documents(record, where)
+        elif isinstance(record.get("text"), str) and not any(record.get(k) for k in _ASKED):
+            yield shown, record["text"]
+        else:
+            try:
+                yield shown, normalise(record)
+            except ShapeError as error:
+                keys = ", ".join(map(str, record))[:200]
+                words = (
+                    f"{where} must be a trace, messages, a text or input_ids, got {keys}: {error}."
+                )
+                yield shown, RenderError(error.reason, words)
