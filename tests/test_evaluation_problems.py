@@ -62,6 +62,53 @@ def test_problems_of_a_file(problems, tmp_path):
         read_problems(tmp_path / "missing.jsonl")
 
 
+@pytest.mark.parametrize(
+    "row, prompt, reference",
+    [
+        ({"question": "1+1?", "answer": 2}, "1+1?", "2"),
+        ({"question": "1-1?", "answer": 0}, "1-1?", "0"),
+        ({"problem": "p", "solution": "so", "answer": "0.0"}, "p", "0.0"),
+        ({"Question": "q", "Answer": "yes"}, "q", "yes"),
+        ({"instruction": "i", "response": "wrong", "ground_truth": "g"}, "i", "g"),
+        ({"messages": [{"role": "user", "content": "m"}], "answer": "4"}, "m", "4"),
+        (
+            {
+                "data_source": "x",
+                "prompt": [{"role": "user", "content": "v"}],
+                "reward_model": {"ground_truth": 0.0},
+            },
+            "v",
+            "0.0",
+        ),
+        (
+            {"prompt": "k", "think": "t", "answer": "a", "reference": "r", "metadata": {}},
+            "k",
+            "r",
+        ),
+    ],
+)
+@pytest.mark.parametrize("form", ["lines", "marked", "array"])
+def test_problems_come_in_any_columns_that_traces_load_takes(
+    tmp_path, row, prompt, reference, form
+):
+    path = tmp_path / ("p.json" if form == "array" else "p.jsonl")
+    text = json.dumps([row] if form == "array" else row)
+    path.write_text(text, encoding="utf-8-sig" if form == "marked" else "utf-8")
+    (found,) = read_problems(path)
+    assert (found.prompt, found.reference, found.think, found.answer) == (prompt, reference, "", "")
+
+
+def test_a_models_answer_is_no_reference(tmp_path):
+    path = tmp_path / "p.jsonl"
+    for row in (
+        {"prompt": "k", "think": "t", "answer": "a", "reference": "", "metadata": {}},
+        {"prompt": "k", "response": "a"},
+    ):
+        path.write_text(json.dumps(row))
+        with pytest.raises(ValueError, match="got no reference beside 'k' in p.jsonl:1"):
+            read_problems(path)
+
+
 def test_problems_of_reasoning_gym():
     pytest.importorskip("reasoning_gym")
     found = read_problems("gym:chain_sum:min_terms=2,max_terms=2", 3, seed=5)

@@ -91,6 +91,80 @@ def test_wrong_use_is_one_line_with_the_fix(files, capsys):
     assert "path must exist" in capsys.readouterr().err
 
 
+BAD = '{"title": "no shape"}\n{"messages": []}\noops\n'
+TRACE = '{"prompt": "q", "think": "", "answer": "a", "reference": "b", "metadata": {}}\n'
+
+
+@pytest.mark.parametrize(
+    "verb, text, words",
+    [
+        ("load", BAD, "1 of 3: no known shape. Name your columns: --column MINE=prompt"),
+        ("load", "", "Check that the input holds records"),
+        ("load", '{"question": "q"}', "1 of 1: question without an answer. Answer them first"),
+        ("verify", TRACE, "1 of 1: wrong: .* Try another verifier .--verifier maths"),
+        ("verify", BAD, "1 of 3: no known shape"),
+        ("filter", TRACE.replace('"a"', '""'), "1 of 1: empty answer"),
+        ("filter", BAD, "1 of 3: no known shape"),
+        ("select", BAD, "1 of 3: no known shape"),
+        ("mix", BAD, "every source must hold traces, got none in x"),
+        ("mix", TRACE, "reasoning_share must be one that the traces can give, got 0.5 of 0 with"),
+        ("render", BAD, "1 of 3: no known shape"),
+        ("report", BAD, "must hold traces, got none"),
+        ("generate", BAD, "1 of 3: empty prompt"),
+    ],
+)
+def test_no_row_out_is_an_error_of_every_verb_with_counts_and_the_cure(
+    files, capsys, verb, text, words
+):
+    path, counts = files / "x.jsonl", files / "counts.json"
+    path.write_text(text)
+    more = {
+        "verify": ["--verifier", "exact", "--keep", "correct"],
+        "select": ["--best", "1"],
+        "render": ["--tokenizer", str(files / "model")],
+        "generate": ["--model", str(files / "model")],
+        "mix": ["--reasoning-share", "0.5"] if text == TRACE else [],
+    }
+    counts.write_text("{}")
+    options = ["-o", str(files / "out.jsonl"), "--report", str(counts), *more.get(verb, [])]
+    assert main(["traces", verb, str(path), *options]) == 1
+    told = capsys.readouterr()
+    assert re.search(words, told.err) and told.err.count("\n") == 1
+    assert (files / "out.jsonl").exists() == (verb == "report")
+    assert ("out.jsonl is not written" in told.err) == (verb not in ("mix", "report"))
+    if verb != "report":
+        for reason, count in Yield.from_dict(json.loads(counts.read_text())).dropped.items():
+            assert re.search(rf"(?m)^  - {re.escape(reason)} +{count}$", told.out)
+
+
+def test_records_that_a_later_verb_cannot_read_are_counted_there(files, capsys):
+    path, counts = files / "x.jsonl", files / "counts.json"
+    path.write_text(TRACE + BAD)
+    for verb, more in (("filter", []), ("mix", []), ("select", ["--best", "1"])):
+        options = ["-o", str(files / "out.jsonl"), "--report", str(counts), *more]
+        assert main(["traces", verb, str(path), *options]) == 0
+        tally = Yield.from_dict(json.loads(counts.read_text()))[f"read for {verb}"]
+        assert (tally.seen, tally.kept) == (4, 1) and tally.dropped["not JSON"] == 1
+
+
+def test_your_own_columns_can_be_named_on_the_command_line(files, capsys):
+    path, out = files / "x.jsonl", files / "out.jsonl"
+    path.write_text('{"my_q": "1+1?", "my_a": "2", "gold": 2}\n')
+    named = ["--column", "my_q=prompt", "--column", "my_a=response"]
+    assert main(["traces", "load", str(path), "-o", str(out), *named]) == 0
+    assert [(t.prompt, t.answer, t.reference) for t in load(out)] == [("1+1?", "2", "2")]
+    assert main(["traces", "load", str(path), "--column", "my_q"]) == 1
+    assert "--column must be MINE=KNOWN, such as my_q=prompt, got 'my_q'" in capsys.readouterr().err
+
+
+def test_an_evaluation_question_that_cannot_be_read_is_refused(files, capsys):
+    (files / "x.jsonl").write_text(TRACE)
+    (files / "bench.jsonl").write_text('{"question": "q"}\noops\n')
+    options = ["--against", str(files / "bench.jsonl")]
+    assert main(["traces", "filter", str(files / "x.jsonl"), *options]) == 1
+    assert "must hold questions only, got bench.jsonl:2: not JSON" in capsys.readouterr().err
+
+
 def test_the_page_escapes_everything_and_loads_nothing(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=y>"
     report = Yield()

@@ -225,6 +225,55 @@ def test_the_share_of_reasoning_is_met_and_the_rest_is_counted():
         list(mix(sources(), reasoning_share=2, report=Yield()))
 
 
+THINK = [Trace(f"r{i}", "t", "a") for i in range(100)]
+NONE = [Trace(f"p{i}", "", "a") for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    "held, total, share, words",
+    [
+        ([THINK], None, 0.75, "0.75 of 100 with a thought and 0 without"),
+        ([NONE], None, 0.75, "0.75 of 0 with a thought and 100 without"),
+        ([THINK], 50, 0.75, r"0.75 of 100 with a thought and 0 without \(that is 38 and 12\)"),
+        ([NONE], None, 1.0, "1.0 of 0 with a thought"),
+        ([THINK, THINK], 10, 0.0, "0.0 of 200 with a thought and 0 without"),
+        ([THINK[:1], NONE], None, 0.75, r"\(that is 1 and 0\)"),
+        ([THINK, NONE], 1, 0.5, r"\(that is 0 and 1\)"),
+        ([THINK, []], 10, None, "every source must hold traces, got none in s1"),
+        ([[]], None, None, "every source must hold traces, got none in s0"),
+        ([THINK], 0, None, "total must be at least 1, got 0"),
+    ],
+)
+def test_a_mixture_that_cannot_be_had_is_refused_with_the_numbers(held, total, share, words):
+    made = [Source(f"s{i}", traces) for i, traces in enumerate(held)]
+    with pytest.raises(ValueError, match=f"mix: .*{words}"):
+        mix(made, total=total, reasoning_share=share, report=Yield())
+
+
+@pytest.mark.parametrize("total", [4, 7, 100, 333, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("weights", [(1, 1, 1), (5, 1, 2), (0, 1, 3)])
+def test_total_and_share_are_both_met_and_weights_within_each_side(total, share, weights):
+    held = [THINK, NONE[:20], THINK[:30] + NONE[20:50]]
+    made = [Source(f"s{i}", held[i], weight=weights[i]) for i in range(3)]
+    report = Yield()
+    mixed = list(mix(made, total=total, reasoning_share=share, report=report))
+    assert len(mixed) == total == report["mix"].seen and not report["mix"].dropped
+    assert sum(bool(trace.think) for trace in mixed) == round(total * share)
+    notes = report["mix"].notes["sources"]
+    first = sum(entry["reasoning"] for name, entry in notes.items() if name == "s0")
+    assert abs(first - round(total * share) * weights[0] / (weights[0] + weights[2])) < 1
+    for name, entry in notes.items():
+        assert entry["times"] == pytest.approx(entry["traces"] / len(held[int(name[1])]), abs=1e-3)
+
+
+def test_what_is_repeated_is_said_in_the_table():
+    report = Yield()
+    list(mix([Source("small", THINK[:10]), Source("large", NONE)], total=100, report=report))
+    assert "small repeated, times" in report.table() and "5.00" in report.table()
+    assert "large" not in report.table()
+
+
 def test_files_are_mixed_without_being_held(tmp_path):
     traces = [Trace(f"q{i}", "t", "a\u2028b") for i in range(50)]
     write_traces(tmp_path / "x.jsonl", traces)

@@ -189,7 +189,8 @@ def test_what_fits_no_shape_is_counted_with_its_index_and_keys():
     assert [trace.answer for trace in kept] == ["the one good record"]
     stage = report["load"]
     assert stage.dropped == {
-        "mixed roles": 2,
+        "mixed roles": 1,
+        "question without an answer": 1,
         "unknown role": 1,
         "no known shape": 1,
         "empty answer": 1,

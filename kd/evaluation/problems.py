@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.traces import Trace, gym_problems
+from kd.traces.columns import ShapeError
+from kd.traces.loading import questions
 
 GYM, LM_EVAL = "gym:", "lm-eval:"
 
@@ -17,7 +19,8 @@ def read_problems(source: str | Path, limit: int = 0, seed: int = 0) -> list[Tra
     """Problems as traces that wait for an answer.
 
     Args:
-        source: a file of JSON lines {prompt, reference[, system, domain]}; or ``gym:NAME`` or
+        source: a file of questions with their answers in any columns that ``kd.traces.load``
+            knows (prompt and reference, question and answer, verl's, ...); or ``gym:NAME`` or
             ``gym:NAME:option=value,...`` for a family of reasoning-gym.
         limit: at most so many; 0 takes all of a file, and 200 of a family.
         seed: of a family; the same seed gives the same problems.
@@ -39,11 +42,7 @@ def read_problems(source: str | Path, limit: int = 0, seed: int = 0) -> list[Tra
             f"read_problems: source must be an existing file, gym:NAME or lm-eval:TASK, got "
             f"{text}. Check the path."
         )
-    found = [
-        _problem(line, path, number)
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if line.strip()
-    ]
+    found = [_problem(place, problem) for place, problem in questions(path)]
     if not found:
         raise ValueError(
             f"read_problems: source must hold at least one problem, got none in {path}."
@@ -51,21 +50,14 @@ def read_problems(source: str | Path, limit: int = 0, seed: int = 0) -> list[Tra
     return found[: limit or None]
 
 
-def _problem(line: str, path: Path, number: int) -> Trace:
-    try:
-        row = json.loads(line)
-        return Trace(
-            row["prompt"],
-            reference=str(row["reference"]),
-            system=row.get("system", ""),
-            domain=row.get("domain", ""),
-            metadata=row.get("metadata") or {},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            "read_problems: every line must be an object with prompt and reference, got "
-            f"{line[:60]!r} in {path}:{number}. Rename the fields or drop the line."
-        ) from None
+def _problem(place: str, found: Trace | ShapeError) -> Trace:
+    if isinstance(found, Trace) and found.reference:
+        return found
+    wrong = found if not isinstance(found, Trace) else f"no reference beside {found.prompt[:60]!r}"
+    raise ValueError(
+        "read_problems: every record must be a question and its answer, such as prompt and "
+        f"reference, got {wrong} in {place}. Rename the columns or drop the record."
+    )
 
 
 def _family(spec: str, size: int, seed: int) -> list[Trace]:

@@ -33,10 +33,12 @@ def add_parser(subparsers: Any) -> None:
         return made
 
     load = verb("load", "read any known shape, write traces")
+    _column(load)
     load.add_argument("--all-samples", action="store_true", help="every sample of a record")
     load.add_argument("--source", default="", help="name of records that bring none")
     load.add_argument("--domain", default="")
     generate = verb("generate", "answer problems with a local model")
+    _column(generate)
     generate.add_argument("--model", required=True, help="transformers model, or a server's name")
     _serving(generate)
     generate.add_argument("--journal", help="answers so far; a rerun continues from it")
@@ -103,6 +105,16 @@ def add_parser(subparsers: Any) -> None:
     demo = verb("demo", "the whole pipeline on reasoning-gym and a tiny teacher", None)
     demo.add_argument("--problems", type=int, default=400)
     demo.add_argument("--steps", type=int, default=600, help="training steps of the teacher")
+
+
+def _column(verb: Any) -> None:
+    verb.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="MINE=KNOWN",
+        help="your column's name and a known one, such as my_q=prompt; may be repeated",
+    )
 
 
 def _serving(verb: Any, required: bool = False) -> None:

@@ -1,127 +1,18 @@
-"""Records out of JSON-lines, JSON and Parquet files, and traces into them, one at a time."""
+"""Traces into JSON-lines and Parquet files, one at a time; a file appears whole or not at all."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from kd.traces.trace import TEXT_FIELDS, Trace
 
-LONGEST_LINE = 256 * 2**20
-SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 _ROWS = 256
-
-
-class BadRecord:
-    """A record that could not be read at all: ``reason``, ``detail``, and where it was."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason = reason
-        self.detail = detail
-
-
-def expand(path: str | Path) -> list[Path]:
-    """The files of a path: itself, or the known ones in a folder, sorted.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if str(file).endswith(SUFFIXES))
-        if not found:
-            raise FileNotFoundError(
-                f"load: {path} must hold {', '.join(SUFFIXES)} files, got none. Name a file."
-            )
-        return found
-    if not path.exists():
-        raise FileNotFoundError(f"load: path must exist, got {path}. Check its spelling.")
-    return [path]
-
-
-def read_records(path: str | Path) -> Iterator[Any]:
-    """Every record of one file: a dict (or what else JSON held), or a ``BadRecord``.
-
-    Raises:
-        ValueError: the file as a whole cannot be read.
-    """
-    path = Path(path)
-    name = path.name
-    if name.endswith(".parquet"):
-        yield from _parquet_records(path)
-    elif name.endswith(".json"):
-        yield from _json_records(path)
-    elif name.endswith((".jsonl", ".ndjson")):
-        with path.open("rb") as file:
-            yield from _lines(file)
-    elif name.endswith(".jsonl.gz"):
-        with gzip.open(path, "rb") as packed:
-            yield from _lines(packed)  # type: ignore[arg-type]
-    else:
-        raise ValueError(
-            f"load: path must end with {', '.join(SUFFIXES)}, got {name}. Rename or convert it."
-        )
-
-
-def _lines(file: IO[bytes]) -> Iterator[Any]:
-    while line := file.readline(LONGEST_LINE):
-        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            size = len(line)
-            while more := file.readline(LONGEST_LINE):
-                size += len(more)
-                if more.endswith(b"\n"):
-                    break
-            yield BadRecord("line too long", f"{size:,} bytes")
-            continue
-        if line.strip():
-            yield _parse(line)
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRecord("invalid UTF-8", str(error))
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return BadRecord("not JSON", f"{type(error).__name__}: {error}; starts {text[:80]!r}")
-
-
-def _json_records(path: Path) -> Iterator[Any]:
-    whole = _parse(path.read_bytes())
-    if isinstance(whole, BadRecord):
-        # many files called .json are JSON lines
-        with path.open("rb") as file:
-            yield from _lines(file)
-        return
-    yield from whole if isinstance(whole, list) else [whole]
-
-
-def _parquet_records(path: Path) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"load: {path} must be a Parquet file, got {error}. Write or download it again."
-        ) from None
-    with file:
-        for batch in file.iter_batches(batch_size=_ROWS):
-            try:
-                yield from batch.to_pylist()
-            except UnicodeDecodeError:
-                for i in range(batch.num_rows):
-                    try:
-                        yield batch.slice(i, 1).to_pylist()[0]
-                    except UnicodeDecodeError as error:
-                        yield BadRecord("invalid UTF-8", str(error))
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> int:
@@ -142,24 +33,28 @@ def write_rows(
 ) -> int:
     """Write dicts as ``write_traces`` does.
 
+    What JSON cannot hold is written as its text, bytes as their number. A lone surrogate, which
+    no file can hold, is written as U+FFFD; how many rows had one is a warning at the end.
+
     Args:
         path: where.
-        rows: dicts that JSON can hold; all with the same keys for Parquet.
+        rows: dicts; all with the same keys for Parquet.
         text_columns: always text in Parquet, even where the first rows hold none; every dict
             column becomes JSON text there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    lines = _Lines()
     try:
         if path.name.endswith(".parquet"):
-            count = _write_parquet(temporary, rows, text_columns)
+            count = _write_parquet(temporary, rows, text_columns, lines)
         elif path.name.endswith(".jsonl.gz"):
-            with gzip.open(temporary, "wt", encoding="utf-8", compresslevel=3) as packed:
-                count = _write_lines(packed, rows)
+            with gzip.open(temporary, "wb", compresslevel=3) as packed:
+                count = lines.write(packed, rows)
         elif path.name.endswith((".jsonl", ".ndjson")):
-            with temporary.open("w", encoding="utf-8") as file:
-                count = _write_lines(file, rows)
+            with temporary.open("wb") as file:
+                count = lines.write(file, rows)
         else:
             raise ValueError(
                 f"write: path must end with .jsonl, .jsonl.gz or .parquet, got {path.name}."
@@ -167,18 +62,59 @@ def write_rows(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if lines.mended:
+        warnings.warn(
+            f"write: text must be Unicode, got lone surrogates in {lines.mended:,} of {count:,} "
+            f"rows of {path.name}: written as U+FFFD.",
+            stacklevel=2,
+        )
     return count
 
 
-def _write_lines(file: IO[str], rows: Iterable[dict[str, Any]]) -> int:
-    count = 0
-    for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
-        count += 1
-    return count
+class _Lines:
+    """Rows as JSON text; ``mended`` counts those that no encoding could hold as they were."""
+
+    def __init__(self) -> None:
+        self.mended = 0
+
+    def text(self, row: Any) -> str:
+        written = json.dumps(row, ensure_ascii=False, separators=(",", ":"), default=_described)
+        try:
+            written.encode("utf-8")
+        except UnicodeEncodeError:
+            self.mended += 1
+            written = whole_text(written)
+        return written
+
+    def write(self, file: IO[bytes] | gzip.GzipFile, rows: Iterable[dict[str, Any]]) -> int:
+        count = 0
+        for row in rows:
+            file.write(self.text(row).encode("utf-8") + b"\n")
+            count += 1
+        return count
+
+    def flat(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row for a table: dicts as JSON text."""
+        texts = {k: v for k, v in row.items() if isinstance(v, str) and not v.isascii()}
+        mended = {k: whole_text(v) for k, v in texts.items()}
+        before, flat = self.mended, {**row, **mended}
+        flat = {k: self.text(v) if isinstance(v, dict) else v for k, v in flat.items()}
+        self.mended = before + (self.mended > before or mended != texts)
+        return flat
 
 
-def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], texts: tuple[str, ...]) -> int:
+def whole_text(text: str) -> str:
+    """A text whose halves of surrogate pairs are joined, and those without another U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _described(value: Any) -> str:
+    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def _write_parquet(
+    path: Path, rows: Iterable[dict[str, Any]], texts: tuple[str, ...], lines: _Lines
+) -> int:
     import pyarrow
     from pyarrow import parquet
 
@@ -186,10 +122,7 @@ def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], texts: tuple[str,
     count = 0
     try:
         for chunk in _chunks(rows, _ROWS):
-            flat = [
-                {k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()}
-                for row in chunk
-            ]
+            flat = [lines.flat(row) for row in chunk]
             table = pyarrow.Table.from_pylist(flat, schema=writer.schema if writer else None)
             if writer is None:
                 for name in texts:

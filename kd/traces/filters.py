@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd.traces.trace import ALL_MARKS, Trace
+from kd.traces.trace import Trace, has_marks
 from kd.traces.yields import Yield
 
 Filter = Callable[[Trace], str | None]
@@ -67,17 +67,13 @@ class Lint:
             return "empty answer"
         if self.need_think and not trace.think.strip():
             return "empty think"
-        if _has_mark(trace.think) or _has_mark(trace.answer):
+        if has_marks(trace.think) or has_marks(trace.answer):
             return "nested or second think tag"
         if self.fences and len(_FENCE.findall(trace.answer)) % 2:
             return "unterminated code fence"
         if loops(trace.think, self.repeats) or loops(trace.answer, self.repeats):
             return "repetition loop"
         return None
-
-
-def _has_mark(text: str) -> bool:
-    return "<" in text and any(mark in text for mark in ALL_MARKS)
 
 
 def loops(text: str, repeats: int = 12) -> bool:

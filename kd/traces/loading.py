@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kd.traces.columns import ShapeError
-from kd.traces.files import BadRecord, expand, read_records
-from kd.traces.shapes import every_sample, normalise
+from kd.traces.columns import ShapeError, call_names
+from kd.traces.records import BadRecord, expand, read_records
+from kd.traces.shapes import every_sample, normalise, problem
 from kd.traces.trace import Trace
 from kd.traces.yields import Tally, Yield, metered
 
@@ -29,10 +29,12 @@ def load(
     """Load traces, one at a time.
 
     Args:
-        source: a JSON-lines, JSON or Parquet file, a folder of such, a data set of the Hugging
-            Face hub as ``owner/name``, ``owner/name:config`` or ``owner/name@split`` (streamed),
-            or any iterable of dicts, such as a ``datasets.Dataset``.
+        source: a JSON-lines, JSON or Parquet file (JSON also as .gz or .zst), a folder of such, a
+            data set of the Hugging Face hub as ``owner/name``, ``owner/name:config`` or
+            ``owner/name@split`` (streamed), or any iterable of dicts, such as a
+            ``datasets.Dataset``.
         report: takes the counts; a record that fits no shape is dropped with its index and keys.
+            Its notes count the shapes, parts of messages that are not text, and called tools.
         stage: the stage's name in the report.
         name: the source's name for records that bring none; the file's or data set's by default.
         domain: likewise.
@@ -56,14 +58,14 @@ def _load(
     columns: Mapping[str, str] | None,
 ) -> Iterator[Trace]:
     shapes: dict[str, int] = tally.notes.setdefault("shapes", {})
-    for origin, index, record in _records(source):
-        where = {"index": index, **({"file": origin} if origin else {})}
+    for file, origin, index, record in _records(source):
+        where = {"index": index, **({"file": file} if file else {})}
         if isinstance(record, BadRecord):
             tally.drop(record.reason, where, record.detail)
             continue
         if columns and isinstance(record, Mapping):
             record = {columns.get(key, key): value for key, value in record.items()}
-        rows = every_sample(record) if all_samples and isinstance(record, Mapping) else [record]
+        rows = every_sample(record) if all_samples else [record]
         if not rows:
             tally.drop("no samples", where, "generations is empty")
         for row in rows:
@@ -72,9 +74,14 @@ def _load(
             except ShapeError as error:
                 keys = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else ""
                 tally.drop(error.reason, {**where, "keys": keys}, error.detail)
+                _count(tally.notes.setdefault("tools", {}), error.names)
                 continue
-            shape = str(trace.metadata.get("shape", "kd"))
-            shapes[shape] = shapes.get(shape, 0) + 1
+            _count(shapes, [str(trace.metadata.get("shape", "kd"))])
+            _count(
+                tally.notes.setdefault("tools", {}), call_names(trace.metadata.get("tool_calls"))
+            )
+            for part, number in trace.metadata.get("lost_parts", {}).items():
+                _count(tally.notes.setdefault("lost_parts", {}), [part] * number)
             tally.keep()
             labels = {
                 "source": trace.source or defaults["source"] or origin,
@@ -85,20 +92,57 @@ def _load(
             yield trace.replace(**labels)
 
 
-def _records(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, int, Any]]:
-    """(where from, index, record) of every record."""
+def questions(
+    source: str | Path, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Trace | ShapeError]]:
+    """Every question of a file or folder as a problem, or why there is none; with its place.
+
+    Args:
+        source: as for ``load``.
+        columns: likewise.
+
+    Returns:
+        Pairs of "file:number" and the problem, or the error.
+    """
+    for file, _, index, record in _records(source):
+        found: Trace | ShapeError
+        try:
+            if isinstance(record, BadRecord):
+                raise ShapeError(record.reason, record.detail)
+            if columns and isinstance(record, Mapping):
+                record = {columns.get(key, key): value for key, value in record.items()}
+            found = problem(record)
+        except ShapeError as error:
+            found = error
+        yield f"{file}:{index + 1}", found
+
+
+def _count(counts: dict[str, int], names: Iterable[str]) -> None:
+    for name in names:
+        counts[name] = counts.get(name, 0) + 1
+
+
+def _records(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, str, int, Any]]:
+    """(file, name of the source, index, record) of every record."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.exists() and isinstance(source, str) and _HUB.match(source):
             for index, record in enumerate(_hub(source)):
-                yield source, index, record
+                yield source, source, index, record
             return
-        for file in expand(path):
-            for index, record in enumerate(read_records(file)):
-                yield file.name.partition(".")[0], index, record
+        files = expand(path)
+        for file in files:
+            name = file.name.partition(".")[0]
+            try:
+                for index, record in enumerate(read_records(file)):
+                    yield file.name, name, index, record
+            except ValueError as error:
+                if files == [path]:
+                    raise
+                yield file.name, name, 0, BadRecord("file not read", str(error))
         return
     for index, record in enumerate(source):
-        yield "", index, record
+        yield "", "", index, record
 
 
 def _hub(address: str) -> Iterable[Any]:

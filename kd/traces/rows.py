@@ -7,10 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kd.traces.columns import ANSWERS, QUESTIONS, ShapeError
+from kd.traces.columns import ANSWERS, QUESTIONS, TURNS, ShapeError, are_turns
 from kd.traces.documents import documents
-from kd.traces.files import BadRecord
 from kd.traces.loading import _records
+from kd.traces.records import BadRecord
 from kd.traces.rendering import AnyRenderer, Renderer
 from kd.traces.shapes import normalise
 from kd.traces.templates import RenderError
@@ -19,7 +19,7 @@ from kd.traces.trace import Trace
 from kd.traces.yields import Tally, Yield, metered
 
 _BATCH = 256
-_ASKED = ("messages", "conversations", "choices", "generic_request", *QUESTIONS, *ANSWERS)
+_ASKED = (*TURNS, "choices", "generic_request", *QUESTIONS, *ANSWERS)
 Item = Trace | str | list[Rendered] | RenderError
 Outcome = tuple[Any, Rendered | RenderError]
 
@@ -155,8 +155,9 @@ def _items(source: str | Path | Iterable[Any]) -> Iterator[tuple[Any, Item]]:
         from datasets import load_from_disk
 
         source = load_from_disk(str(source))
-    for origin, index, record in _records(source):
-        where = f"record {index} of {origin or 'the data'}"
+    for file, _, index, record in _records(source):
+        where = f"record {index} of {file or 'the data'}"
+        record = {"messages": record} if are_turns(record) else record
         shown = record if isinstance(record, (Trace, Mapping)) else {"index": index}
         if isinstance(record, BadRecord):
             yield shown, RenderError(record.reason, f"{where}: {record.reason}: {record.detail}")

@@ -3,35 +3,47 @@ r"""Records as users have them, recognised by their columns and brought to one f
 | shape | recognised by | who writes it |
 |---|---|---|
 | kd | prompt, think, answer | this library |
-| conversations | conversations: [{from, value}] or [{role, content}], system | Bespoke-Stratos, OpenThoughts, OpenThoughts3, Sky-T1 |
-| messages | messages: [{role, content[, reasoning_content]}] | Mixture-of-Thoughts, OpenR1-Math, OpenAI files |
+| conversations | conversations: [{from, value}] or [{role, content}], system | Bespoke-Stratos, OpenThoughts, OpenThoughts3, Sky-T1, ShareGPT |
+| messages | messages: [{role, content[, reasoning_content]}], or a bare list of turns | Mixture-of-Thoughts, OpenR1-Math, OpenAI files |
 | response | choices, or response.body.choices | DeepSeek and OpenAI API responses and batch files |
 | curator | response_message + generic_request, or a reasoning column | Curator's cache and datasets |
 | s1 | question + *_thinking_trajectory, thinking_trajectories, or ChatML text | s1K, s1K-1.1, s1K_tokenized |
-| reasoning_content | reasoning_content + content | DeepSeek API answers written one per line |
-| pair | prompt/response, instruction/output, question/solution, ... | everything else; LIMO |
+| pair | prompt/response, instruction/output, question/solution, input/output, ...; the prompt may be a list of turns | Alpaca, LIMO, Llama-Nemotron, everything else |
+| problem | a question and its reference without an answer | verl and other RL sets |
+
+Turns may be a dict of lists or JSON text. Names of columns are known in any case.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kd.traces.columns import (
     ANSWERS,
+    KNOWN,
     QUESTIONS,
-    REASONING,
     REFERENCES,
-    ROLES,
+    SAMPLES,
+    SYSTEMS,
+    TURNS,
     ShapeError,
+    are_turns,
     conversation,
     first,
+    given,
+    is_label,
     make,
+    reference_of,
     rest_of,
+    role_of,
     split_answer,
+    stored,
     text_of,
+    thought_of,
+    turns_of,
 )
 from kd.traces.trace import TEXT_FIELDS, Trace, split_completion
 
@@ -68,15 +80,10 @@ def normalise(record: Any) -> Trace:
     Raises:
         ShapeError: it fits no shape, or its content does not fit; with reason and detail.
     """
-    if not isinstance(record, Mapping):
-        raise ShapeError("not an object", f"a {type(record).__name__}")
+    record = _plain(record)
     shape = next((shape for shape in SHAPES if shape.matches(record)), None)
     if shape is None:
-        if record.get("error"):
-            raise ShapeError("teacher failed", str(record["error"])[:200])
-        missing = [key for key in (*QUESTIONS, *ANSWERS) if key in record]
-        known = f"; of those, only {', '.join(missing)} is known" if missing else ""
-        raise ShapeError("no known shape", f"keys {', '.join(map(str, record))}{known}")
+        raise _unknown(record)
     try:
         trace = shape.convert(record)
     except (AttributeError, KeyError, TypeError, IndexError) as error:
@@ -85,26 +92,66 @@ def normalise(record: Any) -> Trace:
         raise ShapeError("empty prompt", f"taken for {shape.name}")
     if shape.name == "kd":
         return trace
-    if not trace.answer and not trace.think:
+    if not trace.answer and not trace.think and shape.name != "problem":
         raise ShapeError("empty answer", f"taken for {shape.name}")
     return trace.note(shape=shape.name)
 
 
-def every_sample(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """One record per sample, where a record holds many (OpenR1-Math's ``generations``, the
-    choices of an API response); otherwise the record alone."""
-    generations = record.get("generations")
-    question = first(record, QUESTIONS)
-    if isinstance(generations, Sequence) and not isinstance(generations, str) and question:
-        kept = {k: v for k, v in record.items() if k not in ("generations", "messages")}
-        kept = {k: v for k, v in kept.items() if k != "solution"}
+def _plain(record: Any) -> Mapping[str, Any]:
+    """A record as a mapping: unpacked from JSON text, a bare list of turns, or ``row``; known
+    columns in lower case, arrays as lists."""
+    record = stored(record)
+    if are_turns(record):
+        return {"messages": record}
+    if isinstance(record, Mapping) and isinstance(record.get("row"), Mapping):
+        record = record["row"]  # the Hub's rows API
+    if not isinstance(record, Mapping):
+        raise ShapeError("not an object", f"a {type(record).__name__}")
+    lower = {key: str(key).lower() for key in record}
+    names = {key: name for key, name in lower.items() if name != key and name in KNOWN}
+    if names:
+        taken = set(record)
+        record = {
+            names[key] if key in names and names[key] not in taken else key: value
+            for key, value in record.items()
+        }
+    if any(hasattr(value, "tolist") for value in record.values()):
+        record = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()}
+    return record
+
+
+def _unknown(record: Mapping[str, Any]) -> ShapeError:
+    """Why a record is of no shape, in the words that help to mend it."""
+    keys = f"keys {', '.join(map(str, record))}"[:300]
+    if record.get("error"):
+        return ShapeError("teacher failed", str(record["error"])[:200])
+    known = [key for key in (*QUESTIONS, *ANSWERS) if key in record]
+    if {"chosen", "rejected"} <= record.keys():
+        return ShapeError("preference pair", f"{keys}; name the column to learn from as response")
+    if given(first(record, QUESTIONS)):
+        return ShapeError("question without an answer", keys)
+    if isinstance(record.get("body"), Mapping) and "messages" in record["body"]:
+        return ShapeError("request without its response", keys)
+    detail = f"; of those, only {', '.join(known)} is known" if known else ""
+    return ShapeError("no known shape", keys + detail)
+
+
+def every_sample(record: Any) -> list[Any]:
+    """One record per sample, where a record holds many (OpenR1-Math's ``generations``, any list
+    of answers, the choices of an API response); otherwise the record alone."""
+    if not isinstance(record, Mapping):
+        return [record]
+    name = next((name for name in SAMPLES if _texts(record.get(name))), "")
+    if name and given(first(record, QUESTIONS)):
+        held = record[name]
+        kept = {k: v for k, v in record.items() if k not in (name, "messages", "solution")}
         reference = kept.pop("answer", "")
         rows: list[Mapping[str, Any]] = []
-        for i, text in enumerate(generations):
+        for i, text in enumerate(held):
             flags = {
                 key: value[i]
                 for key, value in kept.items()
-                if isinstance(value, list) and len(value) == len(generations)
+                if isinstance(value, list) and len(value) == len(held)
             }
             rows.append({**kept, **flags, "reference": reference, "response": text, "sample": i})
         return rows
@@ -113,6 +160,10 @@ def every_sample(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if isinstance(choices, list) and len(choices) > 1:
         return [{**record, "choices": [choice], "sample": i} for i, choice in enumerate(choices)]
     return [record]
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _kd(record: Mapping[str, Any]) -> Trace:
@@ -132,7 +183,7 @@ def _response(record: Mapping[str, Any]) -> Trace:
     message = choices[0].get("message")
     if not isinstance(message, Mapping):
         raise ShapeError("response without a message", f"choice has {', '.join(choices[0])}")
-    asked = first(record, ("messages", "request", *QUESTIONS)) or body.get("messages")
+    asked = stored(first(record, ("messages", "request", *QUESTIONS)) or body.get("messages"))
     if isinstance(asked, Mapping):
         asked = asked.get("body", asked).get("messages")
     rest = rest_of(record, "choices", "response", "messages", "request", "object", *QUESTIONS)
@@ -146,9 +197,9 @@ def _response(record: Mapping[str, Any]) -> Trace:
         return trace.replace(metadata={**trace.metadata, **rest})
     if not asked:
         raise ShapeError("response without its prompt", f"keys {', '.join(map(str, record))}")
-    thought = text_of(first(message, REASONING), "reasoning_content")
-    think, answer = split_answer(text_of(message.get("content"), "content"), thought)
-    return make(record, text_of(asked, "prompt"), think, answer, rest)
+    turns = [{"role": "user", "content": asked}, turn]
+    trace = conversation({**record, "messages": turns}, "messages")
+    return trace.replace(metadata={**trace.metadata, **rest})
 
 
 def _curator(record: Mapping[str, Any]) -> Trace:
@@ -177,7 +228,7 @@ def _s1(record: Mapping[str, Any]) -> Trace:
     else:
         who = "deepseek" if record.get("deepseek_thinking_trajectory") else "gemini"
         think, answer = record.get(f"{who}_thinking_trajectory"), record.get(f"{who}_attempt")
-    reference = first(record, (*REFERENCES, "answer", "solution"))
+    reference = reference_of(record, "answer", "solution")[1]
     dropped = [key for key in record if "traject" in key or "attempt" in key]
     rest = rest_of(record, *dropped, "text", *QUESTIONS, *ANSWERS, "metadata")
     think, answer = text_of(think, "thinking trajectory"), text_of(answer, "attempt")
@@ -198,37 +249,53 @@ def _chatml(record: Mapping[str, Any]) -> Trace:
         think = parts["think"]
     else:
         think, answer = split_completion(parts["assistant"])
-    reference = first(record, (*REFERENCES, "answer", "solution"))
+    reference = reference_of(record, "answer", "solution")[1]
     rest = rest_of(record, "text", *QUESTIONS, *ANSWERS)
     system = parts.get("system", "")
     return make(record, parts["user"], think, answer, rest, system=system, reference=reference)
 
 
 def _pair(record: Mapping[str, Any]) -> Trace:
-    present = [key for key in QUESTIONS if record.get(key) is not None]
-    asked = next((key for key in present if record[key]), present[0])
-    question = record[asked]
-    if isinstance(question, list):  # TRL's conversational prompt and completion
-        said = record.get("completion")
-        said = said if isinstance(said, list) else [{"role": "assistant", "content": said}]
-        return conversation({**record, "messages": [*question, *said]}, "messages")
-    prompt = text_of(question, asked)
-    if asked == "instruction" and record.get("input"):
+    asked = next((key for key in QUESTIONS if given(record.get(key))), "")
+    if not asked:
+        raise ShapeError("empty prompt", f"keys {', '.join(map(str, record))}")
+    key = next((key for key in ANSWERS if given(record.get(key))), "")
+    value = record.get(key)
+    if isinstance(value, list) and len(value) > 1 and _texts(value):
+        raise ShapeError("several answers", f"{key} holds {len(value)}; ask for all samples")
+    column, thought = thought_of(record)
+    spoken = stored(record[asked])
+    if _speaks(spoken) or _speaks(stored(value)):
+        # a list of turns on one side or on both (verl, TRL, Nemotron)
+        turns = (
+            turns_of(spoken, asked) if _speaks(spoken) else [{"role": "user", "content": spoken}]
+        )
+        said = stored(value)
+        if not _speaks(said):
+            said = {"role": "assistant", "content": value, "reasoning_content": thought}
+        kept = {k: v for k, v in record.items() if k not in (asked, key, column)}
+        more = [said] if isinstance(said, Mapping) else said
+        return conversation({**kept, "messages": [*turns, *more]}, "messages")
+    prompt = text_of(record[asked], asked)
+    if asked == "instruction" and given(record.get("input")):
         prompt = f"{prompt}\n\n{text_of(record['input'], 'input')}"
-    key = next(key for key in ANSWERS if record.get(key) is not None)
-    thought = text_of(first(record, REASONING), "reasoning")
-    think, answer = split_answer(text_of(record[key], key), thought)
-    gold = (*REFERENCES, *(("answer",) if key != "answer" else ()))
-    reference = first(record, gold)
-    used = next((name for name in gold if record.get(name)), key)
-    rest = rest_of(record, "system", *REASONING, asked, key, used)
-    system = text_of(record.get("system"), "system")
+    think, answer = split_answer(text_of(value, key), thought)
+    used, reference = reference_of(record, *(("answer",) if key != "answer" else ()))
+    rest = rest_of(record, *SYSTEMS, column, asked, key, used)
+    system = text_of(first(record, SYSTEMS), "system")
     return make(record, prompt, think, answer, rest, system=system, reference=reference)
+
+
+def _speaks(value: Any) -> bool:
+    """Whether a column holds turns, or one: not text, and not the parts of one message."""
+    if isinstance(value, Mapping):
+        return bool({"role", "from", "content"} & value.keys())
+    return are_turns(value)
 
 
 def _body(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The API response inside a record: the record itself, its ``response`` or that one's body."""
-    for found in (record, record.get("response")):
+    for found in (record, stored(record.get("response"))):
         if isinstance(found, Mapping):
             body = found.get("body", found)
             if isinstance(body, Mapping) and _choices(body):
@@ -247,7 +314,20 @@ def _choices(body: Mapping[str, Any]) -> bool:
 
 
 def _is_pair(record: Mapping[str, Any]) -> bool:
-    return all(any(record.get(key) is not None for key in keys) for keys in (QUESTIONS, ANSWERS))
+    """Whether there is a column for the question and one for the answer, whatever is in them."""
+    return any(key in record for key in QUESTIONS) and any(key in record for key in ANSWERS)
+
+
+def _turn_column(record: Mapping[str, Any]) -> str:
+    """The column of a conversation, if there is one."""
+    for column in TURNS:
+        value = record.get(column)
+        # of "turns", "dialogue" and the like only what can be turns: they may be counts or texts
+        if value is not None and (
+            column in TURNS[:2] or isinstance(stored(value), (list, Mapping))
+        ):
+            return column
+    return ""
 
 
 def problem(record: Any) -> Trace:
@@ -257,38 +337,57 @@ def problem(record: Any) -> Trace:
     Raises:
         ShapeError: there is no question in it.
     """
-    if not isinstance(record, Mapping):
-        raise ShapeError("not an object", f"a {type(record).__name__}")
-    for column in ("messages", "conversations"):
-        turns = record.get(column)
-        if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-            said = str(turns[-1].get("role", turns[-1].get("from"))).lower()
-            if ROLES.get(said) == "user":
-                turns = [*turns, {"role": "assistant", "content": "-"}]
-            return conversation({**record, column: turns}, column).replace(think="", answer="")
-    question = text_of(first(record, QUESTIONS), "prompt")
+    record = _plain(record)
+    if _is_ours(record):
+        return _kd(record).replace(think="", answer="")
+    body = record.get("body")  # a request of OpenAI's batch files
+    record = {**record, **body} if isinstance(body, Mapping) and "messages" in body else record
+    column = _turn_column(record)
+    asked = next((key for key in QUESTIONS if given(record.get(key))), "")
+    if not column and asked and _speaks(stored(record[asked])):
+        column = asked
+    if column:
+        turns = turns_of(record[column], column)
+        kept = {k: v for k, v in record.items() if k not in ANSWERS or k == column}
+        if are_turns(turns) and role_of(turns[-1]) == "user":
+            turns = [*turns, {"role": "assistant", "content": "-"}]
+        reference = reference_of(record, "answer", "solution")[1]
+        trace = conversation({**kept, "messages": turns}, "messages")
+        return trace.replace(think="", answer="", reference=reference)
+    question = text_of(record.get(asked), "prompt")
     if not question.strip():
         raise ShapeError("empty prompt", f"keys {', '.join(map(str, record))}")
-    reference = first(record, (*REFERENCES, "answer", "solution"))
-    rest = rest_of(record, "system", *QUESTIONS, *REFERENCES, "answer", "solution", "metadata")
-    metadata = record.get("metadata")
+    reference = reference_of(record, "answer", "solution")[1]
+    rest = rest_of(record, *SYSTEMS, *QUESTIONS, *REFERENCES, "answer", "solution", "metadata")
+    metadata = stored(record.get("metadata"))
     rest |= metadata if isinstance(metadata, Mapping) else {}
-    system = text_of(record.get("system"), "system")
+    system = text_of(first(record, SYSTEMS), "system")
     return make(record, question, "", "", rest, system=system, reference=reference)
 
 
+def _is_ours(record: Mapping[str, Any]) -> bool:
+    return {"prompt", "think", "answer", "metadata"} <= record.keys()
+
+
+def _of_turns(column: str) -> Shape:
+    return Shape(
+        column,
+        lambda record: _turn_column(record) == column,
+        lambda record: conversation(record, column),
+    )
+
+
 SHAPES = (
-    Shape("kd", lambda r: {"prompt", "think", "answer"} <= r.keys(), _kd),
+    Shape(
+        "kd",
+        lambda r: (
+            _is_ours(r) or ({"prompt", "think", "answer"} <= r.keys() and not is_label(r["think"]))
+        ),
+        _kd,
+    ),
     Shape("response", lambda r: _body(r) is not None, _response),
     Shape("curator", lambda r: {"response_message", "generic_request"} <= r.keys(), _curator),
-    Shape(
-        "conversations",
-        lambda r: r.get("conversations") is not None,
-        lambda r: conversation(r, "conversations"),
-    ),
-    Shape(
-        "messages", lambda r: r.get("messages") is not None, lambda r: conversation(r, "messages")
-    ),
+    *map(_of_turns, TURNS),
     Shape(
         "s1",
         lambda r: "question" in r and any("thinking_trajector" in str(key) for key in r),
@@ -296,4 +395,5 @@ SHAPES = (
     ),
     Shape("s1", lambda r: isinstance(r.get("text"), str) and "<|im_start|>" in r["text"], _chatml),
     Shape("pair", _is_pair, _pair),
+    Shape("problem", lambda r: given(first(r, QUESTIONS)) and bool(reference_of(r)[1]), problem),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,7 +83,8 @@ class Trace:
         metadata = record.get("metadata") or {}
         if isinstance(metadata, str):
             metadata = json.loads(metadata)
-        texts = {name: record.get(name) or "" for name in TEXT_FIELDS}
+        texts: dict[str, Any] = {name: record.get(name) for name in TEXT_FIELDS}
+        texts = {name: "" if text is None else text for name, text in texts.items()}
         return cls(metadata=metadata, **texts)
 
 
@@ -114,30 +116,53 @@ SKY_T1 = Tags(
     "\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n",
     "\n\n<|end_of_solution|>",
 )
-# (opens a thought, closes it, opens the answer, closes it); the last two may be missing in a text
+# (opens a thought, closes it); what a lone tag of another family means is for lint to say
 MARKS = (
-    ("<think>", "</think>", "", ""),
-    (
-        "<|begin_of_thought|>",
-        "<|end_of_thought|>",
-        "<|begin_of_solution|>",
-        "<|end_of_solution|>",
-    ),
-    ("<thinking>", "</thinking>", "", ""),
-    ("<reasoning>", "</reasoning>", "<answer>", "</answer>"),
+    ("<think>", "</think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
-ALL_MARKS = tuple(mark for marks in MARKS for mark in marks if mark)
+# what may enclose the answer after a thought
+ENCLOSURES = (
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("<answer>", "</answer>"),
+    ("<output>", "</output>"),
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+)
+CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
+_ENDS = re.compile(r"<\|(?:end|return|start)\|>(?:assistant)?")
+# any of these in a text that has been split is a mark that nobody has understood
+_LEFT = re.compile(
+    r"</?(?:[a-z]+[:_])*(?:think(?:ing)?|thoughts?|reasoning|scratchpad|reflection|answer)>"
+    r"|<\|/?(?:[a-z]+_)*(?:think(?:ing)?|thoughts?|solution|response|channel)\|>"
+    "|\\[/?think\\]|\u25c1/?think\u25b7",
+    re.IGNORECASE,
+)
+_TAG = re.compile(r"\s*<(think|thinking|thought|reasoning)>", re.IGNORECASE)
+
+
+def has_marks(text: str) -> bool:
+    """Whether a text holds a mark of a thought or of its answer, of any family."""
+    marked = "<" in text or "[" in text or "\u25c1" in text
+    return marked and _LEFT.search(text) is not None
 
 
 def split_completion(text: str, *, prefilled: bool = False) -> tuple[str, str]:
     """Split what a model wrote into (think, answer).
 
-    The thought ends at the *first* closing tag; anything that does not fit (a second tag, a
-    missing one) stays in the texts, where ``lint`` finds and names it.
+    The family of tags that comes first counts, and the thought ends at its *first* closing tag;
+    anything that does not fit (a second tag, a missing one) stays in the texts, where ``Lint``
+    finds and names it.
 
     Args:
-        text: the completion, with ``<think>``, ``<|begin_of_thought|>``, ``<thinking>`` or
-            ``<reasoning>`` tags, or with none.
+        text: the completion, with the tags of R1 and Qwen, Sky-T1, Mistral, Kimi, Seed, Cohere,
+            ``<thinking>``, ``<thought>``, ``<reasoning>``, gpt-oss's channels, or with none.
         prefilled: the prompt already opened the thought (newer R1 templates do), so that the
             text starts inside it.
 
@@ -145,25 +170,58 @@ def split_completion(text: str, *, prefilled: bool = False) -> tuple[str, str]:
         The two texts, stripped. Without any tag the whole text is the answer; a thought that
         never ends has an empty answer.
     """
-    for start, close, answer_start, answer_end in MARKS:
-        opened, closed = text.find(start), text.find(close)
-        if opened < 0 and closed < 0:
+    if CHANNEL in text or (text.startswith("analysis") and "assistantfinal" in text):
+        return _channels(text)
+    found = [
+        (min(at for at in places if at >= 0), marks, places)
+        for marks in MARKS
+        if max(places := (text.find(marks[0]), text.find(marks[1]))) >= 0
+    ]
+    if not found:
+        shouted = _TAG.match(text)
+        if shouted:  # <THINK>, <Thought>: read as its lower case is
+            name = shouted[1].lower()
+            lower = re.sub(f"<(/?){name}>", rf"<\1{name}>", text, flags=re.IGNORECASE)
+            if lower != text:
+                return split_completion(lower)
+        return (text.strip(), "") if prefilled else ("", text.strip())
+    _, (start, close), (opened, closed) = min(found)
+    begin = 0
+    if opened >= 0 and not 0 <= closed < opened:
+        # words before the tag stay in the thought, tag and all, for lint to see
+        begin = 0 if text[:opened].strip() else opened + len(start)
+        closed = text.find(close, opened)
+    if closed < 0:
+        return text[begin:].strip(), ""
+    return text[begin:closed].strip(), _opened(text[closed + len(close) :].strip())
+
+
+def _opened(answer: str) -> str:
+    """An answer without the tags around it."""
+    for start, end in ENCLOSURES:
+        if answer.startswith(start):
+            return answer[len(start) :].removesuffix(end).strip()
+    return answer
+
+
+def _channels(text: str) -> tuple[str, str]:
+    """gpt-oss's harmony text; where its special tokens were stripped, the words between remain."""
+    if CHANNEL not in text:
+        think, _, answer = text.removeprefix("analysis").partition("assistantfinal")
+        return think.strip(), answer.strip()
+    before, *parts = text.split(CHANNEL)
+    thoughts, answers = [], [before.replace("<|start|>assistant", "")]
+    for part in parts:
+        name, found, said = part.partition(MESSAGE)
+        end = _ENDS.search(said)
+        body = said[: end.start()] if end else said
+        after = _ENDS.sub("", said[end.start() :]).strip() if end else ""
+        if name.strip() == "analysis" and found:
+            thoughts.append(body.strip())
+        elif name.strip() == "final" and found:
+            answers.append(body.strip())
+        else:  # a call of a tool: left as it is, for lint to see
+            answers.append(CHANNEL + part)
             continue
-        begin = 0
-        if opened >= 0 and not 0 <= closed < opened:
-            # words before the tag stay in the thought, tag and all, for lint to see
-            begin = 0 if text[:opened].strip() else opened + len(start)
-            closed = text.find(close, opened)
-        if closed < 0:
-            return text[begin:].strip(), ""
-        answer = text[closed + len(close) :].strip()
-        return text[begin:closed].strip(), _unwrap(answer, answer_start, answer_end)
-    return (text.strip(), "") if prefilled else ("", text.strip())
-
-
-def _unwrap(answer: str, start: str, end: str) -> str:
-    if start and answer.startswith(start):
-        answer = answer[len(start) :]
-        if answer.rstrip().endswith(end):
-            answer = answer.rstrip()[: -len(end)]
-    return answer.strip()
+        answers.append(after)
+    return "\n\n".join(thoughts).strip(), "\n\n".join(filter(None, answers)).strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,33 @@ def _counts(args: argparse.Namespace) -> Yield:
 
 
 def _finish(args: argparse.Namespace, report: Yield, rows: Iterable[Any], write: Any = None) -> int:
-    """Write the rows, print the table, save the counts."""
+    """Write the rows, print the table, save the counts; no row at all is an error."""
     from kd.traces.files import write_traces
 
+    rows = iter(rows)
+    head = list(islice(rows, 1))
+    count = 0
+    if head and args.output:
+        count = (write or write_traces)(args.output, chain(head, rows))
+    elif head:
+        count = 1 + sum(1 for _ in rows)
+    _tell(args, report)
+    if not count:
+        kept = f"; {args.output} is not written" if args.output else ""
+        raise ValueError(
+            f"kd traces {args.verb}: at least one row must come out, got none{kept}. "
+            f"{report.cure()}"
+        )
     if args.output:
-        count = (write or write_traces)(args.output, rows)
-        print(report.table())
         print(f"wrote {count:,} rows to {args.output}")
-    else:
-        for _ in rows:
-            pass
-        print(report.table())
+    return 0
+
+
+def _tell(args: argparse.Namespace, report: Yield) -> None:
+    print(report.table())
     if args.report:
         Path(args.report).parent.mkdir(parents=True, exist_ok=True)
         Path(args.report).write_text(json.dumps(report.to_dict(), indent=1))
-    return 0
 
 
 def _read(args: argparse.Namespace, report: Yield, **options: Any) -> Iterator[Trace]:
@@ -45,34 +58,52 @@ def _read(args: argparse.Namespace, report: Yield, **options: Any) -> Iterator[T
         yield from load(source, report=report, **options)
 
 
-def _again(args: argparse.Namespace) -> Iterator[Trace]:
-    """Read what an earlier verb wrote, without counting it a second time."""
-    return _read(args, Yield())
+def _again(args: argparse.Namespace, report: Yield) -> Iterator[Trace]:
+    """Read what an earlier verb wrote: counted a second time only where records are lost."""
+    name, scratch = f"read for {args.verb}", Yield()
+    report.stage(name)
+    yield from _read(args, scratch)
+    if scratch.dropped:
+        again = Yield()
+        again.stages[name] = scratch["load"]
+        report.merge(again)
+    elif not report[name].seen:
+        del report.stages[name]
+
+
+def _columns(args: argparse.Namespace) -> dict[str, str]:
+    for given in args.column:
+        if "=" not in given:
+            raise ValueError(
+                f"kd traces {args.verb}: --column must be MINE=KNOWN, such as my_q=prompt, got "
+                f"{given!r}."
+            )
+    return dict(given.split("=", 1) for given in args.column)
 
 
 def run_load(args: argparse.Namespace) -> int:
     report = _counts(args)
     options = {"all_samples": args.all_samples, "name": args.source, "domain": args.domain}
-    return _finish(args, report, _read(args, report, **options))
+    return _finish(args, report, _read(args, report, columns=_columns(args), **options))
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from kd.traces.columns import ShapeError
-    from kd.traces.files import expand, read_records
     from kd.traces.generation import Sampling, generate_local
+    from kd.traces.loading import questions
     from kd.traces.server import generate_server
-    from kd.traces.shapes import problem
     from kd.traces.yields import metered
 
     report = _counts(args)
     tally = report.stage("generate")
     problems = []
-    for path in (file for source in args.input for file in expand(source)):
-        for index, record in enumerate(read_records(path)):
-            try:
-                problems.append(problem(record))
-            except ShapeError as error:
-                tally.drop(error.reason, {"index": index}, error.detail)
+    for source in args.input:
+        for place, found in questions(source, _columns(args)):
+            if isinstance(found, Trace):
+                problems.append(found)
+            else:
+                tally.drop(found.reason, {"record": place}, found.detail)
+    if not problems:
+        return _finish(args, report, ())
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
     if args.server:
         server, told = _server(args), {"journal": args.journal, "report": report}
@@ -140,9 +171,9 @@ def _verified(args: argparse.Namespace, names: list[str]) -> int:
     }
     verifiers = {name: _verifier(name, args) for name in names}
     if len(verifiers) == 1:
-        stream = verify_stream(_again(args), verifiers[names[0]], **options)
+        stream = verify_stream(_again(args, report), verifiers[names[0]], **options)
     else:
-        stream = compare(_again(args), verifiers, decide=args.decide, **options)
+        stream = compare(_again(args, report), verifiers, decide=args.decide, **options)
     return _finish(args, report, stream)
 
 
@@ -154,7 +185,7 @@ def run_select(args: argparse.Namespace) -> int:
             "kd traces select: one of --difficulty, --best, --diverse must be given, got none."
         )
     report = _counts(args)
-    chosen = list(_again(args))
+    chosen = list(_again(args, report))
     if args.difficulty is not None:
         least, most = args.difficulty
         chosen = by_difficulty(chosen, least=least, most=most, report=report)
@@ -183,11 +214,10 @@ def _backend(name: str) -> Any:
 
 
 def run_filter(args: argparse.Namespace) -> int:
-    from kd.traces.decontaminate import Evaluations, decontaminate
+    from kd.traces.decontaminate import decontaminate
     from kd.traces.dedupe import exact_duplicates, near_duplicates
-    from kd.traces.files import expand, read_records, write_rows
+    from kd.traces.files import write_rows
     from kd.traces.filters import Filter, Lint, OneLanguage, Tokens, filter_stream
-    from kd.traces.shapes import problem
 
     report = _counts(args)
     checks: list[Filter] = [] if args.no_lint else [Lint(need_think=args.need_think)]
@@ -210,17 +240,14 @@ def run_filter(args: argparse.Namespace) -> int:
     for name, used in wanted.items():
         if used:
             report.stage(name)
-    stream = filter_stream(_again(args), checks, report=report)
+    stream = filter_stream(_again(args, report), checks, report=report)
     if args.dedupe != "no":
         stream = exact_duplicates(stream, report=report)
     if args.dedupe == "near":
         stream = near_duplicates(stream, report=report)
     evidence: list[dict[str, Any]] = []
     if args.against:
-        evaluations = Evaluations()
-        for source in args.against:
-            for path in expand(source):
-                evaluations.add(path.stem, [problem(r).prompt for r in read_records(path)])
+        evaluations = _evaluations(args.against)
         stream = decontaminate(stream, evaluations, report=report, evidence=evidence)
     done = _finish(args, report, stream)
     if args.evidence:
@@ -228,31 +255,65 @@ def run_filter(args: argparse.Namespace) -> int:
     return done
 
 
-def run_mix(args: argparse.Namespace) -> int:
-    from kd.traces.loading import load
-    from kd.traces.mixing import JsonlTraces, Source, mix
+def _evaluations(sources: list[str]) -> Any:
+    """The questions to keep out; one that cannot be read would be let in, so it is refused."""
+    from kd.traces.decontaminate import Evaluations
+    from kd.traces.loading import questions
 
-    sources = []
-    for given in args.input:
-        path, weight, epochs = given, 1.0, 1.0
-        if not Path(given).exists():
-            if "=" in given:
-                path, _, number = given.rpartition("=")
-                weight = float(number)
-            elif "@" in given:
-                path, _, number = given.rpartition("@")
-                epochs = float(number)
-        held: Any = JsonlTraces(path) if path.endswith(".jsonl") else list(load(path))
-        sources.append(Source(Path(path).stem, held, weight, epochs))
+    evaluations = Evaluations()
+    for source in sources:
+        found: dict[str, list[str]] = {}
+        for place, question in questions(source):
+            if not isinstance(question, Trace):
+                raise ValueError(
+                    f"kd traces filter: --against must hold questions only, got {place}: "
+                    f"{question}. Mend or remove it."
+                )
+            found.setdefault(place.partition(".")[0], []).append(question.prompt)
+        for name, prompts in found.items():
+            evaluations.add(name, prompts)
+    return evaluations
+
+
+def run_mix(args: argparse.Namespace) -> int:
+    from kd.traces.mixing import mix
+
     report = _counts(args)
-    stream = mix(
-        sources,
-        total=args.total,
-        reasoning_share=args.reasoning_share,
-        seed=args.seed,
-        report=report,
-    )
+    told = {"total": args.total, "reasoning_share": args.reasoning_share, "seed": args.seed}
+    sources = [_source(given, report) for given in args.input]
+    try:
+        stream = mix(sources, report=report, **told)
+    except ValueError:
+        _tell(args, report)
+        raise
     return _finish(args, report, stream)
+
+
+def _source(given: str, report: Yield) -> Any:
+    """FILE, FILE=WEIGHT or FILE@EPOCHS; what is lost in reading it is counted."""
+    from kd.traces.loading import load
+    from kd.traces.mixing import JsonlTraces, Source
+    from kd.traces.records import is_lines
+
+    path, numbers = given, {"weight": 1.0, "epochs": 1.0}
+    for mark, name in (("=", "weight"), ("@", "epochs")):
+        head, found, number = path.rpartition(mark)
+        if found and not Path(path).exists():
+            try:
+                path, numbers[name] = head, float(number)
+            except ValueError:
+                raise ValueError(
+                    f"kd traces mix: {name} must be a number, got {number!r} in {given}."
+                ) from None
+    scratch = Yield()
+    held: Any = (
+        JsonlTraces(path, report=scratch) if is_lines(path) else list(load(path, report=scratch))
+    )
+    if scratch.dropped:
+        lost = Yield()
+        lost.stages["read for mix"] = scratch["load"]
+        report.merge(lost)
+    return Source(Path(path).stem, held, **numbers)
 
 
 def run_render(args: argparse.Namespace) -> int:
@@ -297,7 +358,20 @@ def run_report(args: argparse.Namespace) -> int:
             "kd traces report: --report must name the counts that other verbs saved, got "
             f"{args.report}. Give the same --report to each verb."
         )
-    print(write_report(args.output, _counts(args), _again(args), title=args.title))
+    report, shown = _counts(args), 0
+
+    def traces() -> Iterator[Trace]:
+        nonlocal shown
+        for trace in _read(args, Yield()):
+            shown += 1
+            yield trace
+
+    print(write_report(args.output, report, traces(), title=args.title))
+    if args.input and not shown:
+        raise ValueError(
+            f"kd traces report: {', '.join(args.input)} must hold traces, got none. The page shows "
+            f"the counts alone. {report.cure()}"
+        )
     return 0
 
 

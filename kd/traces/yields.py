@@ -18,6 +18,27 @@ EXAMPLES = 3
 EXCERPT = 400
 
 
+# the beginning of a reason, and what to do where it leaves nothing
+CURES = (
+    ("no known shape", "Name your columns: --column MINE=prompt --column MINE=response."),
+    ("question without an answer", "Answer them first: kd traces generate."),
+    ("request without its response", "Join requests and responses by their custom_id."),
+    ("response without its prompt", "Join requests and responses by their custom_id."),
+    ("several answers", "Take each of them: --all-samples."),
+    ("not JSON", "Write one JSON object a line."),
+    ("unknown: no reference", "Name the column of right answers: load --column MINE=reference."),
+    ("wrong", "Try another verifier (--verifier maths, or numeric), or look at the examples."),
+    ("unknown", "Try another verifier (--verifier maths, or numeric), or look at the examples."),
+    ("error", "Look at the examples: kd traces report."),
+    ("empty think", "Load traces with thoughts, or leave out --need-think."),
+    ("empty answer", "Answer them first (kd traces generate), or raise --max-new-tokens."),
+    ("truncated", "Generate again with more --max-new-tokens."),
+    ("longer than", "Raise --max-tokens."),
+    ("in ", "All of it is in the evaluation sets: use other data."),
+    ("", "Look at the examples: kd traces report."),
+)
+
+
 @dataclass
 class Tally:
     """One stage's counts; ``seen == kept + the sum of dropped`` at any time.
@@ -167,7 +188,21 @@ class Yield:
                 lines.append(f"  - {reason:<48}{count:>9,}")
             for pair, counts in tally.notes.get("agreement", {}).items():
                 lines.append(f"  = {pair + ' agree, %':<48}{100 * agreed(counts):>9.1f}")
+            for source, entry in tally.notes.get("sources", {}).items():
+                if entry.get("times", 0) > 1:
+                    lines.append(f"  = {source + ' repeated, times':<48}{entry['times']:>9.2f}")
         return "\n".join(lines)
+
+    def cure(self) -> str:
+        """What to do about the commonest reason of the stage that let nothing through."""
+        empty = [tally for tally in self.stages.values() if tally.seen and not tally.kept]
+        if not empty:
+            return "Check that the input holds records."
+        reasons = sorted(empty[0].dropped.items(), key=lambda item: -item[1])
+        for reason, count in reasons[:1]:
+            advice = next((text for start, text in CURES if reason.startswith(start)), CURES[-1][1])
+            return f"{count:,} of {empty[0].seen:,}: {reason}. {advice}"
+        return CURES[-1][1]
 
     def __str__(self) -> str:
         return self.table()

@@ -7,6 +7,7 @@ reads, and returns what the later ones need. A recipe file lists them; nothing h
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,10 @@ def get_traces(
         stream = verify_stream(stream, verifier_of(verifier), journal=journal, report=report)
     count = write_traces(folder / "traces.jsonl", exact_duplicates(stream, report=report))
     if not count:
+        print(report.table(), file=sys.stderr)
         raise ValueError(
             f"recipe: traces must leave at least one after filtering, got none of {source}. "
-            f"Counts:\n{report.table()}"
+            f"{report.cure()}"
         )
     return {"table": report.table(), "kept": count}
 
