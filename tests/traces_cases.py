@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
+from pydoc_data.topics import topics
+
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 CHATML_QWEN = (
@@ -71,6 +75,68 @@ def byte_tokenizer(
     )
     made.chat_template = template
     return made
+
+
+SPECIAL = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+BYTES = [f"<0x{number:02X}>" for number in range(256)]
+LLAMA2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST] "
+    "{{ message['content'] }} [/INST]{% else %} {{ message['content'] }} {{ eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+TEXTS = sorted(text for text in topics.values())[:12]
+
+
+def metaspace(words):
+    """As a sentence becomes words for training: a word has its space before it."""
+    return pre_tokenizers.Metaspace(prepend_scheme="always", split=words)
+
+
+@lru_cache
+def sentencepiece(kind):
+    """A small vocabulary with SentencePiece's habits, trained on Python's documentation."""
+    if kind.startswith("unigram"):
+        made = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=700, unk_token="<unk>", show_progress=False)
+    else:
+        made = Tokenizer(models.BPE(unk_token="<unk>"))
+        trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False)
+    made.pre_tokenizer = metaspace(True)
+    made.train_from_iterator(TEXTS, trainer)
+    state = json.loads(made.to_str())["model"]
+    if kind.startswith("unigram"):
+        pieces = [(token, 0.0) for token in (*SPECIAL, *BYTES)]
+        pieces += [(token, score) for token, score in state["vocab"] if token != "<unk>"]
+        made = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    else:
+        tokens = dict.fromkeys([*SPECIAL, *BYTES, *state["vocab"]])
+        merges = [tuple(pair) for pair in state["merges"]]
+        vocabulary = {token: number for number, token in enumerate(tokens)}
+        made = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    if kind.endswith("legacy"):  # Llama 2: a space before every stretch of text
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        made.normalizer = normalizers.Sequence(steps)
+    else:  # a space before the first stretch alone
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["[INST]", "[/INST]"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = LLAMA2
+    return tokenizer
+
+
+@lru_cache
+def qwen():
+    from kd.vocab import qwen_tokenizer
+
+    return qwen_tokenizer("qwen2.5")
 
 
 def tiny_model(vocab_size: int = 320, *, attention: str = "eager", seed: int = 0):
