@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+from kd.traces import Sampling, Trace, complete
+from kd.traces.templates import ChatTemplate
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -38,72 +38,20 @@ def generate(
 
     Returns:
         The completions in the order of the prompts, special tokens kept except padding and the
-        end-of-sequence token; the prompt is not repeated.
+        end of the turn; the prompt is not repeated.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if temperature < 0:
-        raise ValueError(
-            f"generate: temperature must be at least 0, got {temperature}. Use 0 for greedy."
-        )
-    encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    template = ChatTemplate(tokenizer) if chat else None
+    texts = [prompt if template is None else template.text(Trace(prompt)) for prompt in prompts]
+    encoded = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    device = next(model.parameters()).device
     completions = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                rows = [encoded[i] for i in chosen]
-                new = _complete(model, tokenizer, rows, max_new_tokens, sampling, device)
-                for i, ids in zip(chosen, new, strict=True):
-                    completions[i] = tokenizer.decode(ids)
-                if progress is not None:
-                    progress(start + len(chosen))
-    finally:
-        model.train(was_training)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [encoded[i] for i in chosen]
+        new = complete(model, tokenizer, rows, sampling, seed + start)
+        for i, (ids, _) in zip(chosen, new, strict=True):
+            completions[i] = tokenizer.decode(ids)
+        if progress is not None:
+            progress(start + len(chosen))
     return completions
-
-
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    if not chat:
-        return list(tokenizer(prompt, add_special_tokens=False).input_ids)
-    message = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _complete(
-    model: Any,
-    tokenizer: Any,
-    rows: list[list[int]],
-    max_new_tokens: int,
-    sampling: dict[str, Any],
-    device: torch.device,
-) -> list[list[int]]:
-    longest = max(len(row) for row in rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor(
-        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
-    )
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-        use_cache=True,
-        **sampling,
-    )
-    return [_until_end(ids, tokenizer.eos_token_id) for ids in output[:, longest:].tolist()]
-
-
-def _until_end(ids: list[int], eos_token_id: int | None) -> list[int]:
-    return ids[: ids.index(eos_token_id)] if eos_token_id in ids else ids

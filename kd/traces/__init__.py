@@ -13,12 +13,13 @@ from kd.traces.decontaminate import Evaluations, decontaminate
 from kd.traces.dedupe import exact_duplicates, near_duplicates
 from kd.traces.files import write_traces
 from kd.traces.filters import Filter, Lint, OneLanguage, Tokens, filter_stream
-from kd.traces.generation import Sampling, generate_local
+from kd.traces.generation import complete, generate_local
 from kd.traces.loading import load, to_dataset
 from kd.traces.mixing import JsonlTraces, Source, mix
 from kd.traces.packing import Pack, best_fit, collate_packs, efficiency, isolates_documents, pack
 from kd.traces.rendering import CHATML, AnyRenderer, Renderer
 from kd.traces.rows import render, render_rows, render_stream
+from kd.traces.sampling import Sampling, overridden
 from kd.traces.selecting import best_of_n, by_difficulty, diverse, pass_rate
 from kd.traces.server import Server, generate_server
 from kd.traces.templates import RenderError
@@ -72,6 +73,7 @@ __all__ = [
     "by_difficulty",
     "collate_packs",
     "compare",
+    "complete",
     "decontaminate",
     "diverse",
     "efficiency",
@@ -85,6 +87,7 @@ __all__ = [
     "load",
     "mix",
     "near_duplicates",
+    "overridden",
     "pack",
     "pass_rate",
     "render",

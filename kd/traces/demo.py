@@ -12,11 +12,12 @@ from kd.traces.agreement import compare
 from kd.traces.dedupe import exact_duplicates
 from kd.traces.files import write_traces
 from kd.traces.filters import Lint, filter_stream
-from kd.traces.generation import Sampling, generate_local
+from kd.traces.generation import generate_local
 from kd.traces.packing import efficiency, pack
 from kd.traces.rendering import Renderer
 from kd.traces.report import write_report
 from kd.traces.rows import render_stream
+from kd.traces.sampling import Sampling
 from kd.traces.selecting import best_of_n
 from kd.traces.trace import COMPACT, Trace
 from kd.traces.verifiers import Maths, Numeric, ReasoningGym, Verifier, gym_problems

@@ -3,43 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from kd.traces.sampling import Sampling, only
 from kd.traces.templates import ChatTemplate, opened_thought
 from kd.traces.trace import Trace, split_completion
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a teacher is sampled; the defaults are those of the R1 reports.
-
-    Attributes:
-        temperature: 0 is greedy decoding.
-        top_p: nucleus sampling; 1 is off.
-        max_new_tokens: a longer completion is cut and marked ``finish="length"``.
-        seed: of the sampling.
-    """
-
-    temperature: float = 0.6
-    top_p: float = 0.95
-    max_new_tokens: int = 32_768
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(
-                f"Sampling: temperature must be at least 0, got {self.temperature}. "
-                "Use 0 for greedy decoding."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"Sampling: top_p must lie in (0, 1], got {self.top_p}. Use 1 to switch it off."
-            )
-        if self.max_new_tokens < 1:
-            raise ValueError(
-                f"Sampling: max_new_tokens must be at least 1, got {self.max_new_tokens}."
-            )
 
 
 def generate_local(
@@ -67,7 +35,9 @@ def generate_local(
 
     Yields:
         The traces, in the order they finish. ``metadata`` says "sample" (0 to n-1), "finish"
-        ("stop" or "length"), "completion_tokens" and "prompt_tokens".
+        ("stop" or "length"), "completion_tokens", "prompt_tokens" and "sampling", which is all
+        that the model was sampled by: fields of its own ``generation_config`` are not applied
+        (``kd.traces.overridden(model)`` names them).
     """
     sampling = sampling or Sampling()
     if n < 1:
@@ -91,7 +61,7 @@ def generate_local(
     for start in range(0, len(jobs), batch_size):
         chosen = jobs[start : start + batch_size]
         rows = [encoded[i] for i, _ in chosen]
-        completions = _complete(model, tokenizer, rows, sampling, sampling.seed + start)
+        completions = complete(model, tokenizer, rows, sampling, sampling.seed + start)
         for (i, k), (ids, finish) in zip(chosen, completions, strict=True):
             text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             think, answer = split_completion(text, prefilled=bool(opened_thought(texts[i])))
@@ -100,6 +70,7 @@ def generate_local(
                 .replace(think=think, answer=answer)
                 .note(
                     sample=k,
+                    sampling=sampling.stated(),
                     finish=finish,
                     prompt_tokens=len(encoded[i]),
                     completion_tokens=len(ids),
@@ -110,10 +81,21 @@ def generate_local(
             progress(done)
 
 
-def _complete(
-    model: Any, tokenizer: Any, rows: list[list[int]], sampling: Sampling, seed: int
+def complete(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], sampling: Sampling, seed: int
 ) -> list[tuple[list[int], str]]:
-    """Completions of one batch as (ids without the end token, finish)."""
+    """Completions of one batch of prompts, by ``sampling`` and nothing else.
+
+    Args:
+        model: a transformers causal LM; its own ``generation_config`` gives its end tokens alone.
+        tokenizer: its tokenizer.
+        rows: the prompts' ids.
+        sampling: how to draw.
+        seed: of this batch, in place of sampling's.
+
+    Returns:
+        For each prompt the ids without the end token, and "stop" or "length".
+    """
     import torch
 
     device = next(model.parameters()).device
@@ -122,32 +104,22 @@ def _complete(
     if pad is None:
         pad = min(ends, default=0)
     longest = max(len(row) for row in rows)
-    input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    input_ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    options: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        options = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 0,
-        }
+    config = sampling.local(ends, pad)
     was_training = model.training
     model.eval()
     try:
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+            only(model, config),
         ):
             torch.manual_seed(seed)
             output = model.generate(
-                input_ids=input_ids,
+                input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
-                max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=sorted(ends) or None,
-                use_cache=True,
-                **options,
+                generation_config=config,
             )
     finally:
         model.train(was_training)

@@ -6,20 +6,30 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kd.serving import Endpoint, ServerError, shown_fields
-from kd.traces.generation import Sampling
+from kd.traces.sampling import Sampling
 from kd.traces.templates import messages
 from kd.traces.trace import Trace, split_completion
 from kd.traces.yields import Yield
 
 LARGEST = 64 * 2**20
+# Off, in the words of OpenAI's servers, and of those that have more (vLLM, SGLang): a request that
+# does not say so is sampled by what the model's generation_config, or the server, asks for.
+STANDARD: dict[str, Any] = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+BEYOND: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+_UNKNOWN = re.compile(
+    r"top_k|min_p|repetition_penalty|(unrecogni[sz]ed|unknown|unexpected|unsupported|extra|additional)"
+    r"\W+(request\W+)?(argument|field|input|param|propert|key)",
+    re.IGNORECASE,
+)
 TOKEN_BYTES = 256  # of JSON for one token of an answer, at most on average
 
 
@@ -39,6 +49,10 @@ class Server:
         timeout: seconds for one request, from connecting to the answer's last byte.
         input_price: of a million prompt tokens, for the cost in the report.
         output_price: of a million completion tokens.
+
+    Every request states what the sampling does not ask for: penalties 0 or 1, ``top_k`` -1,
+    ``min_p`` 0. A server that refuses the fields beyond OpenAI's is asked without them from then
+    on; ``unstated`` names them, and its own defaults apply.
     """
 
     address: str
@@ -50,6 +64,7 @@ class Server:
     timeout: float = 600.0
     input_price: float = 0.0
     output_price: float = 0.0
+    unstated: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._endpoint()
@@ -65,25 +80,40 @@ class Server:
         return shown_fields(self, address="address", variable="key_variable")
 
     def chat(self, conversation: list[dict[str, str]], **options: Any) -> dict[str, Any]:
-        """One answer: {"message", "finish_reason", "usage", "retries"}.
+        """One answer: {"message", "finish_reason", "usage", "retries", "sampling"}.
 
         The message's "content" and "reasoning_content" are text, empty where the server gives
         none. What has no content (a refusal, one cut in its thought, a tool call) is an answer.
+        "sampling" is every field that was sent beside the conversation.
 
         Raises:
             kd.serving.ServerError: it failed for good, or every attempt did.
         """
-        body = {"model": self.model, "messages": conversation, **options}
         # Some servers send the conversation back.
         limit = (
             2**20
             + 2 * len(json.dumps(conversation))
             + TOKEN_BYTES * options.get("max_tokens", LARGEST // TOKEN_BYTES)
         )
-        answer, retries = self._endpoint().post(
-            "/chat/completions", body, min(limit, LARGEST), _read_answer
-        )
-        return {**answer, "retries": retries}
+        beyond = {} if self.unstated else BEYOND
+        try:
+            sent = {**STANDARD, **beyond, **options}
+            return self._ask(conversation, sent, min(limit, LARGEST))
+        except ServerError as error:
+            refused = error.reason in ("HTTP 400", "HTTP 422") and _UNKNOWN.search(error.detail)
+            if not refused or not beyond or set(BEYOND) & set(options):
+                raise
+        sent = {**STANDARD, **options}
+        answer = self._ask(conversation, sent, min(limit, LARGEST))
+        self.unstated[:] = sorted(BEYOND)  # without them it took the same request
+        return answer
+
+    def _ask(
+        self, conversation: list[dict[str, str]], sent: dict[str, Any], limit: int
+    ) -> dict[str, Any]:
+        body = {"model": self.model, "messages": conversation, **sent}
+        answer, retries = self._endpoint().post("/chat/completions", body, limit, _read_answer)
+        return {**answer, "retries": retries, "sampling": sent}
 
     async def chat_async(
         self, conversation: list[dict[str, str]], **options: Any
@@ -157,12 +187,13 @@ def generate_server(
         n: samples for each problem, each its own request.
         journal: a JSON-lines file of answers by the content of the request; a rerun asks only
             for what is missing. Failures are asked again.
-        report: takes the counts; tokens, retries, cost and, by reason, the answers without
-            content are notes.
+        report: takes the counts; tokens, retries, cost, what was sent as sampling and, by
+            reason, the answers without content are notes.
         stage: the stage's name in the report.
 
     Yields:
-        The traces. ``metadata`` says "sample", "finish" and the tokens; an answer without content
+        The traces. ``metadata`` says "sample", "finish", "sampling" (all that was sent) and the
+        tokens; an answer without content
         is a trace too: "without_content" says why ("cut at the length limit", "refusal", "tool
         call", "content filter", "no content"), and "refusal" and "tool_calls" hold what there is.
     """
@@ -174,12 +205,7 @@ def generate_server(
     log = _open(journal)
 
     def ask(trace: Trace, k: int) -> tuple[str, dict[str, Any]]:
-        options = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "seed": sampling.seed + k,
-        }
+        options = {**sampling.served(), "seed": sampling.seed + k}
         conversation = messages(trace)
         request = json.dumps([server.model, conversation, options], sort_keys=True)
         key = hashlib.blake2b(request.encode("utf-8", "replace"), digest_size=16).hexdigest()
@@ -231,6 +257,10 @@ def _take(waiting: Any, server: Server, tally: Any, known: dict[str, Any], log: 
     cost = counts.get("prompt_tokens", 0) * server.input_price
     cost += counts.get("completion_tokens", 0) * server.output_price
     tally.notes["cost"] = tally.notes.get("cost", 0.0) + cost / 1e6
+    sent = answer.get("sampling", {})
+    tally.notes["sampling"] = {k: v for k, v in sent.items() if k != "seed"}
+    if server.unstated:
+        tally.notes["not stated"] = ", ".join(server.unstated)
     reason = without_content(answer)
     if reason:
         absent = tally.notes.setdefault("without_content", {})
@@ -239,7 +269,9 @@ def _take(waiting: Any, server: Server, tally: Any, known: dict[str, Any], log: 
         counts.update({name: said[name] for name in ("refusal", "tool_calls") if said.get(name)})
     tally.keep()
     finish = answer.get("finish_reason") or ""
-    yield trace.replace(think=think, answer=text).note(sample=k, finish=finish, **counts)
+    yield trace.replace(think=think, answer=text).note(
+        sample=k, finish=finish, sampling=sent, **counts
+    )
 
 
 def _remember(key: str, answer: dict[str, Any], known: dict[str, Any], log: Any) -> None:

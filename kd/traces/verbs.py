@@ -88,8 +88,9 @@ def run_load(args: argparse.Namespace) -> int:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from kd.traces.generation import Sampling, generate_local
+    from kd.traces.generation import generate_local
     from kd.traces.loading import questions
+    from kd.traces.sampling import Sampling, overridden
     from kd.traces.server import generate_server
     from kd.traces.yields import metered
 
@@ -104,11 +105,25 @@ def run_generate(args: argparse.Namespace) -> int:
                 tally.drop(found.reason, {"record": place}, found.detail)
     if not problems:
         return _finish(args, report, ())
-    sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
+    sampling = Sampling(
+        args.temperature,
+        args.top_p,
+        args.max_new_tokens,
+        args.seed,
+        args.top_k,
+        args.min_p,
+        args.repetition_penalty,
+    )
     if args.server:
         server, told = _server(args), {"journal": args.journal, "report": report}
         stream = generate_server(server, problems, sampling=sampling, n=args.n, **told)
-        return _finish(args, report, stream)
+        done = _finish(args, report, stream)
+        if server.unstated:
+            print(
+                f"the server refuses {', '.join(server.unstated)}: they were not sent, and its own "
+                "defaults (or the model's generation_config) apply"
+            )
+        return done
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, dtype="auto")
 
     def made() -> Iterator[Trace]:
@@ -120,7 +135,13 @@ def run_generate(args: argparse.Namespace) -> int:
                 tally.notes[key] = tally.notes.get(key, 0) + trace.metadata[key]
             yield trace
 
-    return _finish(args, report, made())
+    own = overridden(model, sampling)
+    tally.notes |= {"sampling": sampling.stated(), "not applied": own}
+    done = _finish(args, report, made())
+    if own:
+        shown = ", ".join(f"{name}={value}" for name, value in own.items())
+        print(f"not applied, of the model's own generation_config: {shown}. Options state what is.")
+    return done
 
 
 def _server(args: argparse.Namespace) -> Any:
