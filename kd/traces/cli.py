@@ -142,6 +142,14 @@ def _deciding(verb: Any) -> None:
         default="no",
         help="for the verifier code: bubblewrap, or NO isolation; default: %(default)s",
     )
+    verb.add_argument(
+        "--most-tests", type=int, help="of a program, the first ones; default: all, until one fails"
+    )
+    verb.add_argument(
+        "--trust-inside-tests",
+        action="store_true",
+        help="let tests that run beside the program make it correct; it could make them hold",
+    )
     verb.add_argument("--journal", help="verdicts so far; a rerun continues from it")
 
 

@@ -159,7 +159,11 @@ def _verifier(name: str, args: argparse.Namespace) -> Any:
 
     makers: dict[str, Any] = {
         "choice": Choice,
-        "code": lambda: Code(_backend(args.run_code)),
+        "code": lambda: Code(
+            _backend(args.run_code),
+            most=args.most_tests,
+            trust_inside_tests=args.trust_inside_tests,
+        ),
         "exact": lambda: Exact(final_answer, normalised=True),
         "gym": ReasoningGym,
         "judge": lambda: Judge(_server(args)),

@@ -1,92 +1,117 @@
-"""Tests written as ``assert`` statements (MBPP's lists, HumanEval's ``check(candidate)``).
+"""Tests written as ``assert`` statements: MBPP's lists, HumanEval's ``check(candidate)``.
 
-The wanted side of ``assert f(1) == [2]`` is compared outside the sandbox and never enters it. Any
-other assertion has to run beside the program it tests, which a program bent on it could deceive:
-the verdict's ``extra["asserted_inside"]`` counts those.
+What an assertion wants stays outside the sandbox wherever it can be taken apart (expressions.py).
+Any other has to run beside the program it tests, and a program bent on it could make it hold: the
+verdict is unknown then, unless such tests are trusted.
 """
 
 from __future__ import annotations
 
 import ast
-import json
-import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+import builtins
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-LONGEST = 200_000  # characters of tests that are parsed
-LONGEST_VALUE = 100_000  # characters of a result's repr
-MISSING = object()
+from kd.traces.verifiers.expressions import Inside, Plan, called, plan
+from kd.traces.verifiers.plain import CONSTANTS, PLAIN
+from kd.traces.verifiers.programs import defined, parsed
 
-RUNNER = """
-import io, json, sys
-_request = json.loads(sys.stdin.readline())
-sys.stdin = io.StringIO("")
-_answers = sys.stdout
-sys.stdout = sys.stderr
-_space = {"__name__": "candidate"}
-exec(compile(_request["setup"], "setup.py", "exec"), _space)
-exec(compile(_request["program"], "candidate.py", "exec"), _space)
-if _request["name"]:
-    _space["candidate"] = _space[_request["name"]]
-for _kind, _text in _request["steps"]:
-    try:
-        if _kind == "value":
-            _said = ["value", repr(eval(compile(_text, "test.py", "eval"), _space))[:LONGEST]]
-        else:
-            exec(compile(_text, "test.py", "exec"), _space)
-            _said = ["held", ""]
-    except BaseException as _error:
-        _said = ["raised", f"{type(_error).__name__}: {_error}"[:200]]
-    _answers.write(_request["nonce"] + json.dumps(_said) + "\\n")
-    _answers.flush()
-""".replace("LONGEST", str(LONGEST_VALUE))
+LONGEST = 400_000  # characters of tests that are parsed
+
+
+class Refused(ValueError):
+    """Tests that cannot decide anything.
+
+    Attributes:
+        reason: a short fixed phrase.
+        detail: what was found.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
-class Assertion:
-    """One test: an expression with the value it must have, or a statement that must not raise."""
+class Step:
+    """One statement of the tests.
+
+    Attributes:
+        source: the statement.
+        plan: how it is judged outside the sandbox; None: it is run inside.
+        judges: whether it is a test, not a preparation of one.
+    """
 
     source: str
-    wanted: Any = MISSING
+    plan: Plan | None = None
+    judges: bool = True
 
     @property
     def inside(self) -> bool:
-        """Whether it has to be judged in the sandbox."""
-        return self.wanted is MISSING
+        """Whether it is a test that has to be judged beside the program."""
+        return self.judges and self.plan is None
 
 
 @dataclass(frozen=True)
 class Asserts:
-    """The assertions of a record, what runs before the program, and the function ``candidate``."""
+    """The statements of a record's tests.
 
-    tests: tuple[Assertion, ...]
+    Attributes:
+        steps: in their order.
+        setup: what runs before the program.
+        name: the function that the tests call ``candidate``; "" where they use its own name.
+        names: the functions and classes that they use.
+    """
+
+    steps: tuple[Step, ...]
     setup: str = ""
     name: str = ""
+    names: frozenset[str] = frozenset()
+    reads = False  # programs are called, not fed
 
-    def request(self, program: str) -> tuple[str, str]:
-        """What RUNNER reads, and the nonce that its answers begin with."""
-        nonce = secrets.token_hex(16)
-        steps = [("run" if test.inside else "value", test.source) for test in self.tests]
-        request = {"program": program, "setup": self.setup, "name": self.name, "steps": steps}
-        return json.dumps({**request, "nonce": nonce}) + "\n", nonce
+    def __len__(self) -> int:
+        return len(self.tests)
+
+    @property
+    def sources(self) -> str:
+        """What of the tests runs in the sandbox by itself."""
+        return "\n".join([self.setup, *(step.source for step in self.steps if not step.plan)])
+
+    @property
+    def tests(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.judges)
+
+    def first(self, most: int | None) -> Asserts:
+        """The same with so many tests at most."""
+        left, kept = len(self.tests) if most is None else most, []
+        for step in self.steps:
+            if left == 0:
+                break
+            kept.append(step)
+            left -= step.judges
+        return replace(self, steps=tuple(kept))
 
 
 def read_asserts(metadata: Mapping[str, Any]) -> Asserts | None:
-    """The assertions of a record: ``test_list`` or ``tests`` as a list of statements (with
-    ``test_setup_code`` and ``test_imports``), or ``test`` with a ``check`` function and the
-    ``entry_point`` that it is given; None where there are none.
+    """The assertions of a record: ``test_list`` (with ``challenge_test_list``) or ``tests`` as
+    statements, with ``test_setup_code`` and ``test_imports``, or ``test`` with a ``check``
+    function and the ``entry_point`` that it is given; None where there are none.
+
+    Raises:
+        Refused: an assertion is always true.
     """
     setup = "\n".join(
         [*_lines(metadata.get("test_imports")), *_lines(metadata.get("test_setup_code"))]
     )
     for key in ("test_list", "tests"):
         listed = metadata.get(key)
-        if isinstance(listed, str) and listed.lstrip().startswith("assert"):
+        if isinstance(listed, str) and "assert" in listed and parsed(listed[:LONGEST]):
             listed = [listed]
-        if isinstance(listed, list) and listed and all(isinstance(t, str) for t in listed):
-            tests = [test for text in listed for test in assertions(text)]
-            return Asserts(tuple(tests), setup) if tests else None
+        if isinstance(listed, Sequence) and listed and all(isinstance(t, str) for t in listed):
+            if not isinstance(listed, str) and any("assert" in text for text in listed):
+                more = metadata.get("challenge_test_list") if key == "test_list" else None
+                return _listed([*listed, *_lines(more)], setup)
     text, name = metadata.get("test"), str(metadata.get("entry_point") or "")
     if isinstance(text, str) and "def check(" in text and name.isidentifier():
         return _checked(text, setup, name)
@@ -94,63 +119,107 @@ def read_asserts(metadata: Mapping[str, Any]) -> Asserts | None:
 
 
 def _lines(value: Any) -> list[str]:
-    return value if isinstance(value, list) else [str(value)] if value else []
+    return [str(line) for line in value] if isinstance(value, list) else [str(value or "")]
+
+
+def _listed(texts: list[str], setup: str) -> Asserts:
+    trees = [parsed(text[:LONGEST]) for text in texts]
+    whole = ast.Module([item for tree in trees if tree for item in tree.body], [])
+    reader = _Reader(whole, setup)
+    steps: list[Step] = []
+    for text, tree in zip(texts, trees, strict=True):
+        steps += [Step(text)] if tree is None else reader.steps(tree.body)
+    return Asserts(tuple(steps), setup, "", frozenset(reader.names))
 
 
 def _checked(text: str, setup: str, name: str) -> Asserts:
-    """HumanEval's form: the assertions of ``check``, taken apart when it holds nothing else."""
-    whole = Asserts((Assertion(f"{text}\ncheck(candidate)"),), setup, name)
-    try:
-        statements = ast.parse(text[:LONGEST]).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    """HumanEval's form: the statements of ``check``, when they can stand alone."""
+    names = frozenset({name})
+    whole = Asserts((Step(f"{text}\ncheck(candidate)"),), setup, name, names)
+    tree = parsed(text[:LONGEST])
+    found = [i for i in tree.body if isinstance(i, ast.FunctionDef)] if tree else []
+    check = next((item for item in found if item.name == "check"), None)
+    if tree is None or check is None or [arg.arg for arg in check.args.args] != ["candidate"]:
         return whole
-    found = [item for item in statements if isinstance(item, ast.FunctionDef)]
-    if len(found) != 1 or found[0].name != "check":
+    alone = (ast.Return, ast.Global, ast.Nonlocal, ast.Yield, ast.Await)
+    if any(isinstance(node, alone) for item in check.body for node in ast.walk(item)):
         return whole
-    body = found[0].body
-    if not body or not all(isinstance(item, ast.Assert) for item in body):
-        return whole
-    before = "\n".join(ast.unparse(item) for item in statements if item is not found[0])
-    tests = tuple(_assertion(item) for item in body if isinstance(item, ast.Assert))
-    return Asserts(tests, f"{setup}\n{before}".strip(), name)
+    after = [item for item in tree.body if _calls_check(item)]
+    rest = [item for item in tree.body if item is not check and item not in after]
+    setup = "\n".join([setup, *map(ast.unparse, rest)]).strip()
+    reader = _Reader(ast.Module(check.body, []), setup)
+    return Asserts(tuple(reader.steps(check.body)), setup, name, names)
 
 
-def assertions(text: str) -> list[Assertion]:
-    """The tests in some statements; anything but ``assert ... == literal`` is run as it is."""
-    try:
-        statements = ast.parse(text[:LONGEST]).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return [Assertion(text)]
-    if not all(isinstance(item, ast.Assert) for item in statements):
-        return [Assertion(text)]
-    return [_assertion(item) for item in statements if isinstance(item, ast.Assert)]
+def _calls_check(item: ast.stmt) -> bool:
+    call = item.value if isinstance(item, ast.Expr) else None
+    return isinstance(call, ast.Call) and ast.unparse(call.func) == "check"
 
 
-def _assertion(statement: ast.Assert) -> Assertion:
-    test = statement.test
-    if isinstance(test, ast.Compare) and len(test.ops) == 1:
-        left, operator, right = test.left, test.ops[0], test.comparators[0]
-        if isinstance(operator, (ast.Eq, ast.Is)):
-            for asked, wanted in ((left, right), (right, left)):
-                value = literal(ast.unparse(wanted))
-                if value is not MISSING and literal(ast.unparse(asked)) is MISSING:
-                    return Assertion(ast.unparse(asked), value)
-    return Assertion(ast.unparse(statement))
+class _Reader:
+    """Turns statements into steps; it knows which names belong to the tests themselves."""
+
+    def __init__(self, tests: ast.Module, setup: str) -> None:
+        before = parsed(setup)
+        self.own = _functions(tests) | (_functions(before) if before else set())
+        self.data = (defined(before) if before else set()) - self.own - set(PLAIN)
+        known = set(dir(builtins)) | set(PLAIN) | set(CONSTANTS)
+        self.names = called(tests, self.own) - known
+        self.tested: set[str] = set()
+        if not self.names:  # the function asked for has the name of a known one
+            self.tested = {n for item in tests.body for n in _outermost(item)} - self.own
+            self.names = self.tested
+
+    def steps(self, statements: Iterable[ast.stmt]) -> list[Step]:
+        made = []
+        for item in statements:
+            source = ast.unparse(item)
+            if isinstance(item, ast.Assert):
+                made += self._assertion(item, source)
+            elif isinstance(item, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                self.data |= defined(ast.Module([item], []))
+                made.append(Step(source, judges=False))
+            elif isinstance(item, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
+                made.append(Step(source, judges=False))
+            elif isinstance(item, ast.Expr):
+                judges = bool(called(item, ()) & self.own)
+                made.append(Step(source, judges=judges))
+            elif not isinstance(item, ast.Pass):
+                made.append(Step(source))
+        return made
+
+    def _assertion(self, item: ast.Assert, source: str) -> list[Step]:
+        if isinstance(item.test, ast.Constant) and item.test.value:
+            return []  # "assert True" only says that the line was reached
+        if isinstance(item.test, ast.Tuple) and item.test.elts:
+            raise Refused("a test that is always true", source[:120])
+        try:
+            made = plan(item.test, own=self.own, tested=self.tested, data=self.data)
+        except Inside:
+            return [Step(source)]
+        return [Step(source, made)]
 
 
-def literal(text: str) -> Any:
-    """The value of a Python literal, MISSING for anything else; ``set()`` counts as one."""
-    if text.strip() in ("set()", "frozenset()"):
-        return set()
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return MISSING
+def _functions(tree: ast.Module) -> set[str]:
+    """Functions, classes and modules that some statements bring; what has a plain meaning here
+    (``from collections import Counter``) counts as that."""
+    found: set[str] = set()
+    for item in ast.walk(tree):
+        if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(item.name)
+        elif isinstance(item, ast.Import):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in item.names}
+        elif isinstance(item, ast.ImportFrom):
+            for alias in item.names:
+                if not alias.asname and f"{item.module}.{alias.name}" in PLAIN:
+                    continue
+                found.add(alias.asname or alias.name)
+    return found
 
 
-def same(found: str, wanted: Any) -> bool:
-    """Whether a result's repr stands for the wanted value."""
-    try:
-        return bool(literal(found) == wanted)
-    except (RecursionError, TypeError):
-        return False
+def _outermost(item: ast.stmt) -> set[str]:
+    """The first function that a statement calls."""
+    for node in ast.walk(item):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            return {node.func.id}
+    return set()

@@ -2,182 +2,217 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
-import secrets
-from collections.abc import Callable, Mapping
+import textwrap
+from dataclasses import replace
 from typing import Any
 
-from kd.sandbox import Run
 from kd.traces.trace import Trace
-from kd.traces.verifiers.asserts import RUNNER, Asserts, read_asserts, same
-from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, WRONG, Verdict
+from kd.traces.verifiers import packages
+from kd.traces.verifiers.asserts import Asserts, Refused, Step
+from kd.traces.verifiers.programs import defined, find_program, parsed
+from kd.traces.verifiers.suites import Cases, Wrapped, read_tests
+from kd.traces.verifiers.trials import Backend, Failed, Trials, failure, too_large, unanswered
+from kd.traces.verifiers.values import RAISED, decode, same, same_output, shown
+from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
 
-Backend = Callable[[str, str], Run]
-_BLOCK = re.compile(
-    r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE
-)
-_CALL = """
-import io, json, sys
-_request = json.loads(sys.stdin.readline())
-sys.stdin = io.StringIO("")
-_answers = sys.stdout
-sys.stdout = sys.stderr
-_space = {"__name__": "candidate"}
-exec(compile(_request["program"], "candidate.py", "exec"), _space)
-_function = _space.get(_request["name"])
-if _function is None and "Solution" in _space:
-    _function = getattr(_space["Solution"](), _request["name"])
-for _arguments in _request["calls"]:
-    _answers.write(_request["nonce"] + json.dumps(_function(*_arguments)) + "\\n")
-    _answers.flush()
+# what the sites that such functions come from import before they run them
+_USUAL = """
+import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import ceil, comb, floor, gcd, inf, isqrt, log, log2, sqrt
+from typing import *
 """
 
 
-def extract_program(answer: str) -> str | None:
-    """The last Python code block of an answer; None without one or when it never ends."""
-    found = [m for m in _BLOCK.findall(answer) if m[0].lower() in ("", "python", "py", "python3")]
-    return found[-1][1] if found else None
-
-
 class Code:
-    """The program in the answer must pass every test in ``metadata["tests"]``.
+    """The program in the answer must pass every test of the record (suites.py lists the shapes).
 
-    Tests are ``{"inputs": [...], "outputs": [...]}`` (stdin and stdout; with ``"fn_name"`` the
-    arguments and results of a function), or a list of ``{"input": ..., "output": ...}``, as
-    objects or JSON text; or ``assert`` statements: a list of them in ``test_list`` or ``tests``
-    (MBPP), or ``test`` and ``entry_point`` (HumanEval). Expected results never enter the sandbox,
-    so that a program cannot print its own verdict; asserts.py says where that cannot be had.
+    What a test wants never enters the sandbox, so a program cannot print its own verdict. Tests
+    that can only be judged beside the program (loops, helpers that the test defines) are run; they
+    may show that it is wrong, but when all hold the verdict is "unknown", unless they are trusted.
+
+    "unknown" are also: no tests, tests without outputs or that cannot be read, a program in
+    another language, and a program that needs a package which the sandbox lacks.
 
     Args:
         backend: runs (program, stdin) and returns a ``Run``: ``Bubblewrap()``, your own callable
             to another machine, or ``UnsafeSubprocess()``. None, the default: nothing is run, and
             every verdict is "unknown: code verification is off".
-        most: tests run at most; the first that fails ends the check.
+        most: tests run at most; None for all. The first that fails ends the check, and a verdict
+            on fewer than all says "20 of 57 tests run".
+        trust_inside_tests: let tests that run beside the program make it correct, though a
+            program bent on it could make them hold.
         retries: of a run that the sandbox, not the program, failed.
     """
 
-    def __init__(self, backend: Backend | None = None, *, most: int = 20, retries: int = 1) -> None:
+    def __init__(
+        self,
+        backend: Backend | None = None,
+        *,
+        most: int | None = None,
+        trust_inside_tests: bool = False,
+        retries: int = 1,
+    ) -> None:
+        if most is not None and most < 1:
+            raise ValueError(f"Code: most must be at least 1 or None, got {most}.")
         self.backend = backend
         self.most = most
-        self.retries = retries
+        self.trust_inside_tests = trust_inside_tests
+        self._trials = None if backend is None else Trials(backend, retries)
 
     def __repr__(self) -> str:
-        return f"Code({self.backend!r}, most={self.most})"
+        trusting = ", trust_inside_tests=True" if self.trust_inside_tests else ""
+        return f"Code({self.backend!r}, most={self.most}{trusting})"
 
     def __call__(self, trace: Trace) -> Verdict:
-        if self.backend is None:
+        if self._trials is None:
             return Verdict(UNKNOWN, "code verification is off")
-        tests, asserted = read_tests(trace.metadata), read_asserts(trace.metadata)
-        if asserted is None and (not tests or not tests["inputs"]):
+        try:
+            tests = read_tests(trace.metadata)
+        except Refused as refused:
+            return Verdict(UNKNOWN, refused.reason, detail=refused.detail)
+        if tests is None or not len(tests):
             return Verdict(UNKNOWN, "no tests")
-        program = extract_program(trace.answer)
-        if program is None:
-            fenced = "```" in trace.answer
-            return Verdict(WRONG, "unterminated code fence" if fenced else "no code in the answer")
-        if asserted is not None:
-            return self._asserts(program, asserted)
-        assert tests is not None
-        inputs, outputs = tests["inputs"][: self.most], tests["outputs"][: self.most]
-        if tests.get("fn_name"):
-            return self._calls(program, str(tests["fn_name"]), inputs, outputs)
-        for number, (given, wanted) in enumerate(zip(inputs, outputs, strict=False)):
-            run = self._run(program, _as_text(given))
-            failed = _failure(run)
-            if failed is None and not same_output(run.stdout, _as_text(wanted)):
-                failed = (WRONG, "wrong output", f"{run.stdout[:80]!r}, not {wanted!r:.80}")
+        found = find_program(trace.answer, tests.names, reads=tests.reads)
+        if found.program is None:
+            status = UNKNOWN if found.foreign else WRONG
+            return Verdict(status, found.reason, detail=found.foreign)
+        program = found.program
+        if isinstance(tests, Asserts) and tests.name:
+            tests, program = _continued(trace, tests, program)
+        sources = {"package missing in the sandbox": program, "tests need a package": tests.sources}
+        for reason, source in sources.items():
+            needed = packages.lost(source, self._trials.available(source))
+            if needed:
+                return Verdict(UNKNOWN, reason, detail=needed)
+        return self._judged(self._trials, program, tests)
+
+    def _judged(self, trials: Trials, program: str, tests: Cases | Asserts) -> Verdict:
+        run = tests.first(self.most)
+        if isinstance(run, Asserts):
+            failed, seconds = _asserts(trials, program, run)
+        elif run.name:
+            failed, seconds = _calls(trials, program, run)
+        else:
+            failed, seconds = _texts(trials, program, run)
+        if failed is not None:
+            available = trials.available(program)
+            needed = packages.lost_on_the_way(program, failed.error, failed.line, available)
+            if needed:
+                return Verdict(UNKNOWN, "package missing in the sandbox", seconds, needed)
+            return Verdict(failed.status, failed.reason, seconds, failed.detail)
+        extra: dict[str, Any] = {"tests": len(run)}
+        told = []
+        if len(run) < len(tests):
+            extra["of"] = len(tests)
+            told.append(f"{len(run)} of {len(tests)} tests run")
+        inside = sum(step.inside for step in run.tests) if isinstance(run, Asserts) else 0
+        if inside:
+            extra["asserted_inside"] = inside
+        reason = ""
+        if inside and not self.trust_inside_tests:
+            reason = "tests inside the sandbox"
+            told.append(f"{inside} of {len(run)} tests hold, but run beside the program")
+        elif isinstance(run, Cases) and run.unread:
+            reason = "tests cannot be read"
+            told.append(f"{len(run)} tests passed; {'; '.join(run.unread)}")
+        return Verdict(UNKNOWN if reason else CORRECT, reason, seconds, "; ".join(told), extra)
+
+
+def _texts(trials: Trials, program: str, tests: Cases) -> tuple[Failed | None, float]:
+    """A run for every input."""
+    seconds = 0.0
+    for number, (given, wanted) in enumerate(tests.cases):
+        run = trials.run(program, given)
+        seconds += run.seconds
+        failed = failure(run)
+        if failed is None and not same_output(run.stdout, wanted):
+            failed = Failed("wrong output", f"{shown(run.stdout)!r}, not {shown(wanted)!r}")
+        if failed is not None:
+            return _numbered(too_large(failed, wanted, trials.backend), number), seconds
+    return None, seconds
+
+
+def _calls(trials: Trials, program: str, tests: Cases) -> tuple[Failed | None, float]:
+    """One run for all calls, as far as the time goes."""
+    steps = [("call", given) for given, _ in tests.cases]
+    asked = trials.ask(program, steps, setup=_USUAL, name=tests.name)
+    wrapped = any(isinstance(wanted, Wrapped) for _, wanted in tests.cases)
+    failed: Failed | None = None
+    for unwrap in [True, False] if wrapped else [False]:  # one reading for all tests
+        for number, (_, wanted) in enumerate(tests.cases):
+            failed = unanswered(asked, number, "value")
+            if failed is None:
+                meant = wanted[0] if unwrap else wanted
+                failed = _compared(asked.answers[number][1], meant)
             if failed is not None:
-                status, reason, detail = failed
-                return Verdict(status, reason, run.seconds, f"test {number}: {detail}")
-        return Verdict(CORRECT, extra={"tests": len(inputs)})
-
-    def _calls(self, program: str, name: str, inputs: Any, outputs: Any) -> Verdict:
-        nonce = secrets.token_hex(16)
-        request = {"program": program, "name": name, "calls": inputs, "nonce": nonce}
-        run = self._run(_CALL, json.dumps(request) + "\n")
-        lines = [line for line in run.stdout.splitlines() if line.startswith(nonce)]
-        for number, (line, wanted) in enumerate(zip(lines, outputs, strict=False)):
-            try:
-                found = json.loads(line.removeprefix(nonce))
-            except ValueError:
-                return Verdict(WRONG, "wrong result", run.seconds, f"test {number}: not JSON")
-            if found != wanted and [found] != wanted:
-                detail = f"test {number}: {found!r:.80}, not {wanted!r:.80}"
-                return Verdict(WRONG, "wrong result", run.seconds, detail)
-        if len(lines) == len(outputs) and run.status == "done":
-            return Verdict(CORRECT, seconds=run.seconds, extra={"tests": len(outputs)})
-        failed = _failure(run) or (WRONG, "stopped early", f"{len(lines)} of {len(outputs)} tests")
-        return Verdict(failed[0], failed[1], run.seconds, failed[2])
-
-    def _asserts(self, program: str, asserted: Asserts) -> Verdict:
-        asserted = dataclasses.replace(asserted, tests=asserted.tests[: self.most])
-        request, nonce = asserted.request(program)
-        run = self._run(RUNNER, request)
-        lines = [line for line in run.stdout.splitlines() if line.startswith(nonce)]
-        for test, line in zip(asserted.tests, lines, strict=False):
-            try:
-                kind, said = json.loads(line.removeprefix(nonce))
-            except (ValueError, TypeError):
-                kind, said = "raised", "not JSON"
-            if kind == "held" if test.inside else kind == "value" and same(said, test.wanted):
-                continue
-            detail = f"{test.source[:120]}: {said!s:.120}"
-            if not test.inside and kind == "value":
-                detail += f", not {test.wanted!r:.80}"
-            return Verdict(WRONG, "assertion failed", run.seconds, detail)
-        if len(lines) == len(asserted.tests) and run.status == "done":
-            inside = sum(test.inside for test in asserted.tests)
-            extra = {"tests": len(lines), **({"asserted_inside": inside} if inside else {})}
-            return Verdict(CORRECT, seconds=run.seconds, extra=extra)
-        counted = f"{len(lines)} of {len(asserted.tests)} tests"
-        failed = _failure(run) or (WRONG, "stopped early", counted)
-        return Verdict(failed[0], failed[1], run.seconds, failed[2])
-
-    def _run(self, program: str, stdin: str) -> Run:
-        assert self.backend is not None
-        run = self.backend(program, stdin)
-        for _ in range(self.retries):
-            if run.status != "sandbox error":
+                failed = _numbered(too_large(failed, wanted, trials.backend), number)
                 break
-            run = self.backend(program, stdin)
-        return run
+        if failed is None:
+            break
+    return failed, asked.run.seconds
 
 
-def _failure(run: Run) -> tuple[str, str, str] | None:
-    if run.status == "sandbox error":
-        return ERROR, "sandbox error", run.stderr[-200:]
-    if run.status != "done":
-        return WRONG, run.status, ""
-    if run.code:
-        return WRONG, "program crashed", f"status {run.code}: {run.stderr[-200:]}"
-    return None
+def _asserts(trials: Trials, program: str, tests: Asserts) -> tuple[Failed | None, float]:
+    """One run for all statements, as far as the time goes."""
+    steps = [
+        ("values", list(step.plan.holes)) if step.plan else ("run", step.source)
+        for step in tests.steps
+    ]
+    asked = trials.ask(program, steps, setup=tests.setup, name=tests.name)
+    for number, step in enumerate(tests.steps):
+        failed = unanswered(asked, number, "values" if step.plan else "held")
+        if failed is None and step.plan is not None:
+            failed = _held(step, asked.answers[number][1])
+        if failed is not None:
+            if number == 0 and tests.setup and failed.reason == "program crashed":
+                alone = trials.ask("", [("run", "")], setup=tests.setup, name="")
+                if unanswered(alone, 0, "held"):
+                    failed = replace(failed, status=UNKNOWN, reason="tests cannot be run")
+            reason = "assertion failed" if failed.reason == "raised" else failed.reason
+            detail = f"{shown(step.source, 120)}: {failed.detail or failed.reason}"
+            return replace(failed, reason=reason, detail=detail), asked.run.seconds
+    return None, asked.run.seconds
 
 
-def read_tests(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The tests of a record as {"inputs", "outputs"[, "fn_name"]}; None where there are none."""
-    for key in ("tests", "test_cases", "input_output"):
-        tests = metadata.get(key)
-        if isinstance(tests, str):
-            try:
-                tests = json.loads(tests)
-            except ValueError:
-                continue
-        if isinstance(tests, Mapping) and isinstance(tests.get("inputs"), list):
-            return dict(tests)
-        if isinstance(tests, list) and all(isinstance(test, Mapping) for test in tests) and tests:
-            both = {f"{key}s": [test.get(key, "") for test in tests] for key in ("input", "output")}
-            return both
-    return None
+def _continued(trace: Trace, tests: Asserts, program: str) -> tuple[Asserts, str]:
+    """HumanEval's prompt is code: what it imports and defines is there too, and an answer may be
+    the body of its last function alone."""
+    prompt = str(trace.metadata.get("prompt") or trace.prompt)
+    stub = parsed(prompt)
+    if stub is None or tests.name not in defined(stub):
+        return tests, program
+    tree = parsed(program)
+    if tree is not None and tests.name in defined(tree):
+        return replace(tests, setup=f"{prompt}\n{tests.setup}"), program
+    whole = f"{prompt.rstrip()}\n{textwrap.indent(program, '    ')}"
+    return tests, whole if parsed(whole) is not None else program
 
 
-def same_output(found: str, wanted: str) -> bool:
-    """Equal line by line, but for spaces and empty lines at the ends of both."""
-    left, right = ([line.split() for line in text.strip().splitlines()] for text in (found, wanted))
-    return left == right
+def _numbered(failed: Failed, number: int) -> Failed:
+    return replace(failed, detail=f"test {number}: {failed.detail}")
 
 
-def _as_text(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(map(str, value))
-    return value if isinstance(value, str) else str(value)
+def _compared(code: Any, wanted: Any) -> Failed | None:
+    try:
+        found = decode(code)
+        if same(found, wanted, json_like=True):
+            return None
+    except RAISED as error:  # whatever it wrote that cannot be compared is not what is wanted
+        return Failed("unreadable result", f"{type(error).__name__}: {error}"[:120])
+    return Failed("wrong result", f"{shown(found)}, not {shown(wanted)}")
+
+
+def _held(step: Step, codes: Any) -> Failed | None:
+    assert step.plan is not None
+    try:
+        values = [decode(code) for code in codes]
+        if len(values) == len(step.plan.holes) and step.plan.holds(values):
+            return None
+    except RAISED as error:  # whatever it wrote that cannot be compared is not what is wanted
+        return Failed("assertion failed", f"{type(error).__name__}: {error}"[:120])
+    return Failed("assertion failed", f"got {', '.join(map(shown, values))}")
