@@ -164,7 +164,7 @@ def test_frequent_ids_make_a_table_when_it_pays(tmp_path):
         items.append((torch.arange(50) + i, torch.from_numpy(ids), torch.full((50, 8), -3.0)))
     identity = cases.meta(live=100_000, codec="compact")
     cache = cases.write(tmp_path / "cache", items, identity)
-    assert len(cache._shard(0).tensors["ranks"]) == 256
+    assert len(cache._shard(0).side.tables["ranks"]) == 256
     found = cache.lookup(items[7][0])
     assert torch.equal(found.ids.sort(-1).values, items[7][1].sort(-1).values)
 

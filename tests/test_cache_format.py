@@ -219,7 +219,7 @@ def test_a_table_of_frequent_ids_is_read(tmp_path):
         ids = np.stack([rng.choice(common, 8, replace=False) for _ in range(50)])
         items.append((np.arange(50) + i, ids, np.full((50, 8), -3.0, np.float32)))
     cache = cases.write(tmp_path / "cache", items, cases.meta(live=4000, codec="log8"))
-    assert len(cache.checked_shard(0).tensors["ranks"]) > 0
+    assert len(cache.checked_shard(0).side.tables["ranks"]) > 0
     plain = read_plainly(tmp_path / "cache")
     for tokens, ids, _ in items:
         assert [set(row) for row in plain[tuple(tokens.tolist())]] == [set(r) for r in ids.tolist()]

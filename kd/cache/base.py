@@ -233,7 +233,7 @@ class CacheReader:
             ValueError: naming the shard and both digests.
         """
         entry = self.manifest.shards[number]
-        found = hashlib.sha256(self._shard(number).data.data).hexdigest()
+        found = self._shard(number).digest()
         if found != entry.sha256:
             raise ValueError(
                 f"TeacherCache: shard {entry.name} must have SHA-256 {entry.sha256}, got {found}. "

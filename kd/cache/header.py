@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+import os
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,55 +51,110 @@ def serialise(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) 
     return b"".join(parts + [np.ascontiguousarray(tensors[name]).tobytes() for name in order])
 
 
+class File:
+    """The bytes of an open file, read where they are asked for.
+
+    Not mapped into memory: a mapped file that another process cuts kills this one, where a read
+    past its end is an error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._handle)
+        self.size = os.fstat(self._handle).st_size
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes start to stop.
+
+        Raises:
+            Damaged: the file holds fewer.
+        """
+        parts, at = [], start
+        while at < stop and (part := os.pread(self._handle, stop - at, at)):
+            parts.append(part)
+            at += len(part)
+        if at < stop:
+            raise Damaged(
+                f"{self.size:,} bytes, as when it was opened",
+                f"{os.fstat(self._handle).st_size:,}: it was cut since",
+            )
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), np.uint8)
+
+    def parts(self, size: int = 1 << 22) -> Iterator[NDArray[np.uint8]]:
+        """All of its bytes, some at a time."""
+        for start in range(0, self.size, size):
+            yield self.read(start, min(start + size, self.size))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a file."""
+
+    file: File
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+
+    def read(self, first: int = 0, last: int | None = None) -> NDArray[Any]:
+        """Its entries first to last along the first dimension; all of them by default."""
+        last = self.shape[0] if last is None else last
+        row = self.dtype.itemsize * math.prod(self.shape[1:])
+        data = self.file.read(self.start + first * row, self.start + last * row)
+        return data.view(self.dtype).reshape(last - first, *self.shape[1:])
+
+
 def parse(
-    data: NDArray[np.uint8], allowed: Collection[str], optional: Collection[str]
-) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
-    """The metadata and the tensors of a file, as views of its bytes.
+    file: File, allowed: Collection[str], optional: Collection[str]
+) -> tuple[dict[str, str], dict[str, Place]]:
+    """The metadata of a file, and where its tensors are.
 
     Args:
-        data: the whole file.
+        file: the whole file.
         allowed: names of the tensors it may hold; it must hold all that are not ``optional``.
         optional: names that may be absent.
 
     Raises:
         Damaged: whatever is wrong with it.
     """
-    if len(data) < 8:
-        raise Damaged("a header", f"{len(data)} bytes")
-    length = int.from_bytes(data[:8].tobytes(), "little")
+    if file.size < 8:
+        raise Damaged("a header", f"{file.size} bytes")
+    length = int.from_bytes(file.read(0, 8).tobytes(), "little")
     if length > MAX_HEADER:
         raise Damaged(f"a header of at most {MAX_HEADER:,} bytes", f"{length:,}")
-    if 8 + length > len(data):
-        raise Damaged(f"{8 + length:,} bytes or more", f"{len(data):,}")
+    if 8 + length > file.size:
+        raise Damaged(f"{8 + length:,} bytes or more", f"{file.size:,}")
     try:
-        header = json.loads(data[8 : 8 + length].tobytes())
+        header = json.loads(file.read(8, 8 + length).tobytes())
         metadata = header.pop("__metadata__")
         if not isinstance(metadata, dict):
             raise TypeError
+    except Damaged:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged("a safetensors header with metadata", "other bytes") from None
     if not set(header) <= set(allowed) or not set(allowed) - set(header) <= set(optional):
         raise Damaged(f"the tensors {sorted(allowed)}", f"{sorted(header)[:12]}"[:300])
     entries = {name: _entry(name, item) for name, item in header.items()}
-    body, end, tensors = data[8 + length :], 0, {}
+    begin, end, places = 8 + length, 0, {}
+    body = file.size - begin
     for name, (dtype, shape, start, stop) in sorted(entries.items(), key=lambda pair: pair[1][2:]):
         size = dtype.itemsize * math.prod(shape)
-        if start != end or stop - start != size or stop > len(body):
+        if start != end or stop - start != size or stop > body:
             raise Damaged(
                 f"{name} in bytes {end:,} to {end + size:,} of its data",
-                f"{start:,} to {stop:,} of {len(body):,} bytes",
+                f"{start:,} to {stop:,} of {body:,} bytes",
             )
-        tensors[name], end = body[start:stop].view(dtype).reshape(shape), stop
-    if end != len(body):
-        raise Damaged(f"{end:,} bytes of data", f"{len(body):,}")
-    return metadata, tensors
+        places[name], end = Place(file, dtype, shape, begin + start), stop
+    if end != body:
+        raise Damaged(f"{end:,} bytes of data", f"{body:,}")
+    return metadata, places
 
 
 def _entry(name: str, item: Any) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
     try:
         dtype, shape = np.dtype(DTYPES[item["dtype"]]), tuple(item["shape"])
         start, stop = item["data_offsets"]
-        if len(shape) > 2 or not all(whole(n) for n in (*shape, start, stop)):
+        if not 1 <= len(shape) <= 2 or not all(whole(n) for n in (*shape, start, stop)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise Damaged(f"a valid entry for {name}", f"{item!r}"[:120]) from None

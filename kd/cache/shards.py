@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kd.cache.codecs import (
     fixed_values,
     starts,
 )
-from kd.cache.header import Damaged, count_in, parse, serialise, whole
+from kd.cache.header import Damaged, File, Place, count_in, parse, serialise, whole
 from kd.cache.keys import KEY_BYTES, key_of
 from kd.cache.registry import CODECS
 from kd.cache.tails import STREAMS, decode_tails, encode_tails, tail_codes
@@ -90,7 +90,7 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
 
 
 class Shard:
-    """A shard on disk, memory-mapped; its schema is checked when it is opened.
+    """A shard on disk, open; its schema is checked when it is opened, its rows when they are read.
 
     Args:
         path: the file.
@@ -104,15 +104,13 @@ class Shard:
         self.codec: Codec = CODECS[codec]
         self.tails = int(options.get("tail_temperatures", 0))  # values of a row
         self.streams = (*self.codec.streams, *(STREAMS if self.tails else ()))
-        with open(path, "rb") as file:
-            empty = file.seek(0, 2) == 0  # cannot be mapped
-            mapped = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.data = np.frombuffer(mapped, "u1")
+        self.file = File(path)
+        self._offsets: dict[str, NDArray[np.int64]] = {}
         try:
-            self.metadata, self.tensors = self._parse()
+            self.metadata, self.places = self._parse()
             self._check_metadata(cache_id)
-            self.keys = self.tensors["keys"]
-            self.lengths = self.tensors["lengths"].astype(np.int64)
+            self.keys = self._small("keys", (self.sequences, KEY_BYTES), "u1")
+            self.lengths = self._small("lengths", (self.sequences,), "<u4").astype(np.int64)
             self._rows = starts(self.lengths)
             self._check_shapes()
         except Damaged as error:
@@ -125,11 +123,28 @@ class Shard:
             "it and run the capture again."
         )
 
-    def _parse(self) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    def digest(self) -> str:
+        """The SHA-256 of the whole file."""
+        found = hashlib.sha256()
+        try:
+            for part in self.file.parts():
+                found.update(part.data)
+        except Damaged as error:
+            raise self._wrong(error.rule, error.got) from None
+        return found.hexdigest()
+
+    def _small(self, name: str, shape: tuple[int, ...], *dtypes: str) -> NDArray[Any]:
+        """A tensor that is kept in memory, once its shape is that of what it describes."""
+        place = self.places[name]
+        if place.shape != shape or place.dtype not in map(np.dtype, dtypes):
+            raise Damaged(f"{name} {list(shape)}", f"{place.dtype} {list(place.shape)}")
+        return place.read()
+
+    def _parse(self) -> tuple[dict[str, str], dict[str, Place]]:
         allowed = {"keys", "lengths", "counts", *self.codec.tables}
         for name in ("tokens", *self.streams):
             allowed |= {name, f"{name}.offsets"}
-        return parse(self.data, allowed, ("counts",))
+        return parse(self.file, allowed, ("counts",))
 
     def _check_metadata(self, cache_id: str) -> None:
         form = FORMAT_WITH_TAILS if self.tails else FORMAT
@@ -150,46 +165,47 @@ class Shard:
             raise Damaged("params in its metadata", f"{self.metadata.get('params')!r}"[:120])
 
     def _check_shapes(self) -> None:
-        if self.keys.shape != (self.sequences, KEY_BYTES) or self.keys.dtype != np.uint8:
-            raise Damaged(f"keys [{self.sequences}, {KEY_BYTES}]", str(self.keys.shape))
-        if self.lengths.shape != (self.sequences,) or int(self.lengths.min(initial=1)) < 1:
-            raise Damaged(f"{self.sequences} lengths above 0", f"{self.lengths.shape}")
+        if int(self.lengths.min(initial=1)) < 1:
+            raise Damaged(f"{self.sequences} lengths above 0", "0")
         if int(self._rows[-1]) != self.rows:
             raise Damaged(f"{self.rows} rows", f"{int(self._rows[-1])}")
+        live = self.side.live_vocab
         for name in self.codec.tables:
-            table = self.side.tables[name] = self.tensors[name]
-            live = self.side.live_vocab
-            bad = table.ndim != 1 or table.dtype != np.uint32 or len(table) > live
-            if bad or (len(table) and int(table.max()) >= live):
-                raise Damaged(f"{name} of ids below {live:,}", f"{table.dtype} {table.shape}")
+            size = self.places[name].shape[0]
+            if size > live:
+                raise Damaged(f"{name} of ids below {live:,}", f"{size:,} of them")
+            table = self.side.tables[name] = self._small(name, (size,), "<u4")
+            if size and int(table.max()) >= live:
+                raise Damaged(f"{name} of ids below {live:,}", f"{int(table.max()):,}")
         for name in ("tokens", *self.streams):
-            offsets, data = self.tensors[f"{name}.offsets"], self.tensors[name]
-            shapes_ok = offsets.shape == (self.sequences + 1,) and data.ndim == 1
+            offsets = self._small(f"{name}.offsets", (self.sequences + 1,), "<u4", "<i8")
+            place, at = self.places[name], offsets.astype(np.int64)
             if (
-                not (shapes_ok and data.dtype == np.uint8)
-                or int(offsets[-1]) != len(data)
-                or offsets[0] != 0
-                or (offsets[1:] < offsets[:-1]).any()
+                (len(place.shape), place.dtype) != (1, np.dtype("u1"))
+                or int(at[-1]) != place.shape[0]
+                or at[0] != 0
+                or (at[1:] < at[:-1]).any()
             ):
-                raise Damaged(f"{name}.offsets that end at {len(data)}", str(offsets.shape))
+                raise Damaged(f"{name}.offsets that end at {place.shape[0]}", f"{int(at[-1])}")
+            self._offsets[name] = at
         self._check_sizes()
 
     def _check_sizes(self) -> None:
         """Counts are backed by bytes, so that nothing is allocated on a false promise."""
         width = width_of(self.side.live_vocab - 1)
-        held = np.diff(self.tensors["tokens.offsets"].astype(np.int64))
+        held = np.diff(self._offsets["tokens"])
         if (held != -(-self.lengths // GROUP) * width).any():
             raise Damaged(
                 f"tokens of {width} bits for {self.rows} rows", f"{int(held.sum())} bytes"
             )
-        counts = self.tensors.get("counts")
-        if (counts is None) != (self._row_entries >= 0):
+        same = "counts" not in self.places
+        if same != (self._row_entries >= 0):
             raise Damaged("counts exactly when rows differ", f"{self._row_entries}")
-        if counts is not None and (counts.shape != (self.rows,) or counts.dtype.itemsize > 2):
-            raise Damaged(f"counts [{self.rows}]", f"{counts.dtype} {counts.shape}")
         if self.codec.name.startswith("hidden"):
             return
-        found = self._row_entries * self.rows if counts is None else int(counts.sum(dtype=np.int64))
+        found = self._row_entries * self.rows
+        if not same:
+            found = int(self._small("counts", (self.rows,), "u1", "<u2").sum(dtype=np.int64))
         if found != self.entries:
             raise Damaged(f"{self.entries:,} entries in its rows", f"{found:,}")
 
@@ -198,15 +214,30 @@ class Shard:
         rows = int(sum(self.lengths[s] for s in sequences))
         if self._row_entries >= 0:
             return np.full(rows, self._row_entries, np.int32)
-        counts, bounds = self.tensors["counts"], self._rows
-        return _joined(counts[bounds[s] : bounds[s + 1]] for s in sequences).astype(np.int32)
+        return self._joined("counts", self._rows, sequences).astype(np.int32)
 
     def part(self, name: str, sequences: Sequence[int]) -> Stream:
         """A stream's bytes for these sequences, end to end, and where each one's start."""
-        data, offsets = self.tensors[name], self.tensors[f"{name}.offsets"]
-        at = [(int(offsets[s]), int(offsets[s + 1])) for s in sequences]
-        sizes = np.array([stop - start for start, stop in at], np.int64)
-        return _joined(data[start:stop] for start, stop in at), starts(sizes)
+        offsets = self._offsets[name]
+        sizes = np.array([offsets[s + 1] - offsets[s] for s in sequences], np.int64)
+        return self._joined(name, offsets, sequences), starts(sizes)
+
+    def _joined(
+        self, name: str, bounds: NDArray[np.int64], sequences: Sequence[int]
+    ) -> NDArray[Any]:
+        """What a tensor holds for these sequences, end to end; neighbours are read in one go."""
+        place, spans = self.places[name], []  # type: ignore[var-annotated]
+        for s in sequences:
+            start, stop = int(bounds[s]), int(bounds[s + 1])
+            if spans and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], stop)
+            else:
+                spans.append((start, stop))
+        try:
+            parts = [place.read(start, stop) for start, stop in spans]
+        except Damaged as error:
+            raise self._wrong(error.rule, error.got) from None
+        return parts[0] if len(parts) == 1 else np.concatenate([place.read(0, 0), *parts])
 
     def read(self, sequences: Sequence[int], *, check: bool = True) -> Rows:
         """Decode these sequences' rows, in this order; ``check`` looks at every id and value."""
@@ -253,7 +284,3 @@ class Shard:
         rows = self.read(sequences, check=check)
         return Block(self.tokens_of(sequences), self.lengths[list(sequences)], rows)
 
-
-def _joined(parts: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    found = list(parts)
-    return found[0] if len(found) == 1 else np.concatenate(found)

@@ -164,7 +164,7 @@ class CacheWriter:
             return False
         self._raise_failure()
         self._known.update(keys)
-        self._queue.put((shard.data.tobytes(), entry))
+        self._queue.put((b"".join(part.tobytes() for part in shard.file.parts()), entry))
         return True
 
     def keep_pending(self) -> None:
