@@ -7,7 +7,11 @@ in test_cache_core, test_teachers_build, test_teachers_doctor and test_vocab_fin
 import errno
 import json
 import os
+import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import cache_cases as cases
 import numpy as np
@@ -208,6 +212,124 @@ def test_links_that_leave_the_folder(folder, tmp_path):
     path.symlink_to(tmp_path / "outside.safetensors")
     with pytest.raises(ValueError, match="must lie in .*, got a link to"):
         TeacherCache(folder)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_links_of_the_hubs_cache_are_read(folder, items, tmp_path, nested):
+    """models--o--n/snapshots/REVISION/... holds links to models--o--n/blobs/SHA256."""
+    repository = tmp_path / "hub" / "datasets--someone--cache"
+    blobs, there = repository / "blobs", repository / "snapshots" / "abc"
+    there = there / "data" / "train" if nested else there
+    blobs.mkdir(parents=True)
+    there.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        if not file.name.startswith("."):
+            file.rename(blobs / str(number))
+            (there / file.name).symlink_to(os.path.relpath(blobs / str(number), there))
+    cache = TeacherCache(there)
+    for tokens, ids, _ in items:
+        assert cache.lookup(tokens).ids.shape == ids.shape
+    assert verify_cache(there).sound
+    link = shards(there)[0]  # but not out of the repository
+    outside = tmp_path / "outside"
+    outside.write_bytes(link.read_bytes())
+    link.unlink()
+    link.symlink_to(outside)
+    with pytest.raises(ValueError, match="must lie in .*, got a link to"):
+        TeacherCache(there)
+
+
+@pytest.mark.parametrize("left", [0, 100, 0.5, 0.99])
+@pytest.mark.parametrize("codec", ["float32", "compact", "log8"])
+def test_a_shard_that_is_cut_while_it_is_open(tmp_path, items, left, codec):
+    """An error that names the shard, and no signal that kills the process."""
+    cases.write(tmp_path / "cache", items, cases.meta(codec=codec))
+    cache = TeacherCache(tmp_path / "cache", verify=False)
+    cache.lookup(items[0][0])
+    path = shards(tmp_path / "cache")[0]
+    size = path.stat().st_size
+    with open(path, "r+b") as file:  # an editor, rsync --inplace, a full network disk
+        file.truncate(left if isinstance(left, int) else int(size * left))
+    with pytest.raises(ValueError, match=rf"{path.name} must have {size:,} bytes.* was cut since"):
+        for tokens, _, _ in items:
+            cache.lookup(tokens)
+        list(cache.sequences())
+    with pytest.raises(ValueError, match="was cut since"):
+        cache.check_shard(0)
+
+
+def test_a_shard_replaced_while_it_is_open_is_read_as_it_was(folder, items):
+    cache = TeacherCache(folder)
+    before = cache.lookup(items[0][0])
+    for path in shards(folder):
+        (folder / "new").write_bytes(b"something else")
+        os.replace(folder / "new", path)
+    assert torch.equal(cache.lookup(items[0][0]).ids, before.ids)
+    with pytest.raises(ValueError, match="must have .* bytes, got 14"):
+        TeacherCache(folder)
+
+
+READ_ONLY = """
+import sys, cache_cases as cases
+from kd.cache import CacheWriter, TeacherCache
+folder, meta = sys.argv[1], cases.meta()
+items = cases.sequences(41)
+with CacheWriter(folder, meta) as writer:
+    assert writer.read_only and len(writer) == 40
+    missing = [item for item in items if item[0] not in writer]
+    writer.count("seen", 40)
+assert len(TeacherCache(folder)) == 40 and len(missing) == 1
+try:
+    with CacheWriter(folder, meta) as writer:
+        writer.add(*missing[0])
+except PermissionError as error:
+    assert "must be writable, got a read-only folder" in str(error), error
+else:
+    raise SystemExit("written")
+print("right")
+"""
+
+
+@pytest.mark.parametrize("how", ["mount", "permissions"])
+def test_a_finished_cache_on_a_read_only_medium(folder, how):
+    """What is there is found; what is not is refused. A second run of a capture is the first."""
+    command = [sys.executable, "-c", READ_ONLY, str(folder)]
+    if how == "mount":
+        if shutil.which("unshare") is None or os.geteuid() != 0:
+            pytest.skip("mounting needs root")
+        mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", mount, str(folder), *command]
+    elif os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    else:
+        folder.chmod(0o555)
+    path = os.pathsep.join([str(Path(cases.__file__).parent), *sys.path])
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    if how == "mount" and "mount" in run.stderr and "Traceback" not in run.stderr:
+        pytest.skip(f"mounting is not allowed here: {run.stderr[:80]}")
+    assert run.stdout.endswith("right\n"), run.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_an_unfinished_cache_on_a_read_only_medium_is_refused(folder, monkeypatch, number):
+    rewrite_manifest(folder, lambda body: body.update(open_writers=[0]))
+
+    def refuse(*args, **options):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(files.Lock, "acquire", refuse)
+    with pytest.raises(PermissionError, match="writable to go on with its capture"):
+        with CacheWriter(folder, cases.meta()):
+            pass
+    with pytest.raises(OSError, match="refused"):
+        with CacheWriter(folder / "none", cases.meta()):
+            pass
+    rewrite_manifest(folder, lambda body: body.update(open_writers=[]))
+    with pytest.raises(ValueError, match="temperature: the cache has 1.0, this run has 2.0"):
+        with CacheWriter(folder, cases.meta(temperature=2.0)):
+            pass
 
 
 def test_newer_version(folder):

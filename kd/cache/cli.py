@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 
@@ -86,7 +87,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def _import(verbs: Any) -> None:
     verb = verbs.add_parser("import", help="convert another tool's log-probabilities")
-    verb.add_argument("source", help="a parquet or JSONL file, or a folder of them")
+    verb.add_argument("source", help="a parquet, arrow or JSONL file, or a folder of them")
     verb.add_argument("--format", required=True, choices=("distillkit", "logprobs", "axolotl"))
     verb.add_argument("--output", required=True, help="folder of the new cache")
     verb.add_argument("--vocab", type=int, required=True, help="live tokens of the teacher")
@@ -95,7 +96,7 @@ def _import(verbs: Any) -> None:
     verb.add_argument("--codec", default="compact")
     verb.add_argument("--top-k", type=int, default=None, help="most tokens in a row")
     verb.add_argument(
-        "--compression", metavar="JSON", help="distillkit: the compressor's configuration"
+        "--compression", metavar="FILE", help="distillkit: the compressor's YAML or JSON"
     )
     verb.set_defaults(run=run_import)
 
@@ -105,8 +106,17 @@ def run_import(args: argparse.Namespace) -> int:
 
     compression = None
     if args.compression:
-        with open(args.compression) as file:
-            compression = json.load(file)
+        text = Path(args.compression).read_text()
+        if args.compression.endswith((".yaml", ".yml")):
+            import yaml
+
+            compression = yaml.safe_load(text)
+        else:
+            compression = json.loads(text)
+        if not isinstance(compression, dict):
+            raise ValueError(
+                f"kd cache import: {args.compression} must hold a mapping, got {compression!r:.80}."
+            )
     cache = import_cache(
         args.source,
         args.output,

@@ -19,17 +19,33 @@ from kd.cache.keys import token_array
 COLUMNS = ("input_ids", "compressed_logprobs", "bytepacked_indices")
 WIDTHS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
+ROUNDING = 2e-2  # of exact values in bfloat16, in nats and relative
+MOST_MASS = 1.2  # of a row whose rest is approximated by a polynomial
+
+
+def found_in(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The compressor's mapping, wherever in a YAML's nesting it is."""
+    if {"d", "k", "exact_k"} <= set(config):
+        return config
+    for value in config.values():
+        if isinstance(value, Mapping):
+            inner = found_in(value)
+            if {"d", "k", "exact_k"} <= set(inner):
+                return inner
+    return config
+
 
 class Packed:
     """Decodes rows of one compressor configuration.
 
     Args:
-        config: the YAML's ``logprob_compressor`` mapping: d, k, exact_k, exact_dtype,
-            polynomial_terms, term_dtype, residual_bins, delta_encoding, normalize_t.
+        config: the YAML's ``logprob_compressor`` mapping, or one that holds it: d, k, exact_k,
+            exact_dtype, polynomial_terms, term_dtype, residual_bins, delta_encoding, normalize_t.
         live_vocab: ids at or past it are dropped.
     """
 
     def __init__(self, config: Mapping[str, Any], live_vocab: int) -> None:
+        config = found_in(config)
         self.config, self.live_vocab = dict(config), live_vocab
         missing = sorted({"d", "k", "exact_k"} - set(config))
         if missing:
@@ -48,19 +64,58 @@ class Packed:
         packed = np.asarray(record["bytepacked_indices"], np.uint8)
         id_bytes, value_bytes = -(-self.k * self.bits // 8), self.value_bytes()
         wanted = ((len(tokens), value_bytes), (len(tokens), id_bytes))
-        if (values.shape, packed.shape) != wanted:
+        # Captured with vLLM there is no row after the last token.
+        rows = len(tokens) - 1 if len(values) == len(packed) == len(tokens) - 1 else len(tokens)
+        if (values.shape, packed.shape) != ((rows, value_bytes), (rows, id_bytes)):
             raise ValueError(
-                f"import_cache: a record's compressed_logprobs and bytepacked_indices must be "
+                f"a record's compressed_logprobs and bytepacked_indices must be "
                 f"{wanted[0]} and {wanted[1]} bytes with this compression, got {values.shape} and "
                 f"{packed.shape}. The configuration is not the one the file was made with."
             )
-        ids, logprobs = self.ids(packed), np.minimum(self.logprobs(values), 0)
+        ids, logprobs = self.ids(packed), self.logprobs(values)
+        self._check(logprobs)
         if int(ids.max(initial=0)) >= int(self.config["d"]):
             raise ValueError(
-                f"import_cache: ids must be below compression's d ({self.config['d']}), got "
+                f"ids must be below compression's d ({self.config['d']}), got "
                 f"{int(ids.max())}. The configuration is not the one the file was made with."
             )
-        return tokens, np.where(ids >= self.live_vocab, -1, ids), bounded(logprobs)
+        ids = np.where(ids >= self.live_vocab, -1, ids)
+        logprobs = bounded(np.minimum(logprobs, 0))
+        if rows < len(tokens):
+            ids = np.concatenate([ids, np.full((1, self.k), -1)])
+            logprobs = np.concatenate([logprobs, np.full((1, self.k), -np.inf, np.float32)])
+        return tokens, ids, logprobs
+
+    def _check(self, logprobs: NDArray[np.float32]) -> None:
+        """Refuse values that are no likeliest-first log-probs: another configuration's bytes."""
+        exact = logprobs[:, : self.exact_k]
+        slack = ROUNDING * (1 + np.abs(np.nan_to_num(exact[:, :-1])))
+        with np.errstate(over="ignore", invalid="ignore"):
+            mass = np.exp(logprobs.astype(np.float64)).sum(1)
+        broken = (
+            (~np.isfinite(logprobs).all(1), "finite"),
+            ((exact > ROUNDING).any(1), "at most 0"),
+            ((np.diff(exact, axis=1) > slack).any(1), "likeliest first"),
+            (mass > MOST_MASS, f"of a mass of at most {MOST_MASS}"),
+            (self._summed_twice(exact), "no sums of log-probs"),
+        )
+        for bad, rule in broken:
+            if bad.any():
+                row = int(bad.argmax())
+                shown = ", ".join(f"{value:.4g}" for value in logprobs[row, :6])
+                raise ValueError(
+                    f"log-probs must be {rule}, got {shown}, ... with a mass of {mass[row]:.4g} in "
+                    f"row {row}. The configuration is not the one the file was made with: "
+                    "exact_dtype, delta_encoding, normalize_t and the like must be its own."
+                )
+
+    def _summed_twice(self, exact: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Rows whose differences are themselves likeliest first: nearly all of a file's rows only
+        where the differences are the log-probs, written without delta_encoding."""
+        gaps = np.diff(exact, axis=1, prepend=0)
+        ordered = np.asarray((np.diff(gaps, axis=1) <= 0).all(1))
+        enough = self.config.get("delta_encoding", True) and self.exact_k > 3
+        return ordered & enough & (len(ordered) > 2) & (ordered.mean() > 0.9)
 
     def value_bytes(self) -> int:
         """Bytes of a row's values."""

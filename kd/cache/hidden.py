@@ -113,7 +113,7 @@ class HiddenWriter(CacheWriter):
 
     def __enter__(self) -> HiddenWriter:
         super().__enter__()
-        if not (self.path / HEAD).exists():
+        if not self.read_only and not (self.path / HEAD).exists():
             write_whole(self.path / HEAD, self.head.to_bytes(), replace=True)
         return self
 

@@ -6,10 +6,10 @@ distribution *of* token i, so their rows move up by one, and the last row stays 
 
 from __future__ import annotations
 
-import json
+import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from kd.cache.keys import token_array
 from kd.cache.meta import CacheMeta
 from kd.cache.reader import TeacherCache
+from kd.cache.records import records
+from kd.cache.server_rows import TOLERANCE, Item, from_logprobs, table
 from kd.cache.writer import CacheWriter
 
 LAYOUTS = ("distillkit", "logprobs", "axolotl")
-Item = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]
+TOKEN_ID = "token_id:"
 
 
 def import_cache(
@@ -40,11 +42,12 @@ def import_cache(
     """Convert another tool's file into a cache; resumable like any capture.
 
     Args:
-        source: a .parquet or .jsonl file, or a folder of them.
+        source: a .parquet, .arrow or .jsonl file, or a folder with such files at any depth.
         path: folder of the new cache.
-        layout: "distillkit" (its packed parquet), "logprobs" (vLLM or OpenAI responses, one JSON
-            object a line) or "axolotl" (columns input_ids, target_token_ids, target_logprobs, or
-            a column of {logprob, token: "token_id:N"} lists).
+        layout: "distillkit" (its packed parquet), "logprobs" (vLLM or OpenAI responses, also as
+            lines of a batch's output; one JSON object a line) or "axolotl" (columns
+            input_ids, target_token_ids, target_logprobs, or a column of {logprob, token:
+            "token_id:N"} lists).
         live_vocab: the teacher's tokens; foreign files do not say.
         teacher: its name, for the record.
         temperature: the one the values were captured at.
@@ -56,44 +59,90 @@ def import_cache(
 
     Returns:
         The finished cache.
+
+    Raises:
+        ValueError: for a record that does not fit, by its number and what is wrong; and when no
+            record holds log-probabilities: nothing is then written.
     """
     if layout not in LAYOUTS:
         raise ValueError(
             f"import_cache: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}."
         )
-    read = reader_of(layout, live_vocab, compression)
-    widest = top_k or max(
-        (item[1].shape[1] for item in map(read, records(source)) if item is not None), default=1
-    )
+    reader = _Reader(source, layout, live_vocab, compression)
+    widest = 0
+    for item in reader:
+        widest = max(widest, item[1].shape[1])
+        if top_k is not None:  # one is enough to know that there is something to write
+            break
+    if not widest:
+        raise ValueError(
+            f"import_cache: {source} must hold records with log-probabilities in the layout "
+            f"{layout!r}, got none in {reader.number} records ({_counted(reader.left_out)}). "
+            f"{reader.seen}Choose the layout they are in."
+        )
     meta = CacheMeta(
         teacher={"id": teacher, "imported_from": layout},
         tokenizer=tokenizer or {},
         live_vocab=live_vocab,
         padded_vocab=live_vocab,
         temperature=temperature,
-        top_k=min(widest, live_vocab),
+        top_k=min(top_k or widest, live_vocab),
         codec=codec,
     )
     with CacheWriter(path, meta) as writer:
-        for number, record in enumerate(records(source)):
-            try:
-                item = read(record)
-                if item is None:
-                    writer.count("records_without_logprobs")
-                elif item[0] not in writer:
-                    writer.add(item[0], *likeliest(item[1], item[2], meta.top_k))
-            except (KeyError, TypeError, IndexError) as error:
-                raise ValueError(
-                    f"import_cache: record {number} of {source} must have {layout}'s columns, got "
-                    f"{sorted(record)} ({error!r})."
-                ) from error
+        for item in reader:
+            if item[0] not in writer:
+                writer.add(item[0], *likeliest(item[1], item[2], meta.top_k))
+        for reason, number in reader.left_out.items():
+            writer.count(reason, number)
     return TeacherCache(path)
+
+
+class _Reader:
+    """The records of a source as (tokens, ids, log-probs), those without any counted."""
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        layout: str,
+        live_vocab: int,
+        compression: Mapping[str, Any] | None,
+    ) -> None:
+        self.source, self.layout = source, layout
+        self.read = reader_of(layout, live_vocab, compression)
+        self.number, self.left_out, self.seen = 0, Counter[str](), ""
+
+    def __iter__(self) -> Iterator[Item]:
+        self.number, self.left_out = 0, Counter()
+        for number, record in enumerate(records(self.source)):
+            where = f"import_cache: record {number} of {self.source}"
+            self.number = number + 1
+            if not isinstance(record, Mapping):
+                raise ValueError(f"{where} must be an object, got {record!r:.100}.")
+            self.seen = self.seen or f"The first has {', '.join(sorted(map(str, record)))[:200]}. "
+            try:
+                item = self.read(record)
+            except (KeyError, TypeError, IndexError, AttributeError) as error:
+                raise ValueError(
+                    f"{where} must have {self.layout}'s columns, got {sorted(map(str, record))} "
+                    f"({error!r:.200})."
+                ) from error
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            if item is None:
+                self.left_out["records_without_logprobs"] += 1
+            else:
+                yield item
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in reasons.items()) or "an empty source"
 
 
 def reader_of(layout: str, live_vocab: int, compression: Mapping[str, Any] | None) -> Any:
     """The function that turns one record into (tokens, ids, log-probs), or None."""
     if layout == "logprobs":
-        return from_logprobs
+        return functools.partial(from_logprobs, live_vocab=live_vocab)
     if layout == "axolotl":
         return from_axolotl
     from kd.cache.distillkit import Packed
@@ -106,81 +155,6 @@ def reader_of(layout: str, live_vocab: int, compression: Mapping[str, Any] | Non
     return Packed(compression, live_vocab).read
 
 
-def records(source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet or JSONL file, or of every such file in a folder, by name."""
-    path = Path(source)
-    if path.is_dir():
-        for item in sorted(path.iterdir()):
-            if item.suffix in (".parquet", ".jsonl"):
-                yield from records(item)
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-    else:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(
-                            f"import_cache: line {number} of {path} must be JSON, got {error}."
-                        ) from None
-
-
-# --- servers --------------------------------------------------------------------------------------
-
-
-def from_logprobs(record: Mapping[str, Any]) -> Item | None:
-    """A vLLM or OpenAI response with prompt_logprobs; None when it holds none.
-
-    Understands ``prompt_token_ids`` beside ``prompt_logprobs``, at the top or in ``choices[0]``.
-    Each element of prompt_logprobs is null (the first) or {"token id": {"logprob": x, ...}}.
-    """
-    choice = (record.get("choices") or [{}])[0]
-    found = record.get("prompt_logprobs") or choice.get("prompt_logprobs")
-    if not found:
-        return None
-    tokens = record.get("prompt_token_ids") or choice.get("prompt_token_ids")
-    if tokens is None:
-        tokens = record["input_ids"]
-    return prompt_rows(tokens, found)
-
-
-def prompt_rows(input_ids: Any, prompt_logprobs: Any) -> Item:
-    """Rows from a server's prompt_logprobs: element i + 1 becomes row i, the last row is empty."""
-    tokens = token_array(input_ids, "prompt_rows")
-    if len(prompt_logprobs) != len(tokens):
-        raise ValueError(
-            f"prompt_rows: prompt_logprobs must have one element a token ({len(tokens)}), got "
-            f"{len(prompt_logprobs)}. The server cut the prompt, or tokenised it again: send token "
-            "ids, not text."
-        )
-    rows = []
-    for element in prompt_logprobs[1:]:
-        row = {}
-        for token, value in (element or {}).items():
-            logprob = value["logprob"] if isinstance(value, Mapping) else value
-            row[int(token)] = min(float(logprob), 0.0)
-        rows.append(row)
-    return (tokens, *table([*rows, {}]))
-
-
-def table(rows: Iterable[Mapping[int, float]]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Mappings id -> log-prob as ids and log-probs [L, K], the likeliest first."""
-    found = [sorted(row.items(), key=lambda item: (-item[1], item[0])) for row in rows]
-    width = max(1, max(map(len, found), default=1))
-    ids = np.full((len(found), width), -1, np.int64)
-    logprobs = np.full((len(found), width), -np.inf, np.float32)
-    for i, row in enumerate(found):
-        if row:
-            ids[i, : len(row)], logprobs[i, : len(row)] = zip(*row, strict=True)
-    return ids, logprobs
-
-
 # --- Axolotl --------------------------------------------------------------------------------------
 
 
@@ -191,11 +165,9 @@ def from_axolotl(record: Mapping[str, Any]) -> Item | None:
     """
     tokens = token_array(record["input_ids"], "from_axolotl")
     if record.get("target_token_ids") is not None:
-        pairs = zip(record["target_token_ids"], record["target_logprobs"], strict=True)
-        rows = [
-            {int(i): min(float(v), 0.0) for i, v in zip(ids, values, strict=True) if i is not None}
-            for ids, values in pairs
-        ]
+        listed = record["target_token_ids"]
+        pairs = zip(listed, record["target_logprobs"], strict=True)
+        rows = [_row(n, ids, values) for n, (ids, values) in enumerate(pairs)]
         mask = record.get("target_mask")
         if mask is not None:
             flags = [bool(np.any(flag)) for flag in mask]
@@ -206,17 +178,48 @@ def from_axolotl(record: Mapping[str, Any]) -> Item | None:
         if not listed:
             return None
         rows = [
-            {int(str(e["token"]).rpartition(":")[2]): min(float(e["logprob"]), 0.0)
-             for e in row or []}
-            for row in listed
-        ]  # fmt: skip
+            _row(n, [_named(n, e["token"]) for e in row or []], [e["logprob"] for e in row or []])
+            for n, row in enumerate(listed)
+        ]
+    if not any(rows):
+        return None
     if len(rows) > len(tokens):
         raise ValueError(
-            f"from_axolotl: a record must have at most one row a token ({len(tokens)}), got "
-            f"{len(rows)}. Its rows cannot be aligned with its tokens."
+            f"a record must have at most one row a token ({len(tokens)}), got {len(rows)}. "
+            "Its rows cannot be aligned with its tokens."
         )
     empty: list[dict[int, float]] = [{}] * (len(tokens) - len(rows))
     return (tokens, *table([*empty, *rows][1:] + [{}]))
+
+
+def _named(number: int, token: Any) -> int:
+    """The id in ``token_id:7``: a bare ``7`` is the text of some other token."""
+    digits = token.removeprefix(TOKEN_ID) if isinstance(token, str) else ""
+    if not str(token).startswith(TOKEN_ID) or not (digits.isascii() and digits.isdigit()):
+        raise ValueError(
+            f"row {number}: tokens must be named '{TOKEN_ID}N' with N a token id, got "
+            f"{token!r:.100}. Texts of tokens are ambiguous: capture them with "
+            "return_tokens_as_token_ids."
+        )
+    return int(digits)
+
+
+def _row(number: int, ids: Any, logprobs: Any) -> dict[int, float]:
+    """One row's ids and log-probs, checked; slots without an id are empty."""
+    row: dict[int, float] = {}
+    for i, value in zip(ids, logprobs, strict=True):
+        if i is None:
+            continue
+        if isinstance(i, bool) or not isinstance(i, (int, np.integer)):
+            raise ValueError(f"row {number}: token ids must be integers, got {i!r:.100}.")
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+            raise ValueError(f"row {number}: log-probs must be numbers, got {value!r:.100}.")
+        if not value <= TOLERANCE:  # NaN included
+            raise ValueError(f"row {number}: the log-prob of {i} must be at most 0, got {value}.")
+        if int(i) in row:
+            raise ValueError(f"row {number}: token ids must be different, got {i} twice.")
+        row[int(i)] = min(float(value), 0.0)
+    return row
 
 
 def likeliest(

@@ -178,19 +178,33 @@ def _wrong(path: Path, rule: str, got: str) -> ValueError:
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """The path of a shard, which must have a shard's name and lie in the folder itself."""
+    """The path of a shard, which must have a shard's name and lie in the folder itself.
+
+    A link may lead to another name in the folder, or, in a snapshot of the Hub's cache, to that
+    repository's own blobs.
+    """
     path = folder / name
     if not SHARD_NAME.fullmatch(name):
         raise ValueError(
             f"kd.cache: a shard's name must match {SHARD_NAME.pattern}, got {name[:80]!r}. "
             "Only safetensors shards inside the cache's folder are ever opened."
         )
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
+    if path.is_symlink() and path.resolve().parent not in (folder.resolve(), _blobs(folder)):
         raise ValueError(
             f"kd.cache: shard {name} must lie in {folder}, got a link to {path.resolve()}. "
             "Copy the file instead of linking it."
         )
     return path
+
+
+def _blobs(folder: Path) -> Path | None:
+    """Where the links of a folder in ``models--o--n/snapshots/REVISION/...`` lead to."""
+    inside = folder.resolve()
+    for snapshot in (inside, *inside.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.count("--") >= 2:
+            return repository / "blobs"
+    return None
 
 
 def update_manifest(folder: Path, change: Any) -> Manifest:

@@ -283,4 +283,3 @@ class Shard:
         """These sequences with all they hold."""
         rows = self.read(sequences, check=check)
         return Block(self.tokens_of(sequences), self.lengths[list(sequences)], rows)
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import os
 import queue
@@ -17,7 +18,15 @@ import numpy as np
 from kd.cache.codecs import Rows
 from kd.cache.files import TEMPORARY, Lock, write_whole
 from kd.cache.keys import KEY_BYTES, describe, key_of, token_array
-from kd.cache.manifest import NAME, SHARD_NAME, Manifest, ShardEntry, safe_path, update_manifest
+from kd.cache.manifest import (
+    NAME,
+    SHARD_NAME,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    safe_path,
+    update_manifest,
+)
 from kd.cache.meta import CacheMeta, differences, side_by_side
 from kd.cache.rows import rows_of
 from kd.cache.shards import Block, Shard, encode_shard
@@ -34,7 +43,8 @@ class CacheWriter:
 
     A killed writer loses at most the shard in hand; opening the same path with the same ``meta``
     continues. An exception inside ``with`` discards the shard in hand and leaves the cache marked
-    as unfinished. Shards are encoded and written by a thread, beside the caller's work.
+    as unfinished. Shards are encoded and written by a thread, beside the caller's work. A finished
+    cache on a read-only medium is opened too, and adding to it is refused.
 
     Args:
         path: the cache's folder; made when absent.
@@ -72,11 +82,19 @@ class CacheWriter:
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._lock: Lock | None = None
+        self.read_only = False
 
     def __enter__(self) -> CacheWriter:
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = Lock(self.path / f".writer-{self.rank:04d}.lock")
-        if not lock.acquire(wait=False):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            taken = lock.acquire(wait=False)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            self._open_read_only(error)
+            return self
+        if not taken:
             raise BlockingIOError(
                 f"CacheWriter: rank {self.rank} of {self.path} must have one writer, got a second; "
                 f"the first is {lock.holder()}. Wait for it, or give this one another rank."
@@ -97,6 +115,8 @@ class CacheWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.read_only:
+            return
         assert self._lock is not None and self._thread is not None
         try:
             if kind is None and self._failure is None and self._pending:
@@ -138,6 +158,7 @@ class CacheWriter:
 
     def add_rows(self, tokens: np.ndarray, rows: Rows) -> None:
         """``add`` for rows that are flat and checked already."""
+        self._refuse_read_only(f"sequence {describe(tokens)}")
         if self._thread is None:
             raise RuntimeError("CacheWriter: add must be called inside `with CacheWriter(...)`.")
         self._raise_failure()
@@ -162,6 +183,7 @@ class CacheWriter:
         keys = keys_in(shard)
         if len(set(keys)) < len(keys) or self._known & set(keys):
             return False
+        self._refuse_read_only(entry.name)
         self._raise_failure()
         self._known.update(keys)
         self._queue.put((b"".join(part.tobytes() for part in shard.file.parts()), entry))
@@ -180,12 +202,39 @@ class CacheWriter:
         """Count something for the manifest, such as sequences that were dropped."""
         self.counters[name] = self.counters.get(name, 0) + number
 
+    def _open_read_only(self, error: OSError) -> None:
+        """Find what is there, where nothing can be written: all that a finished cache needs."""
+        try:
+            present = read_manifest(self.path)
+        except FileNotFoundError:
+            raise error from None
+        self._check_meta(present)
+        if present.open_writers:
+            raise PermissionError(
+                f"CacheWriter: {self.path} must be writable to go on with its capture (open ranks "
+                f"{present.open_writers}), got a read-only folder. Copy the cache first."
+            ) from error
+        self.read_only = True
+        self._take_in(present)
+
+    def _refuse_read_only(self, what: str) -> None:
+        if self.read_only:
+            raise PermissionError(
+                f"CacheWriter: {self.path} must be writable, got a read-only folder, and {what} is "
+                "not in it. Copy the cache, or make the folder writable."
+            )
+
     def _open(self) -> None:
         for leftover in self.path.glob(f"{TEMPORARY}*-shard-{self.rank:04d}-*"):
             leftover.unlink(missing_ok=True)
         manifest = update_manifest(self.path, self._opened)
         mine = [entry.name for entry in manifest.shards if self._is_mine(entry.name)]
         self._next = 1 + max((int(name[11:17]) for name in mine), default=-1)
+        self._take_in(manifest)
+        self._adopt(manifest)
+
+    def _take_in(self, manifest: Manifest) -> None:
+        """Know the sequences of the shards that are there."""
         options = shard_options(self.meta)
         for entry in manifest.shards:
             path = safe_path(self.path, entry.name)
@@ -197,7 +246,6 @@ class CacheWriter:
                 )
             shard = Shard(path, self.meta.codec, options, self.meta.cache_id)
             self._known.update(keys_in(shard))
-        self._adopt(manifest)
 
     def _is_mine(self, name: str) -> bool:
         return bool(SHARD_NAME.match(name)) and int(name[6:10]) == self.rank
@@ -214,6 +262,13 @@ class CacheWriter:
                     f"with {', '.join(sorted(stray)[:5])}. Choose another folder."
                 )
             present = Manifest(self.meta)
+        self._check_meta(present)
+        kept = {rank for rank in present.open_writers if rank < self.world_size}
+        present.open_writers = sorted(kept | {self.rank})
+        present.sources += [entry for entry in self.sources if entry not in present.sources]
+        return present
+
+    def _check_meta(self, present: Manifest) -> None:
         found = differences(present.meta.to_dict(), self.meta.to_dict())
         if found:
             raise ValueError(
@@ -221,10 +276,6 @@ class CacheWriter:
                 f"{side_by_side(found, 'the cache', 'this run')}\n"
                 "Nothing was changed. Write to another folder, or use the cache's settings."
             )
-        kept = {rank for rank in present.open_writers if rank < self.world_size}
-        present.open_writers = sorted(kept | {self.rank})
-        present.sources += [entry for entry in self.sources if entry not in present.sources]
-        return present
 
     def _closed(self, present: Manifest | None) -> Manifest:
         assert present is not None

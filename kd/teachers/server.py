@@ -7,11 +7,10 @@ It is not believed: every row is checked before it is stored.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
-from kd.cache.importers import Item, table
 from kd.cache.keys import describe
+from kd.cache.server_rows import Item, checked_row, table
 from kd.cache.writer import SHARD_TOKENS
 from kd.serving import Endpoint, ServerError, shown_fields
 from kd.teachers.build import batches
@@ -35,7 +34,6 @@ MAX_TOP_K = 1024
 MAX_RESPONSE = 1 << 30
 ENTRY_BYTES = 256  # of JSON for one token of one row, with its text; vLLM's have about 90
 MOST_FAILED = 32  # sequences that fail before a capture ends, unless they may be dropped
-TOLERANCE = 1e-3  # rounding by which a log-probability, or a row's log-mass, may exceed 0
 # Failures that a sequence can be the cause of; the others are the server's, of every sequence.
 OF_THE_SEQUENCE = (
     "HTTP 400",
@@ -195,58 +193,6 @@ class ServerTeacher:
             turn = max(now, self._next)
             self._next = turn + 60 / self.requests_per_minute
         time.sleep(turn - now)
-
-
-def checked_row(
-    element: Any, following: int, top_k: int, live_vocab: int | None = None, prefix: str = ""
-) -> dict[int, float]:
-    """One element of a server's answer as id -> log-prob, or a ValueError with what is wrong.
-
-    Args:
-        element: {"token id": log-prob}, or {"token id": {"logprob": log-prob, ...}}.
-        following: the prompt's token that this row is the distribution of. Servers always return
-            it, whatever its rank: its absence shows a row of another position or another text.
-        top_k: tokens asked for.
-        live_vocab: the teacher's tokens; None is unknown.
-        prefix: of the ids' names.
-    """
-    if not isinstance(element, Mapping):
-        raise ValueError(f"it must be a mapping of token ids to log-probs, got {element!r:.100}.")
-    live_vocab = live_vocab or 1 << 31
-    row: dict[int, float] = {}
-    for name, value in element.items():
-        number = name[len(prefix) :] if name.startswith(prefix) else ""
-        # int() would also take " 7", "0_7" and digits of other scripts.
-        if not (number.isascii() and number.isdigit()) or str(int(number)) != number:
-            fix = "The server ignores return_tokens_as_token_ids: use mode='prompt_logprobs'."
-            raise ValueError(
-                f"tokens must be named '{prefix}N' with N a token id, got {name!r:.100}. "
-                f"{fix if prefix else 'Names of tokens are ambiguous.'}"
-            )
-        logprob = value.get("logprob") if isinstance(value, Mapping) else value
-        if isinstance(logprob, bool) or not isinstance(logprob, (int, float)):
-            raise ValueError(f"the log-prob of {number} must be a number, got {logprob!r:.100}.")
-        if not logprob <= TOLERANCE:  # NaN included
-            raise ValueError(f"the log-prob of {number} must be at most 0, got {logprob}.")
-        if logprob < -3e38:  # probability 0, beyond float32
-            continue
-        if int(number) >= live_vocab:
-            raise ValueError(
-                f"token ids must be below live_vocab ({live_vocab}), got {number}. Is this the "
-                "tokenizer's own teacher?"
-            )
-        row[int(number)] = min(float(logprob), 0.0)
-    if following not in row:
-        raise ValueError(
-            f"the log-probs must include the prompt's own next token, {following}, got "
-            f"{sorted(row)[:6]}. The rows are of another position, or of another text."
-        )
-    if len(row) > top_k + 1:
-        raise ValueError(f"it must hold at most {top_k + 1} tokens, got {len(row)}.")
-    mass = math.fsum(math.exp(logprob) for logprob in row.values())
-    if mass > math.exp(TOLERANCE):
-        raise ValueError(f"its probabilities must be at most 1 in sum, got {mass:.6g}.")
-    return row
 
 
 def build_cache_from_server(
