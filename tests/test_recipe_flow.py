@@ -117,8 +117,12 @@ def test_traces_that_cannot_be_had(tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     with pytest.raises(ValueError, match="must leave at least one after filtering"):
         _pipeline.get_traces(tmp_path, models, str(tmp_path / "empty.jsonl"), "", 0, 0)
-    with pytest.raises(ValueError, match="verifier must be one of exact, numeric, maths, gym"):
-        _pipeline.verifier_of("taste")
+    with pytest.raises(ValueError, match="name must be one of maths, .*, got 'taste'"):
+        _pipeline.get_traces(tmp_path, models, str(tmp_path / "empty.jsonl"), "taste", 0, 0)
+    record = '{"prompt": "2+2?", "think": "t", "answer": "The sum is 4", "reference": "four"}\n'
+    (tmp_path / "worded.jsonl").write_text(record)
+    with pytest.raises(ValueError, match=r"after filtering.*--verifier maths finds 1 of them"):
+        _pipeline.get_traces(tmp_path, models, str(tmp_path / "worded.jsonl"), "exact", 0, 0)
 
 
 def test_a_cache_that_does_not_cover_the_data_is_refused(tmp_path):

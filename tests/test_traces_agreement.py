@@ -15,9 +15,18 @@ TRACES = [
     Trace("another spelling", "t", "5.0", reference="5"),
     Trace("wrong for both", "t", "6", reference="5"),
     Trace("no reference", "t", "6"),
-    Trace("words", "t", "five", reference="five"),
+    Trace("words", "t", "plum", reference="plum"),
 ]
-BOTH = {"exact": Exact(), "numeric": Numeric()}
+
+
+def literal(trace):
+    if not trace.reference:
+        return Verdict("unknown", "no reference")
+    same = trace.answer == trace.reference
+    return Verdict("correct" if same else "wrong", "" if same else "different answer")
+
+
+BOTH = {"literal": literal, "numeric": Numeric()}
 
 
 def test_every_pair_is_counted_and_examples_of_disagreement_are_kept():
@@ -26,11 +35,11 @@ def test_every_pair_is_counted_and_examples_of_disagreement_are_kept():
     assert [trace.prompt for trace in kept] == ["same", "words"]
     tally = report["verify"]
     assert tally.notes["verdicts"] == {
-        "exact": {"correct": 2, "wrong": 2, "unknown": 1},
+        "literal": {"correct": 2, "wrong": 2, "unknown": 1},
         "numeric": {"correct": 2, "wrong": 1, "unknown": 2},
     }
     assert tally.notes["agreement"] == {
-        "exact / numeric": {
+        "literal / numeric": {
             "correct / correct": 1,
             "wrong / correct": 1,
             "wrong / wrong": 1,
@@ -41,8 +50,8 @@ def test_every_pair_is_counted_and_examples_of_disagreement_are_kept():
     (example,) = tally.notes["disagreements"]  # unknown is no disagreement
     assert example["prompt"] == "another spelling" and example["numeric says"] == "correct"
     assert tally.dropped == {"wrong: different answer": 2, "unknown: no reference": 1}
-    assert set(kept[0].metadata["verdicts"]) == {"exact", "numeric"}
-    assert "exact / numeric agree, %" in report.table() and "60.0" in report.table()
+    assert set(kept[0].metadata["verdicts"]) == {"literal", "numeric"}
+    assert "literal / numeric agree, %" in report.table() and "60.0" in report.table()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +90,7 @@ def test_the_page_shows_who_disagrees_and_escapes_it(tmp_path):
     list(compare([*TRACES, evil], BOTH, report=report))
     report = Yield.from_dict(json.loads(json.dumps(report.to_dict())))
     text = write_report(tmp_path / "r.html", report).read_text()
-    assert "They agree on 50.0 % of 6 traces." in text and "exact \\ numeric" in text
+    assert "They agree on 50.0 % of 6 traces." in text and "literal \\ numeric" in text
     assert "another spelling" in text and "&lt;script&gt;" in text and "<script" not in text
 
 

@@ -1,7 +1,6 @@
 """The record, splitting completions, the yield's book-keeping, simple verifiers, generation."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -10,9 +9,7 @@ from hypothesis import strategies as st
 from traces_cases import CHATML_QWEN, R1_PREFILLED, byte_tokenizer, tiny_model
 
 from kd.traces import (
-    Choice,
     Exact,
-    Numeric,
     Sampling,
     Trace,
     Verdict,
@@ -21,7 +18,6 @@ from kd.traces import (
     split_completion,
     verify,
 )
-from kd.traces.verifiers.answers import final_answer, last_boxed, parse_number
 
 
 def test_a_trace_survives_json_and_its_id_depends_on_content_alone():
@@ -98,59 +94,6 @@ def test_the_table_names_stages_reasons_and_counts():
     assert example["detail"] == "nothing after </think>" and len(example["think"]) < 600
 
 
-@pytest.mark.parametrize(
-    "text, value",
-    [
-        ("it is 1,234.", "1234"),
-        ("-3.50", "-7/2"),
-        ("from 3 to 7", "7"),
-        (r"\frac{2}{3}", "2/3"),
-        ("x = 1/0", None),
-        ("50%", "1/2"),
-        ("\u22125", "-5"),
-        ("2e3", "2000"),
-        ("none", None),
-        ("9" * 500, None),
-        ("version2", None),
-        ("1.5e9", "1500000000"),
-    ],
-)
-def test_numbers_are_read_exactly(text, value):
-    found = parse_number(text)
-    assert (None if found is None else str(found)) == value
-
-
-def test_final_answers_come_from_boxes_phrases_or_the_last_line():
-    assert last_boxed(r"\boxed{1} and \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
-    assert last_boxed(r"\boxed{3} then \boxed{unclosed") == "3"
-    assert final_answer("So:\nThe answer is **42**.") == "42"
-    assert final_answer("text\n#### 18") == "18"
-    assert final_answer("a\nb\n\n") == "b"
-    assert final_answer("") == ""
-
-
-RIGHT_AND_WRONG = [
-    (Exact(), "7", "7", "correct"),
-    (Exact(), "7 ", "8", "wrong"),
-    (Exact(final_answer, normalised=True), "the answer is: Paris.", "paris", "correct"),
-    (Exact(), "x", "", "unknown"),
-    (Numeric(), r"so \boxed{0.5}", "1/2", "correct"),
-    (Numeric(), "0.3334", "1/3", "wrong"),
-    (Numeric(tolerance=1e-3), "0.3334", "1/3", "correct"),
-    (Numeric(), "1", "pear", "unknown"),
-    (Choice(), r"\boxed{\text{C}}", "C", "correct"),
-    (Choice(), "The answer is (B).", "C", "wrong"),
-    (Choice(), "B. because a is smaller", "B", "correct"),
-    (Choice(), "A long sentence that chooses nothing", "A", "wrong"),
-    (Choice(), "Therefore the answer is d", "D", "correct"),
-]
-
-
-@pytest.mark.parametrize("verifier, answer, reference, status", RIGHT_AND_WRONG)
-def test_simple_verifiers_judge(verifier, answer, reference, status):
-    assert verifier(Trace("q", "t", answer, reference=reference)).status == status
-
-
 def test_verify_keeps_order_counts_reasons_and_survives_a_crashing_verifier():
     traces = [Trace(str(i), "t", str(i % 3), reference="1") for i in range(30)]
 
@@ -163,7 +106,7 @@ def test_verify_keeps_order_counts_reasons_and_survives_a_crashing_verifier():
         kept, report = verify(traces, crash_on_two, workers=workers)
         assert [trace.prompt for trace in kept] == [str(i) for i in range(1, 30, 3)]
         assert report["verify"].dropped == {
-            "wrong: different answer": 10,
+            "wrong: different text": 10,
             "error: verifier crashed": 10,
         }
         assert report["verify"].notes["statuses"] == {"wrong": 10, "correct": 10, "error": 10}
@@ -224,12 +167,3 @@ def test_a_sample_is_the_same_in_any_batch_when_greedy():
     together = list(generate_local(model, tokenizer, ["x", "12345"], sampling=sampling))
     assert alone == together
     assert all(trace.think and not trace.answer for trace in alone)  # opened by the template
-
-
-@pytest.mark.parametrize("verifier", [Choice(), Numeric(), Exact(final_answer)])
-@pytest.mark.parametrize("text", ["\\boxed{", "1,111", "9", "(A ", "{", "answer is "])
-def test_five_megabytes_of_anything_are_judged_at_once(verifier, text):
-    started = time.perf_counter()
-    answer = text * (5_000_000 // len(text))
-    assert verifier(Trace("q", "t", answer, reference="A" if "A" in text else "77")).status
-    assert time.perf_counter() - started < 5

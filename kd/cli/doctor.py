@@ -20,7 +20,7 @@ PACKAGES = {
     "rich": "progress bars",
     "matplotlib": "plots in reports",
     "triton": "fused kernels on a GPU",
-    "math-verify": "checking mathematical answers",
+    "mpmath": "checking mathematical answers",
     "peft": "LoRA students",
     "deepspeed": "ZeRO-3",
     "vllm": "a teacher server",

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-VERIFIERS = ("exact", "numeric", "maths", "choice", "gym")
+from kd.traces.verifiers.registry import ALONE, DEFAULT
+
 EXAMPLES = """\
 examples:
   kd evaluate Qwen/Qwen2.5-0.5B-Instruct --problems gym:gsm_symbolic --limit 100
@@ -41,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
     what.add_argument("--traces", type=Path, help="traces the cache was built from (with --cache)")
     what.add_argument("--cache", type=Path, help="a teacher's cache of these traces")
     how = parser.add_argument_group("how answers are drawn and judged")
-    how.add_argument("--verifier", choices=VERIFIERS, help="default: gym for gym:, else exact")
+    how.add_argument("--verifier", choices=ALONE, help=f"default: gym for gym:, else {DEFAULT}")
     how.add_argument("--samples", type=int, default=1, help="answers to each problem (1)")
     how.add_argument("--pass-at", default="1", help="such as 1,4; at most --samples (1)")
     how.add_argument("--temperature", type=float, help="0 is greedy; default 0, or 0.6 for several")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +27,8 @@ from kd.evaluation import (
 from kd.evaluation.texts import blocks, documents
 from kd.models import load_model, load_tokenizer, mixed_precision
 from kd.recipe import Progress
+from kd.traces import advice
+from kd.traces.verifiers.registry import DEFAULT
 
 BLOCK = 512
 
@@ -70,26 +71,15 @@ def measure(label: str, name: str, args: argparse.Namespace) -> Measured:
     return found
 
 
-def verifier_of(name: str) -> Any:
-    """A verifier of ``kd.traces`` by its name on the command line."""
-    from kd import traces
-    from kd.traces.verifiers.answers import final_answer
-
-    makers: dict[str, Callable[[], Any]] = {
-        "exact": lambda: traces.Exact(final_answer, normalised=True),
-        "numeric": traces.Numeric,
-        "maths": traces.Maths,
-        "choice": traces.Choice,
-        "gym": traces.ReasoningGym,
-    }
-    return makers[name]()
+def _verifier(args: argparse.Namespace) -> str:
+    """The name of the verifier: what was asked for, else reasoning-gym's own, else the default."""
+    return args.verifier or ("gym" if args.problems.startswith("gym:") else DEFAULT)
 
 
 def _ask(label: str, args: argparse.Namespace, **who: Any) -> Evaluation:
-    from kd.traces import Sampling
+    from kd.traces import Sampling, verifier
 
     problems = read_problems(args.problems, args.limit, args.seed)
-    gym = args.problems.startswith("gym:")
     temperature = args.temperature
     if temperature is None:
         temperature = 0.0 if args.samples == 1 else 0.6
@@ -100,7 +90,7 @@ def _ask(label: str, args: argparse.Namespace, **who: Any) -> Evaluation:
     with Progress(f"{label}: answering", len(problems) * args.samples) as bar:
         return evaluate(
             problems,
-            verifier_of(args.verifier or ("gym" if gym else "exact")),
+            verifier(_verifier(args)),
             n=args.samples,
             sampling=Sampling(temperature, args.top_p, args.max_new_tokens, args.seed),
             batch_size=args.batch_size,
@@ -168,8 +158,16 @@ def write_page(found: dict[str, Measured], args: argparse.Namespace) -> str:
 def _answers(page: Report, found: dict[str, Measured], args: argparse.Namespace) -> str:
     answers = {label: one.answers for label, one in found.items() if one.answers is not None}
     wanted = [int(part) for part in args.pass_at.split(",")]
-    header = ["", *(f"pass@{k}" for k in wanted), "95 % interval", "unfinished", "tokens"]
+    header = [
+        "",
+        *(f"pass@{k}" for k in wanted),
+        "95 % interval",
+        "unfinished",
+        "undecided",
+        "tokens",
+    ]
     rows = []
+    words: list[str] = []
     for label, one in answers.items():
         low, high = one.interval()
         rows.append(
@@ -178,11 +176,13 @@ def _answers(page: Report, found: dict[str, Measured], args: argparse.Namespace)
                 *(percent(one.pass_at(k)) for k in wanted),
                 f"{percent(low)} to {percent(high)}",
                 percent(one.unfinished),
+                percent(one.undecided),
                 f"{one.tokens:.0f}",
             ]
         )
+        words += _doubts(label, one, args)
     first, *others = answers
-    words = [
+    words += [
         compare_runs(first, other, _shares(answers[first]), _shares(answers[other]))
         for other in others
     ]
@@ -201,6 +201,17 @@ def _answers(page: Report, found: dict[str, Measured], args: argparse.Namespace)
     for label, one in answers.items():
         page.heading(f"Answers of {label}").samples(list(one.samples[:5]))
     return "\n".join([text_table(header, rows), *words])
+
+
+def _doubts(label: str, one: Evaluation, args: argparse.Namespace) -> list[str]:
+    """Why verdicts are missing, and another verifier where this one hardly finds any."""
+    said = []
+    if one.reasons:
+        counted = ", ".join(f"{count} {reason}" for reason, count in one.reasons.items())
+        said.append(f"{label}: undecided, counted as wrong: {counted}.")
+    if one.missed and one.accuracy < 0.05:
+        said.append(f"{label}: {advice(one.missed, _verifier(args))}")
+    return said
 
 
 def _shares(one: Evaluation) -> list[float]:

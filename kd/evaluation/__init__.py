@@ -18,7 +18,7 @@ from kd.evaluation.generate import generate
 from kd.evaluation.likelihood import Closeness, Likelihood, closeness, likelihood
 from kd.evaluation.problems import read_problems
 from kd.evaluation.report import Report, open_page
-from kd.evaluation.scores import Comparison, Score, compare, final_answer, score, spread
+from kd.evaluation.scores import Comparison, Score, compare, is_right, score, spread
 
 __all__ = [
     "ACCURACY",
@@ -38,9 +38,9 @@ __all__ = [
     "compare_arms",
     "compare_runs",
     "evaluate",
-    "final_answer",
     "generate",
     "intervals_figure",
+    "is_right",
     "likelihood",
     "open_page",
     "pass_at_k",

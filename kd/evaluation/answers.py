@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kd.evaluation.scores import Z_95, Score
 from kd.traces import Sampling, Server, Trace, Yield, generate_local, generate_server, judge_all
+from kd.traces.verification import MISSED
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Evaluation:
         tokens: mean tokens of a completion.
         undecided: share of the samples no verdict could be had on; they count as wrong.
         samples: (prompt, completion, right) of the first sample of each problem.
+        reasons: why verdicts are missing, to how often.
+        missed: the first 50 samples that were not found right.
     """
 
     right: tuple[tuple[bool, ...], ...]
@@ -29,6 +33,8 @@ class Evaluation:
     tokens: float = 0.0
     undecided: float = 0.0
     samples: tuple[tuple[str, str, bool], ...] = field(default=(), repr=False)
+    reasons: Mapping[str, int] = field(default_factory=dict, hash=False)
+    missed: tuple[Trace, ...] = field(default=(), repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -64,6 +70,7 @@ class Evaluation:
             "unfinished": self.unfinished,
             "tokens": self.tokens,
             "undecided": self.undecided,
+            "reasons": dict(self.reasons),
         }
 
 
@@ -152,13 +159,18 @@ def judged(problems: Sequence[Trace], verdicts: Any, n: int) -> Evaluation:
     """An ``Evaluation`` from (trace, verdict) pairs; a sample that never came is wrong."""
     right: list[list[bool]] = [[] for _ in problems]
     samples: dict[int, tuple[str, str, bool]] = {}
-    cut = undecided = 0
+    cut = 0
     tokens: list[int] = []
+    reasons: Counter[str] = Counter()
+    missed: list[Trace] = []
     for trace, verdict in verdicts:
         number = trace.metadata["number"]
         right[number].append(verdict.correct)
         cut += trace.metadata.get("finish") == "length"
-        undecided += verdict.status in ("unknown", "error")
+        if verdict.status in ("unknown", "error"):
+            reasons[verdict.label()] += 1
+        if not verdict.correct and len(missed) < MISSED:
+            missed.append(trace)
         if trace.metadata.get("completion_tokens") is not None:
             tokens.append(int(trace.metadata["completion_tokens"]))
         if number not in samples:
@@ -170,6 +182,8 @@ def judged(problems: Sequence[Trace], verdicts: Any, n: int) -> Evaluation:
         rows,
         cut / total,
         statistics.fmean(tokens) if tokens else 0.0,
-        undecided / total,
+        reasons.total() / total,
         tuple(samples[i] for i in sorted(samples)),
+        dict(reasons.most_common()),
+        tuple(missed),
     )

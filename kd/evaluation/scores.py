@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kd.traces import Exact, Trace, split_completion
+
 Z_95 = 1.959964
 
 
@@ -56,24 +58,23 @@ class Comparison:
         return "higher" if self.difference > 0 else "lower"
 
 
-def final_answer(completion: str, end_of_thought: str = "</think>") -> str | None:
-    """The text behind the last end of thought, stripped; None where the thought never ended."""
-    _, found, answer = completion.rpartition(end_of_thought)
-    return answer.strip() if found else None
+def is_right(completion: str, reference: str) -> bool:
+    """Whether the answer behind the thought is the reference, as the verifier ``exact`` says."""
+    think, answer = split_completion(completion)
+    return Exact()(Trace("", think, answer, reference=reference)).correct
 
 
 def score(
     completions: Sequence[str],
     references: Sequence[str],
-    is_correct: Callable[[str, str], bool] | None = None,
+    is_correct: Callable[[str, str], bool] = is_right,
 ) -> Score:
     """Score completions against references.
 
     Args:
         completions: what the model wrote.
         references: the right answers, in the same order.
-        is_correct: (completion, reference) to right or wrong; by default the final answer behind
-            ``</think>`` must equal the reference.
+        is_correct: (completion, reference) to right or wrong; by default ``is_right``.
 
     Returns:
         The score; every problem counts, an unfinished completion is wrong.
@@ -85,9 +86,8 @@ def score(
         )
     if not completions:
         raise ValueError("score: completions must not be empty, got 0 of them.")
-    check = is_correct or (lambda completion, reference: final_answer(completion) == reference)
     pairs = zip(completions, references, strict=True)
-    return Score(tuple(bool(check(completion, reference)) for completion, reference in pairs))
+    return Score(tuple(bool(is_correct(completion, reference)) for completion, reference in pairs))
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -27,6 +27,7 @@ from kd.traces.tokens import Rendered
 from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
 from kd.traces.verification import judge_all, verify, verify_stream
 from kd.traces.verifiers import (
+    VERIFIERS,
     Choice,
     Exact,
     Maths,
@@ -34,7 +35,10 @@ from kd.traces.verifiers import (
     ReasoningGym,
     Verdict,
     Verifier,
+    advice,
+    final_answer,
     gym_problems,
+    verifier,
 )
 from kd.traces.yields import Tally, Yield
 
@@ -43,6 +47,7 @@ __all__ = [
     "COMPACT",
     "R1",
     "SKY_T1",
+    "VERIFIERS",
     "AnyRenderer",
     "Choice",
     "Evaluations",
@@ -68,6 +73,7 @@ __all__ = [
     "Verdict",
     "Verifier",
     "Yield",
+    "advice",
     "best_fit",
     "best_of_n",
     "by_difficulty",
@@ -79,6 +85,7 @@ __all__ = [
     "efficiency",
     "exact_duplicates",
     "filter_stream",
+    "final_answer",
     "generate_local",
     "generate_server",
     "gym_problems",
@@ -95,6 +102,7 @@ __all__ = [
     "render_stream",
     "split_completion",
     "to_dataset",
+    "verifier",
     "verify",
     "verify_stream",
     "write_traces",

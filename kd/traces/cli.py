@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from kd.traces.templates import DATE
+from kd.traces.verifiers import VERIFIERS
+from kd.traces.verifiers.registry import DEFAULT
+from kd.traces.verifiers.verdict import STATUSES
 
+NAMES = tuple(name for name in VERIFIERS if name != "judge")  # that is a verb of its own
 DATE_HELP = (
     "YYYY-MM-DD, told to a chat template that prints today's date; give the same to `kd cache "
     "build` and to serving (default: %(default)s, on every day)"
 )
-VERIFIERS = ("choice", "code", "exact", "gym", "maths", "numeric")
-STATUSES = ("correct", "wrong", "unknown", "error")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -55,16 +57,16 @@ def add_parser(subparsers: Any) -> None:
     verify.add_argument(
         "--verifier",
         nargs="+",
-        choices=VERIFIERS,
-        default=["maths"],
-        help="several are compared with one another; default: maths",
+        choices=NAMES,
+        default=[DEFAULT],
+        help=f"several are compared with one another; default: {DEFAULT}",
     )
     _deciding(verify)
     judge = verb("judge", "let a language model compare answers with their references")
     judge.add_argument("--model", required=True, help="the server's name of the judge")
     _serving(judge, required=True)
     judge.add_argument(
-        "--beside", nargs="*", choices=VERIFIERS, default=[], help="verifiers to compare it with"
+        "--beside", nargs="*", choices=NAMES, default=[], help="verifiers to compare it with"
     )
     _deciding(judge)
     select = verb("select", "by difficulty, best of n, for diversity; in this order")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ def _counts(args: argparse.Namespace) -> Yield:
     return Yield()
 
 
-def _finish(args: argparse.Namespace, report: Yield, rows: Iterable[Any], write: Any = None) -> int:
+def _finish(
+    args: argparse.Namespace,
+    report: Yield,
+    rows: Iterable[Any],
+    write: Any = None,
+    advise: Callable[[], str] = str,
+) -> int:
     """Write the rows, print the table, save the counts; no row at all is an error."""
     from kd.traces.files import write_traces
 
@@ -37,7 +43,7 @@ def _finish(args: argparse.Namespace, report: Yield, rows: Iterable[Any], write:
         kept = f"; {args.output} is not written" if args.output else ""
         raise ValueError(
             f"kd traces {args.verb}: at least one row must come out, got none{kept}. "
-            f"{report.cure()}"
+            f"{advise() or report.cure()}"
         )
     if args.output:
         print(f"wrote {count:,} rows to {args.output}")
@@ -153,24 +159,16 @@ def _server(args: argparse.Namespace) -> Any:
 
 
 def _verifier(name: str, args: argparse.Namespace) -> Any:
-    from kd.traces.verifiers import Choice, Exact, Maths, Numeric, ReasoningGym, final_answer
-    from kd.traces.verifiers.code import Code
-    from kd.traces.verifiers.judge import Judge
+    from kd.traces.verifiers import verifier
 
-    makers: dict[str, Any] = {
-        "choice": Choice,
-        "code": lambda: Code(
-            _backend(args.run_code),
+    if name == "code":
+        return verifier(
+            name,
+            backend=_backend(args.run_code),
             most=args.most_tests,
             trust_inside_tests=args.trust_inside_tests,
-        ),
-        "exact": lambda: Exact(final_answer, normalised=True),
-        "gym": ReasoningGym,
-        "judge": lambda: Judge(_server(args)),
-        "maths": Maths,
-        "numeric": Numeric,
-    }
-    return makers[name]()
+        )
+    return verifier(name, server=_server(args)) if name == "judge" else verifier(name)
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -185,6 +183,7 @@ def run_judge(args: argparse.Namespace) -> int:
 def _verified(args: argparse.Namespace, names: list[str]) -> int:
     from kd.traces.agreement import compare
     from kd.traces.verification import verify_stream
+    from kd.traces.verifiers import advice
 
     report, stage = _counts(args), f"verify {' '.join(names)}"
     options: dict[str, Any] = {
@@ -194,12 +193,13 @@ def _verified(args: argparse.Namespace, names: list[str]) -> int:
         "report": report,
         "stage": stage,
     }
+    missed: list[Trace] = []
     verifiers = {name: _verifier(name, args) for name in names}
     if len(verifiers) == 1:
-        stream = verify_stream(_again(args, report), verifiers[names[0]], **options)
+        stream = verify_stream(_again(args, report), verifiers[names[0]], missed=missed, **options)
     else:
         stream = compare(_again(args, report), verifiers, decide=args.decide, **options)
-    return _finish(args, report, stream)
+    return _finish(args, report, stream, advise=lambda: advice(missed, names[0]))
 
 
 def run_select(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import deque
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kd.traces.trace import Trace
-from kd.traces.verifiers.verdict import CORRECT, ERROR, Verdict, Verifier
+from kd.traces.verifiers.registry import identity
+from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, Verdict, Verifier
 from kd.traces.yields import Tally, Yield, metered
+
+MISSED = 50
 
 
 def verify(
@@ -57,21 +61,34 @@ def verify_stream(
     journal: str | Path | None = None,
     report: Yield,
     stage: str = "verify",
+    missed: list[Trace] | None = None,
 ) -> Iterator[Trace]:
-    """``verify`` one trace at a time, in order, holding only a few in memory."""
+    """``verify`` one trace at a time, in order, holding only a few in memory.
+
+    ``missed`` takes the first 50 that were not found correct: ``verifiers.advice`` says what to do
+    where that is all of them.
+    """
     tally = report.stage(stage)
     judged = judge_all(traces, verifier, workers=workers, journal=journal)
-    return metered(tally, _kept(judged, keep, tally))
+    return metered(tally, _kept(judged, keep, tally, [] if missed is None else missed))
 
 
 def _kept(
-    judged: Iterator[tuple[Trace, Verdict]], keep: Collection[str], tally: Tally
+    judged: Iterator[tuple[Trace, Verdict]],
+    keep: Collection[str],
+    tally: Tally,
+    missed: list[Trace],
 ) -> Iterator[Trace]:
     statuses: dict[str, int] = tally.notes.setdefault("statuses", {})
+    undecided: dict[str, int] = tally.notes.setdefault("undecided", {})
     for trace, verdict in judged:
         spent = tally.notes.get("verifier_seconds", 0.0) + verdict.seconds
         tally.notes["verifier_seconds"] = round(spent, 6)
         statuses[verdict.status] = statuses.get(verdict.status, 0) + 1
+        if verdict.status in (UNKNOWN, ERROR):
+            undecided[verdict.reason] = undecided.get(verdict.reason, 0) + 1
+        if not verdict.correct and len(missed) < MISSED:
+            missed.append(trace)
         if verdict.status in keep:
             tally.keep()
             yield trace.note(verdict=verdict.to_dict())
@@ -143,14 +160,18 @@ def _ordered(
 
 
 class Journal:
-    """A JSON-lines file of verdicts by the content of the trace and the verifier's settings.
+    """A JSON-lines file of verdicts, each by everything that it depends on.
 
-    A line that a crash tore is skipped; its trace is judged again.
+    A verdict is taken over only for the same prompt, thought, answer and reference, the same
+    ``metadata`` as far as the verifier reads it (its ``reads``; all of it where it does not say),
+    and the same verifier, options and version. A line that a crash tore is skipped; its trace is
+    judged again.
     """
 
     def __init__(self, path: str | Path, verifier: Any) -> None:
         self.path = Path(path)
-        self.verifier = repr(verifier)
+        self.verifier = identity(verifier)
+        self.reads: Collection[str] | None = getattr(verifier, "reads", None)
         self._known: dict[str, Verdict] = {}
         if self.path.exists():
             with self.path.open("rb") as file:
@@ -171,7 +192,16 @@ class Journal:
             return
 
     def key(self, trace: Trace) -> str:
-        return trace.replace(system=f"{trace.system}\0{trace.reference}").id
+        """A digest of what a verdict on this trace depends on."""
+        own = ("verdict", "verdicts")  # what earlier verifiers said
+        metadata = {
+            key: value
+            for key, value in trace.metadata.items()
+            if (key in self.reads if self.reads is not None else key not in own)
+        }
+        rest = json.dumps([trace.reference, metadata], sort_keys=True, default=str)
+        digest = hashlib.blake2b(rest.encode("utf-8", "surrogatepass"), digest_size=16)
+        return f"{trace.id}-{digest.hexdigest()}"
 
     def get(self, key: str) -> Verdict | None:
         return self._known.get(key)

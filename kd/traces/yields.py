@@ -27,8 +27,6 @@ CURES = (
     ("several answers", "Take each of them: --all-samples."),
     ("not JSON", "Write one JSON object a line."),
     ("unknown: no reference", "Name the column of right answers: load --column MINE=reference."),
-    ("wrong", "Try another verifier (--verifier maths, or numeric), or look at the examples."),
-    ("unknown", "Try another verifier (--verifier maths, or numeric), or look at the examples."),
     ("error", "Look at the examples: kd traces report."),
     ("empty think", "Load traces with thoughts, or leave out --need-think."),
     ("empty answer", "Answer them first (kd traces generate), or raise --max-new-tokens."),

@@ -16,23 +16,6 @@ from kd.recipe import Progress, Stage, read_json, write_json
 from kd_recipes import _arithmetic as arithmetic
 
 OFFLINE, OFFLINE_QWEN = "offline", "offline-qwen"
-VERIFIERS = ("", "exact", "numeric", "maths", "gym")
-
-
-def verifier_of(name: str) -> Any:
-    """A verifier of ``kd.traces`` by name."""
-    from kd import traces
-
-    made = {
-        "exact": traces.Exact,
-        "numeric": traces.Numeric,
-        "maths": traces.Maths,
-        "gym": traces.ReasoningGym,
-    }
-    if name not in made:
-        raise ValueError(f"recipe: verifier must be one of {', '.join(made)}, got {name!r}.")
-    return made[name]()
-
 
 # --- models and vocabulary ------------------------------------------------------------------------
 
@@ -101,7 +84,17 @@ def get_traces(
     held_out: int,
 ) -> dict[str, Any]:
     """Traces of a file or a data set, or of the offline teacher; verified, and counted."""
-    from kd.traces import Lint, Yield, exact_duplicates, filter_stream, verify_stream, write_traces
+    from kd.traces import (
+        Lint,
+        Trace,
+        Yield,
+        advice,
+        exact_duplicates,
+        filter_stream,
+        verify_stream,
+        write_traces,
+    )
+    from kd.traces import verifier as verifier_named
 
     report = Yield()
     found = (
@@ -110,15 +103,21 @@ def get_traces(
         else _limited(_load(source, report), limit)
     )
     stream = filter_stream(found, [Lint(need_think=True)], report=report, stage="lint")
+    missed: list[Trace] = []
     if verifier:
-        journal = folder / "verdicts.jsonl"
-        stream = verify_stream(stream, verifier_of(verifier), journal=journal, report=report)
+        stream = verify_stream(
+            stream,
+            verifier_named(verifier),
+            journal=folder / "verdicts.jsonl",
+            report=report,
+            missed=missed,
+        )
     count = write_traces(folder / "traces.jsonl", exact_duplicates(stream, report=report))
     if not count:
         print(report.table(), file=sys.stderr)
         raise ValueError(
             f"recipe: traces must leave at least one after filtering, got none of {source}. "
-            f"{report.cure()}"
+            f"{advice(missed, verifier) or report.cure()}"
         )
     return {"table": report.table(), "kept": count}
 
@@ -313,7 +312,8 @@ def answer_problems(job: Any, report: Any) -> dict[str, Any]:
     if done:
         return done
 
-    from kd.traces import Sampling, generate_local
+    from kd.traces import Sampling, generate_local, judge_all
+    from kd.traces import verifier as verifier_named
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     problems = [t.note(number=i) for i, t in enumerate(problems_of(source, count))]
@@ -326,10 +326,16 @@ def answer_problems(job: Any, report: Any) -> dict[str, Any]:
         batch_size=64,
         progress=lambda done: report(done / len(problems)),
     )
-    judge, rows = verifier_of(verifier), []
-    for trace in sorted(answered, key=lambda t: t.metadata["number"]):
-        rows.append([trace.prompt, trace.think, trace.answer, judge(trace).correct])
-    accuracy = sum(row[3] for row in rows) / len(rows)
-    result = {"accuracy": accuracy, "correct": [r[3] for r in rows], "samples": rows[:8]}
+    rows, undecided = [], 0
+    in_order = sorted(answered, key=lambda t: t.metadata["number"])
+    for trace, verdict in judge_all(in_order, verifier_named(verifier)):
+        rows.append((trace.prompt, trace.think, trace.answer, verdict.correct))
+        undecided += verdict.status in ("unknown", "error")
+    result = {
+        "accuracy": sum(row[3] for row in rows) / len(rows),
+        "undecided": undecided / len(rows),
+        "correct": [row[3] for row in rows],
+        "samples": rows[:8],
+    }
     write_json(file, result)
     return result

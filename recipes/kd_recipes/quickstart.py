@@ -427,7 +427,7 @@ def write_report(
         arms_figure,
         arms_rows,
         compare_arms,
-        final_answer,
+        is_right,
         percent,
         text_table,
     )
@@ -468,8 +468,6 @@ def write_report(
     questions = arithmetic.problems(config.test_problems, seed=0)
     for arm, label in ARMS.items():
         written = zip(questions, results[arm][0]["completions"][:8], strict=False)
-        page.text(label).samples(
-            [(q, c, final_answer(c) == arithmetic.answer(q)) for q, c in written]
-        )
+        page.text(label).samples([(q, c, is_right(c, arithmetic.answer(q))) for q, c in written])
     page.save(folder)
     return {"verdict": verdict, "table": text_table(header, rows), "arms": arms, **references}

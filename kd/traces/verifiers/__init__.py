@@ -1,30 +1,29 @@
-"""Verifiers: each is called with a trace and returns a ``Verdict``."""
+"""Verifiers: each is called with a trace and returns a ``Verdict``; ``VERIFIERS`` names them."""
 
-from kd.sandbox import Bubblewrap, Limits, Run, SandboxClosed, UnsafeSubprocess
-from kd.traces.verifiers.answers import Choice, Exact, Numeric, final_answer, last_boxed
+from kd.traces.verifiers.answers import final_answer, last_boxed
 from kd.traces.verifiers.code import Code
-from kd.traces.verifiers.process import Maths, ReasoningGym, gym_problems
+from kd.traces.verifiers.matching import Choice, Exact, Maths, Numeric
+from kd.traces.verifiers.process import ReasoningGym, gym_problems
+from kd.traces.verifiers.registry import VERIFIERS, advice, verifier
 from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, WRONG, Verdict, Verifier
 
 __all__ = [
     "CORRECT",
     "ERROR",
     "UNKNOWN",
+    "VERIFIERS",
     "WRONG",
-    "Bubblewrap",
     "Choice",
     "Code",
     "Exact",
-    "Limits",
     "Maths",
     "Numeric",
     "ReasoningGym",
-    "Run",
-    "SandboxClosed",
-    "UnsafeSubprocess",
     "Verdict",
     "Verifier",
+    "advice",
     "final_answer",
     "gym_problems",
     "last_boxed",
+    "verifier",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from kd.traces.trace import Trace
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
@@ -31,6 +31,8 @@ class Judge:
     server: Any
     longest: int = 8_000
     max_tokens: int = 1024
+    reads: ClassVar[tuple[str, ...]] = ()  # of metadata
+    version: ClassVar[int] = 1
 
     def __call__(self, trace: Trace) -> Verdict:
         if not trace.reference:

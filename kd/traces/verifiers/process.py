@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 import weakref
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kd.traces.trace import Trace
-from kd.traces.verifiers.answers import final_answer, last_boxed, normalise, parse_number
-from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
+from kd.traces.verifiers.answers import final_answer
+from kd.traces.verifiers.verdict import UNKNOWN, Verdict
 
 START_SECONDS = 120.0
 _WORKER = Path(__file__).with_name("worker.py")
@@ -120,52 +121,6 @@ class _Threads(threading.local):
         self.worker = Worker()
 
 
-class Maths:
-    """math-verify on the final answer, in a killable worker.
-
-    Args:
-        seconds: a comparison may take; the worker is killed after twice that. 9^9^9^9 and its
-            like end as "unknown: verifier timed out".
-        longest: characters of the answer's end that are looked at, and of a reference.
-    """
-
-    def __init__(self, seconds: int = 5, longest: int = 4_000) -> None:
-        self.seconds = seconds
-        self.longest = longest
-        self._threads = _Threads()
-
-    def __repr__(self) -> str:
-        return f"Maths(seconds={self.seconds}, longest={self.longest})"
-
-    def __call__(self, trace: Trace) -> Verdict:
-        reference = trace.reference.strip()
-        if not reference:
-            return Verdict(UNKNOWN, "no reference")
-        if len(reference) > self.longest:
-            return Verdict(UNKNOWN, "reference too long", detail=f"{len(reference)} characters")
-        if not trace.answer.strip():
-            return Verdict(WRONG, "no answer")
-        boxed = last_boxed(trace.answer[-20 * self.longest :])
-        found = boxed if boxed is not None else final_answer(trace.answer[-self.longest :])
-        if len(found) > self.longest:
-            return Verdict(UNKNOWN, "answer too long", detail=f"{len(found)} characters")
-        gold = last_boxed(reference) or reference
-        if normalise(found) == normalise(gold):
-            return Verdict(CORRECT)
-        if _plain_number(found) and _plain_number(gold):
-            same = parse_number(found) == parse_number(gold)
-            detail = "" if same else f"{found[:60]}, not {gold[:60]}"
-            return Verdict(CORRECT if same else WRONG, "" if same else "different value", 0, detail)
-        answer = f"${found}$" if boxed is not None else found
-        request = {"task": "maths", "reference": f"${gold}$", "answer": answer}
-        return self._threads.worker.ask(request | {"seconds": self.seconds}, 2 * self.seconds)
-
-
-def _plain_number(text: str) -> bool:
-    text = text.removeprefix("-")
-    return text.isascii() and text.isdigit() and len(text) <= 200
-
-
 class ReasoningGym:
     """reasoning-gym's own scorer; the item is in ``metadata["gym"]``, as ``gym_problems`` puts it.
 
@@ -173,12 +128,22 @@ class ReasoningGym:
         seconds: a score may take; the worker is killed then.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("gym",)
+
     def __init__(self, seconds: float = 20.0) -> None:
         self.seconds = seconds
         self._threads = _Threads()
 
     def __repr__(self) -> str:
         return f"ReasoningGym(seconds={self.seconds})"
+
+    @property
+    def version(self) -> str:
+        """Of this class, and of the package whose scorers decide."""
+        try:
+            return f"2 of reasoning-gym {metadata.version('reasoning-gym')}"
+        except metadata.PackageNotFoundError:
+            return "2"
 
     def __call__(self, trace: Trace) -> Verdict:
         item = trace.metadata.get("gym")
@@ -204,14 +169,14 @@ def gym_problems(dataset: str, size: int, seed: int = 0, **options: Any) -> list
     for entry in reasoning_gym.create_dataset(dataset, size=size, seed=seed, **options):
         plain = json.loads(json.dumps(entry, default=str))
         reference = "" if entry["answer"] is None else str(entry["answer"])
-        metadata = {"gym": {"dataset": dataset, "entry": plain}}
+        noted = {"gym": {"dataset": dataset, "entry": plain}}
         made.append(
             Trace(
                 entry["question"],
                 source="reasoning-gym",
                 domain=dataset,
                 reference=reference,
-                metadata=metadata,
+                metadata=noted,
             )
         )
     return made

@@ -14,24 +14,6 @@ import sys
 MEMORY = 4 * 2**30
 
 
-def maths(request):
-    """math-verify: gold first, both sides parsed; its own soft time-outs are set too."""
-    from math_verify import parse, verify
-
-    seconds = request["seconds"]
-    gold = parse(request["reference"], parsing_timeout=seconds)
-    if not gold:
-        gold = parse("$" + request["reference"] + "$", parsing_timeout=seconds)
-    if not gold:
-        return ["unknown", "reference cannot be parsed", request["reference"][:120]]
-    found = parse(request["answer"], parsing_timeout=seconds)
-    if not found:
-        return ["unknown", "answer cannot be parsed", request["answer"][-120:]]
-    if verify(gold, found, timeout_seconds=seconds):
-        return ["correct", "", ""]
-    return ["wrong", "different value", f"{str(found[-1])[:80]}, not {str(gold[-1])[:80]}"]
-
-
 def gym(request):
     """reasoning-gym's own scorer for one of its items; anything below 1 is wrong."""
     import reasoning_gym
@@ -45,8 +27,8 @@ def gym(request):
 
 
 _GYM: dict = {}
-TASKS = {"maths": maths, "gym": gym}
-LIBRARIES = {"maths": "math_verify", "gym": "reasoning_gym"}
+TASKS = {"gym": gym}
+LIBRARIES = {"gym": "reasoning_gym"}
 
 
 def main():

@@ -1,0 +1,64 @@
+"""Which letter of a multiple choice an answer settles on."""
+
+from __future__ import annotations
+
+import re
+
+from kd.traces.verifiers.maths.plain import plain
+
+LETTERS = "ABCDEFGHIJ"
+_LONGEST = 600  # characters of a statement that names a letter
+_UNWRAP = re.compile(r"\\text\s*\{([^{}]*)\}")
+_WHOLE = re.compile(r"[\s\"'(\[*{]*([A-Za-z])[\s)\].:\"'*!,}]*")
+_FIRST = re.compile(r"[\s(*]*(?:([A-Z])\s*[.:]|([A-Za-z])\s*\))\s*\S")
+_NAMED = re.compile(
+    r"(?:\b(?i:option|choice|answer|alternative|letter|choose|chose|pick|select|go with|only"
+    r"|opci[óo]n|r[ée]ponse|antwort|respuesta|buchstabe)\b|[选選])[\s:*]*"
+    r"(?:(?i:is|est|ist|es|la|die|der|the|option)\s+)*"
+    r"\(?([A-Z])\)?(?![\w'])(?!\s+(?!is\b|are\b|fits?\b|works?\b|remains?\b|holds?\b)[a-z])"
+)
+_SUBJECT = re.compile(
+    r"(?<![\w'])\(?([A-Z])\)?\s+(?:is|would be|must be)\s+(?:the\s+)?(?:correct|right|best|true)\b"
+)
+_PARENTHESES = re.compile(r"(?<![\w'])\(([A-Za-z])\)(?![\w'])")
+_ALONE = re.compile(r"(?<![\w'=+\-*/^\\({\[$.&])([A-Z])(?![\w'({&])(?!\s*[=+\-*/^<>])")
+_DENIED = re.compile(
+    r"\b(?:not|isn't|cannot be|wrong|incorrect|false|except|neither|nor)\b", re.IGNORECASE
+)
+
+
+def reference_letter(reference: str, letters: str = LETTERS) -> str | None:
+    """The letter of a reference: ``C``, ``(C)``, ``C. Paris``; None where it is anything else."""
+    text = _UNWRAP.sub(r"\1", plain(reference)).strip()
+    whole = re.fullmatch(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?[.:]?", text)
+    found = whole or re.match(r"[(\[]?([A-Z])[)\].:]\s+\S", text)
+    letter = found.group(1).upper() if found else ""
+    return letter if letter and letter in letters else None
+
+
+def chosen(statement: str, letters: str = LETTERS) -> str | None:
+    """The one letter that a statement names as its choice; articles and pronouns are none."""
+    text = _UNWRAP.sub(r"\1", plain(statement[-_LONGEST:])).strip()
+    for pattern in (_WHOLE.fullmatch, _FIRST.match):
+        found = pattern(text)
+        if found:
+            letter = next(group for group in found.groups() if group).upper()
+            return letter if letter in letters else None
+    if _DENIED.search(text):
+        return None
+    for every in (_NAMED, _SUBJECT, _PARENTHESES):
+        named = {letter.upper() for letter in every.findall(text)}
+        if named:
+            return _only(named, letters)
+    alone = {
+        match.group(1)
+        for match in _ALONE.finditer(text)
+        if match.group(1) not in "AI" or not re.match(r"\s+[a-z]", text[match.end() :])
+    }
+    last = re.search(r"([A-Z])[\s.!*\"')]*$", text)
+    return _only(alone, letters) if last and alone == {last.group(1)} else None
+
+
+def _only(named: set[str], letters: str) -> str | None:
+    letter = named.pop() if len(named) == 1 else ""
+    return letter if letter and letter in letters else None

@@ -1,0 +1,179 @@
+r"""What a short text states: a number with its unit, a list, an interval, a matrix, a word, ...
+
+``read`` returns every reading that a text has: ``2,5`` is a list of two numbers and a European
+decimal. What has none raises ``Unreadable``; nothing is skipped on the way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+
+from kd.traces.verifiers.maths import codes
+from kd.traces.verifiers.maths.expressions import LONGEST, Node, Unreadable, parse, symbols
+from kd.traces.verifiers.maths.numerals import SMALL, number, ungrouped, with_points
+from kd.traces.verifiers.maths.plain import plain
+from kd.traces.verifiers.maths.relations import read_relation
+from kd.traces.verifiers.maths.several import (
+    One,
+    read_bracketed,
+    read_connected,
+    read_matrix,
+    read_union,
+)
+from kd.traces.verifiers.maths.units import read_unit
+from kd.traces.verifiers.maths.values import PERCENT, Expression, Value, Word
+
+_HEDGE = re.compile(
+    r"^(?:approximately|about|around|roughly|nearly|ca\.|environ|etwa|\\approx|=)\s*", re.IGNORECASE
+)
+_NOT_A_LABEL = re.compile(
+    r"\b(?:or|and|more|less|than|not|least|most|over|under|times|half|dozen|hundred|thousand|million|billion"
+    r"|trillion|plus|minus|squared|cubed|factorial|base|mod|percent|to|between|through|negative|if|"
+    r"sin|cos|tan|ln|log|sqrt|pi|choose|modulo|points?|remainder|out|k|e|i|th|st|nd|rd)\b",
+    re.IGNORECASE,
+)
+_LETTERS = r"((?:\\text\s*\{[^{}]*\}|[A-Za-z])(?:\s*\^\s*\d)?)"
+_TAIL = re.compile(
+    r"(.*?[\d)}\]!]|.*?\\pi)\s*((?:\\text\s*\{[^{}]*\}|\\deg|[A-Za-z¤€£]).*)", re.DOTALL
+)
+
+
+def read(text: str) -> tuple[Value, ...]:
+    """Every reading of a text, the likeliest first.
+
+    Raises:
+        Unreadable: none of it as a whole.
+    """
+    if len(text) > LONGEST:
+        raise Unreadable("too long")
+    return _read(text)
+
+
+@lru_cache(4096)
+def _read(text: str) -> tuple[Value, ...]:
+    plain_number = number(text.strip())
+    if plain_number is not None:
+        return (plain_number,)
+    tidy = plain(text).strip().rstrip(".;:,").strip()
+    tidy = _HEDGE.sub("", tidy.strip("\"'")).strip()
+    whole = re.fullmatch(r"\\text\s*\{([^{}]*)\}\.?", tidy)
+    if whole:
+        tidy = whole.group(1).strip()
+    if not tidy:
+        raise Unreadable("empty")
+    readings = [_one(ungrouped(tidy))]
+    decimal = with_points(tidy)
+    if decimal != tidy:
+        try:
+            other = _one(decimal)
+        except Unreadable:
+            other = readings[0]
+        if other not in readings:
+            readings.append(other)
+    return tuple(readings)
+
+
+def _one(text: str) -> Value:
+    plain_number = number(text)
+    if plain_number is not None:
+        return plain_number
+    for reader in _READERS:
+        found = reader(text, _part)
+        if found is not None:
+            return found
+    raise Unreadable("no reading")
+
+
+def _part(text: str) -> Value:
+    return _one(ungrouped(text))
+
+
+def _code(text: str, one: One) -> Value | None:
+    for reader in codes.READERS:
+        found = reader(text)
+        if found is not None:
+            return found
+    return None
+
+
+def _quantity(text: str, one: One) -> Value | None:
+    if text[:1] in "¤€£¥₹" or re.match(r"-\s*[¤€£]", text):
+        unit = read_unit(text.lstrip("- ")[0])
+        rest = text.replace(text.lstrip("- ")[0], "", 1).strip()
+        amount = one(rest)
+        if isinstance(amount, Expression):
+            if amount.unit is not None and unit is not None and amount.unit.of != unit.of:
+                raise Unreadable("two currencies")
+            return Expression(amount.node, amount.decimals, unit, "")
+        return None
+    percent = re.fullmatch(
+        r"(.*\S)\s*(?:%|\\text\s*\{\s*(?:%|percent)\s*\}|percent|per cent|Prozent|pour cent)", text
+    )
+    if percent:
+        return Expression(parse(percent[1]), _decimals(percent[1]), PERCENT)
+    text = re.sub(rf"(?<=\d)\s*\\frac\s*\{{{_LETTERS}\}}\s*\{{{_LETTERS}\}}", r" \1/\2", text)
+    match = _TAIL.fullmatch(text)
+    if match is None:
+        return None
+    head, tail = match.group(1).strip(), match.group(2).strip()
+    if not tail.startswith("\\") and len(tail) == 1 and not text[:-1].endswith(" "):
+        return None  # 5m is five times m
+    unit = read_unit(tail)
+    label = ""
+    if unit is None:
+        label = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", tail).strip()
+        long = re.fullmatch(r"[A-Za-z][A-Za-z '\-./]*", label) and re.match(
+            r"\\text|[A-Za-z]{3}|[a-z]+ ", tail
+        )
+        if not long or _NOT_A_LABEL.search(label) or len(label.split()) > 6:
+            return None
+    try:
+        node = parse(head)
+    except Unreadable:
+        return None
+    if symbols(node) and not tail.startswith("\\text"):
+        return None
+    if unit is not None and not unit.of:
+        unit = None
+    return Expression(node, _decimals(head), unit, label)
+
+
+def _decimals(text: str) -> int:
+    match = re.fullmatch(r"[-+]?\d*\.(\d+)", text.strip())
+    return len(match[1]) if match else 0
+
+
+def _word(text: str, one: One) -> Value | None:
+    words = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip(" .!\"'()")
+    if words.lower() in SMALL:
+        return Expression(("num", Fraction(SMALL.index(words.lower()))))
+    count = re.fullmatch(r"([a-z]+) ([a-z]+)(?: \(.*\))?", words)
+    if count and count[1] in SMALL:
+        node: Node = ("num", Fraction(SMALL.index(count[1])))
+        return Expression(node, 0, read_unit(count[2]), count[2])
+    if re.fullmatch(r"[^\W\d_][^\W\d_ '\-.&,]*(?:[ '\-.&,]+[^\W\d_]+)*\.?", words) and (
+        len(words) > 2 or text.isupper() or "\\text" in text or not text.isascii()
+        or words.lower() in ("no", "up", "on", "or")
+    ):  # fmt: skip
+        return None if words in ("pi", "infinity", "sqrt") else Word(words)
+    return None
+
+
+def _term(text: str, one: One) -> Value | None:
+    return Expression(parse(text), _decimals(text))
+
+
+_READERS: tuple[Callable[[str, One], Value | None], ...] = (
+    _code,
+    read_matrix,
+    read_union,
+    _word,
+    read_connected,
+    read_relation,
+    read_bracketed,
+    _quantity,
+    _term,
+)

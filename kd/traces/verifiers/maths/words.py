@@ -1,0 +1,43 @@
+"""Whether two answers in words are the same."""
+
+from __future__ import annotations
+
+import re
+
+_OPPOSITES = ({"yes", "no"}, {"true", "false"}, {"even", "odd"}, {"left", "right"})
+
+
+def same_words(left: str, right: str) -> bool | None:
+    """Words, of which case and small differences of form do not count; symbols' case does."""
+    first, second = (re.findall(r"[\w']+", side) for side in (left, right))
+    if first == second:
+        return True
+    if len(first) == len(second) and all(map(_same_word, first, second)):
+        return True
+    lower = [{word.lower() for word in side} for side in (first, second)]
+    if any(pair == lower[0] | lower[1] for pair in _OPPOSITES):
+        return False
+    if lower[0] <= lower[1] or lower[1] <= lower[0]:
+        return None
+    joined = ["".join(side).lower() for side in (first, second)]
+    initials = ["".join(word[0] for word in side).lower() for side in (first, second)]
+    if initials[0] == joined[1] or initials[1] == joined[0]:
+        return None
+    short = min(joined, key=len)
+    if (
+        sorted(joined[0]) == sorted(joined[1])
+        and len(short) < 6
+        and "".join(first + second).islower()
+    ):
+        return None  # a product of the same letters
+    prefix = len(short) > 3 and joined[0][:4] == joined[1][:4]
+    if prefix or min(map(len, joined)) < 3:
+        return None
+    return False
+
+
+def _same_word(left: str, right: str) -> bool:
+    """Equal but for case; a word of one or two letters may be a symbol, whose case counts."""
+    if left == right:
+        return True
+    return left.lower() == right.lower() and (len(left) > 2 or left.lower() in ("no", "is", "of"))

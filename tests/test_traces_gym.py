@@ -1,0 +1,44 @@
+"""reasoning-gym's scorers in a worker that can be killed."""
+
+import pytest
+
+from kd.traces import Trace, Yield, verify
+from kd.traces.verifiers.process import ReasoningGym, Worker, gym_problems
+
+
+def test_a_worker_that_hangs_or_dies_is_replaced(monkeypatch, tmp_path):
+    from kd.traces.verifiers import process
+
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "print('ready', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    r = json.loads(line)\n"
+        "    if r['do'] == 'hang': time.sleep(60)\n"
+        "    if r['do'] == 'die': sys.exit(3)\n"
+        "    nonce = 'forged' if r['do'] == 'forge' else r['nonce']\n"
+        "    print(json.dumps([nonce, 'correct', '', '']), flush=True)\n"
+    )
+    monkeypatch.setattr(process, "_WORKER", script)
+    worker = Worker()
+    assert worker.ask({"do": "answer"}, 10).correct
+    assert worker.ask({"do": "hang"}, 0.5).label() == "unknown: verifier timed out"
+    assert worker.ask({"do": "die"}, 10).label() == "error: verifier crashed"
+    assert worker.ask({"do": "forge"}, 10).label() == "error: verifier crashed"
+    assert worker.ask({"do": "answer"}, 10).correct
+    worker.close()
+    script.write_text("import no_such_library")
+    assert worker.ask({"do": "answer"}, 10).label() == "error: verifier crashed"
+
+
+def test_reasoning_gym_items_are_scored_by_their_own_scorer():
+    pytest.importorskip("reasoning_gym")
+    problems = gym_problems("chain_sum", 4, seed=1, min_terms=2, max_terms=3)
+    assert problems == gym_problems("chain_sum", 4, seed=1, min_terms=2, max_terms=3)
+    right = [p.replace(think="t", answer=f"The answer is {p.reference}") for p in problems]
+    wrong = [p.replace(think="t", answer="12345") for p in problems]
+    kept, report = verify(right + wrong, ReasoningGym(), report=Yield())
+    assert [t.answer for t in kept] == [t.answer for t in right]
+    assert report["verify"].dropped == {"wrong: scored below 1": 4}
+    assert ReasoningGym()(Trace("q", "t", "a")).label() == "unknown: not a reasoning-gym item"
