@@ -119,7 +119,7 @@ def test_traces_that_cannot_be_had(tmp_path):
         _pipeline.get_traces(tmp_path, models, str(tmp_path / "empty.jsonl"), "", 0, 0)
     with pytest.raises(ValueError, match="name must be one of maths, .*, got 'taste'"):
         _pipeline.get_traces(tmp_path, models, str(tmp_path / "empty.jsonl"), "taste", 0, 0)
-    record = '{"prompt": "2+2?", "think": "t", "answer": "The sum is 4", "reference": "four"}\n'
+    record = '{"prompt": "2+2?", "think": "two and two", "answer": "It is 4", "reference": "four"}'
     (tmp_path / "worded.jsonl").write_text(record)
     with pytest.raises(ValueError, match=r"after filtering.*--verifier maths finds 1 of them"):
         _pipeline.get_traces(tmp_path, models, str(tmp_path / "worded.jsonl"), "exact", 0, 0)

@@ -93,6 +93,7 @@ def test_wrong_use_is_one_line_with_the_fix(files, capsys):
 
 BAD = '{"title": "no shape"}\n{"messages": []}\noops\n'
 TRACE = '{"prompt": "q", "think": "", "answer": "a", "reference": "b", "metadata": {}}\n'
+WORDED = TRACE.replace('"a"', '"0.5"').replace('"b"', '"1/2"')
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,8 @@ TRACE = '{"prompt": "q", "think": "", "answer": "a", "reference": "b", "metadata
         ("load", BAD, "1 of 3: no known shape. Name your columns: --column MINE=prompt"),
         ("load", "", "Check that the input holds records"),
         ("load", '{"question": "q"}', "1 of 1: question without an answer. Answer them first"),
-        ("verify", TRACE, "1 of 1: wrong: .* Try another verifier .--verifier maths"),
+        ("verify", TRACE, "1 of 1: wrong: .* Look at the examples"),
+        ("verify", WORDED, "1 of 1: unknown: the same .* --verifier maths finds 1 of them correct"),
         ("verify", BAD, "1 of 3: no known shape"),
         ("filter", TRACE.replace('"a"', '""'), "1 of 1: empty answer"),
         ("filter", BAD, "1 of 3: no known shape"),

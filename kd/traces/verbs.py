@@ -43,7 +43,7 @@ def _finish(
         kept = f"; {args.output} is not written" if args.output else ""
         raise ValueError(
             f"kd traces {args.verb}: at least one row must come out, got none{kept}. "
-            f"{advise() or report.cure()}"
+            f"{report.cure()} {advise()}".rstrip()
         )
     if args.output:
         print(f"wrote {count:,} rows to {args.output}")
