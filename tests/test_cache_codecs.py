@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kd.cache import CacheWriter, TeacherCache, bits, prefix
 from kd.cache.codecs import Layout, Rows, Side, starts
+from kd.cache.compact import default_options
 from kd.cache.registry import CODECS
 
 ALL = ("float32", "log8", "compact")
@@ -100,6 +101,43 @@ def test_added_kl_stays_below_what_is_stated(name):
         rows = random_rows(rng, 200, 5000, 64, spread, ragged=False)
         kl = added_kl(rows, round_trip(name, rows, np.array([200]), 5000))
         assert kl.mean() <= {"log8": 1e-4, "compact": 1e-3}[name]
+
+
+@pytest.mark.parametrize("k", [67, 512, 2_000, 20_000, "all"])
+@pytest.mark.parametrize("spread", [1.0, 3.0])
+def test_rows_of_any_width_stay_below_1e3_nats(k, spread):
+    """With the levels that a capture takes by itself, up to the whole vocabulary."""
+    live = 40_000
+    k = live if k == "all" else k
+    logits = spread * np.random.default_rng(k).standard_normal((3, live))
+    log_p = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
+    ids = np.argsort(-log_p, 1)[:, :k]
+    kept = np.take_along_axis(log_p, ids, 1).astype(np.float32)
+    rows = Rows(np.full(3, k, np.int32), ids.reshape(-1).astype(np.int32), kept.reshape(-1))
+    found = round_trip("compact", rows, np.array([3]), live, **default_options("compact", k))
+    assert added_kl(rows, found).max() < 1e-3
+    coarse = round_trip("compact", rows, np.array([3]), live)
+    assert k < 512 or added_kl(rows, coarse).mean() > 3e-3  # 110 levels would not do
+
+
+def test_a_cache_of_whole_rows_wider_than_two_bytes_count(tmp_path):
+    """More tokens in a row than 65,535, and rows that differ."""
+    live = 70_000
+    logits = np.random.default_rng(0).standard_normal((2, live))
+    log_p = (logits - np.logaddexp.reduce(logits, 1, keepdims=True)).astype(np.float32)
+    ids = np.tile(np.arange(live), (2, 1))
+    ids[1, 5:] = -1
+    for codec in ALL:
+        options = default_options(codec, live)
+        identity = cases.meta(live=live, codec=codec, top_k=live, codec_options=options)
+        with CacheWriter(tmp_path / codec, identity) as writer:
+            writer.add([1, 2], ids, log_p)
+        found = TeacherCache(tmp_path / codec).lookup([1, 2])
+        order = found.ids[0].argsort()
+        p = torch.from_numpy(log_p[0]).double()
+        kl = (p.exp() * (p - found.logprobs[0][order])).sum()
+        assert found.ids.shape == (2, live) and (found.ids[1] >= 0).sum() == 5
+        assert found.ids[0][order].tolist() == list(range(live)) and abs(kl) < 1e-3, codec
 
 
 def test_more_levels_cost_more_and_err_less():

@@ -7,6 +7,7 @@ the prefix code of ``kd.cache.prefix``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ TABLE_SIZES = (1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 16)
 SAMPLE_ROWS = 1024
 # The tail's mass: 8 bits of its log-odds, from 1.2e-7 to 0.9997; 255 is none.
 TAIL_LOW, TAIL_STEP, NO_TAIL = -15.9, 23.9 / 254, 255
-LEVELS = 110  # steps of sqrt(p) from 0 to 1 in the codec "compact"
-MAX_LEVELS = 255
+LEVELS = 110  # steps of sqrt(p) from 0 to 1 in the codec "compact", up to WIDE tokens a row
+MAX_LEVELS = 1 << 16
+WIDE = 66  # 64, and the text's own token and one more
 FLOOR_STEP = 1 / 8  # nats
 
 
@@ -160,7 +162,8 @@ class Compact:
     """About 3 bits a value: sqrt(p) in steps of 1 / levels, coded above the row's least level.
 
     A step of 1/N in sqrt(p) adds at most about K / (6 N**2) nats of KL to a row of K tokens,
-    whatever their probabilities; 110 keeps 64 tokens below 1e-3. Level 0 (p below 2.5e-5)
+    whatever their probabilities; 110 keeps 64 tokens below 1e-3, and ``default_options`` takes more
+    for wider rows. Level 0 (p below 2.5e-5)
     stands for the mean of the row's entries at that level. Rows are scaled to the stored mass.
     """
 
@@ -225,6 +228,13 @@ class Compact:
             log_p = np.log(np.maximum(p, 1e-30))
             side.memory["levels"] = p.astype(np.float32), log_p.astype(np.float32)
         return side.memory["levels"]
+
+
+def default_options(codec: str, top_k: int) -> dict[str, int]:
+    """The codec's options for rows of ``top_k`` tokens: what keeps "compact" below 1e-3 nats."""
+    if codec != Compact.name or top_k <= WIDE:
+        return {}
+    return {"levels": math.ceil(math.sqrt(250 * top_k))}
 
 
 def levels_of(side: Side) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kd.cache.compact import default_options
 from kd.cache.keys import token_array
 from kd.cache.meta import CacheMeta
 from kd.cache.reader import TeacherCache
@@ -80,14 +81,16 @@ def import_cache(
             f"{layout!r}, got none in {reader.number} records ({_counted(reader.left_out)}). "
             f"{reader.seen}Choose the layout they are in."
         )
+    slots = min(top_k or widest, live_vocab)
     meta = CacheMeta(
         teacher={"id": teacher, "imported_from": layout},
         tokenizer=tokenizer or {},
         live_vocab=live_vocab,
         padded_vocab=live_vocab,
         temperature=temperature,
-        top_k=min(top_k or widest, live_vocab),
+        top_k=slots,
         codec=codec,
+        codec_options=default_options(codec, slots),
     )
     with CacheWriter(path, meta) as writer:
         for item in reader:

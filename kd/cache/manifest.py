@@ -16,7 +16,7 @@ from typing import Any
 
 from kd.cache.files import canonical_json, locked, write_whole
 from kd.cache.header import whole
-from kd.cache.meta import CacheMeta
+from kd.cache.meta import MAX_VOCAB, CacheMeta
 
 FORMAT = "kd-cache"
 VERSION = 2  # 1: without tail_temperatures, and still written so
@@ -24,7 +24,6 @@ NAME = "manifest.json"
 LOCK = ".manifest.lock"
 SHARD_NAME = re.compile(r"^shard-\d{4}-\d{6}\.safetensors$")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-MAX_SLOTS = 65535  # of a row: counts are at most two bytes wide
 MAX_BYTES = 256 * 1024 * 1024
 # Features that a reader has to understand; an unknown one is refused, an unknown field is not.
 KNOWN_FEATURES: frozenset[str] = frozenset()
@@ -45,7 +44,7 @@ class ShardEntry:
     def check(self) -> None:
         """Raise TypeError unless every field has its type."""
         counts = (self.bytes, self.sequences, self.rows, self.entries, self.slots)
-        if not all(map(whole, counts)) or self.slots > MAX_SLOTS:
+        if not all(map(whole, counts)) or self.slots > MAX_VOCAB:
             raise TypeError(f"a shard's counts must be integers of at least 0, got {counts}")
         if not isinstance(self.name, str) or not SHA256.fullmatch(str(self.sha256)):
             raise TypeError("a shard's name and sha256 must be text, the latter 64 hex digits")

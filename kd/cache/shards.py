@@ -64,7 +64,10 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
         "lengths": block.lengths.astype("<u4"),
     }
     if not same:
-        tensors["counts"] = counts.astype("<u2" if counts.max(initial=0) > 255 else "u1")
+        most = int(counts.max(initial=0))
+        tensors["counts"] = counts.astype(
+            "u1" if most < 1 << 8 else "<u2" if most < 1 << 16 else "<u4"
+        )
     width = width_of(options["live_vocab"] - 1)
     streams = {"tokens": fixed_stream(block.tokens, width, layout.rows)}
     side = Side(options)
@@ -205,7 +208,7 @@ class Shard:
             return
         found = self._row_entries * self.rows
         if not same:
-            found = int(self._small("counts", (self.rows,), "u1", "<u2").sum(dtype=np.int64))
+            found = int(self._small("counts", (self.rows,), "u1", "<u2", "<u4").sum(dtype=np.int64))
         if found != self.entries:
             raise Damaged(f"{self.entries:,} entries in its rows", f"{found:,}")
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
+from kd.cache.compact import default_options
 from kd.cache.keys import describe, key_of, token_array
 from kd.cache.tails import DEFAULT as DEFAULT_TAIL_TEMPERATURES
 from kd.cache.writer import SHARD_TOKENS
@@ -70,7 +71,8 @@ def build_cache(
             a ``kd.teachers.Selection`` with its settings (its top_k counts then).
         codec: how rows are stored: "compact", "log8", "float32" (lossless) or "counts". When
             None: "counts" for "sampled", "log8" for "hybrid", "compact" for the others.
-        codec_options: {"levels": 110} is the default of "compact"; more is finer.
+        codec_options: {"levels": n} of "compact": steps of sqrt(p), more is finer. By default as
+            many as keep its KL error below 1e-3 nats: 110 up to 64 tokens a row, 339 at 512.
         tail_temperatures: where the tail's log-partition is stored beside the tokens, three to
             four bytes a token, so that a loss at any temperature between has the tail's mass
             (kd.TopK). "auto": 7 temperatures from 1 to 4 for "top_k" and "top_p", none for the
@@ -152,17 +154,19 @@ def cache_meta(
         padded = found.width
     live = live_vocab or (len(tokenizer) if tokenizer is not None else padded)
     chosen = selection_of(selection, top_k)
+    slots = chosen.slots(live)
+    codec = codec or DEFAULT_CODECS.get(chosen.name, "compact")
     return CacheMeta(
         teacher=teacher_identity(model),
         tokenizer=tokenizer_fingerprint(tokenizer) if tokenizer is not None else {},
         live_vocab=live,
         padded_vocab=max(padded, live) if head is None else padded,
         temperature=float(temperature),
-        top_k=chosen.slots(live),
+        top_k=slots,
         selection=chosen.name,
-        codec=codec or DEFAULT_CODECS.get(chosen.name, "compact"),
+        codec=codec,
         selection_options=chosen.options(),
-        codec_options=codec_options or {},
+        codec_options=default_options(codec, slots) if codec_options is None else codec_options,
         tail_temperatures=tail_temperatures_of(tail_temperatures, chosen),
     )
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
+from kd.cache.compact import default_options
 from kd.cache.keys import describe
 from kd.cache.server_rows import Item, checked_row, table
 from kd.cache.writer import SHARD_TOKENS
@@ -253,13 +254,15 @@ def build_cache_from_server(
             "build_cache_from_server: live_vocab or tokenizer must be given, got neither. A "
             "server does not say how many tokens its model has."
         )
+    slots = min(teacher.top_k + 1, live)
     meta = CacheMeta(
         teacher={"id": teacher.model, "revision": revision, "server": teacher.mode},
         tokenizer=tokenizer_fingerprint(tokenizer) if tokenizer is not None else {},
         live_vocab=live,
         padded_vocab=live,
-        top_k=min(teacher.top_k + 1, live),
+        top_k=slots,
         codec=codec,
+        codec_options=default_options(codec, slots),
     )
     meter = Meter(None, progress)
     try:
