@@ -154,12 +154,15 @@ def test_contamination_is_found_with_its_evidence(prompt, kind):
     assert report["decontaminate"].dropped == {f"in bench ({kind})": 1}
 
 
-def test_a_question_quoted_in_a_thought_is_found_when_asked_for():
+def test_a_question_quoted_in_a_thought_or_an_answer_is_found():
     evaluations = Evaluations().add("bench", QUESTIONS)
-    trace = Trace("mine", f"This reminds me: {QUESTIONS[0]}", "a")
-    assert list(decontaminate([trace], evaluations, report=Yield())) == [trace]
-    fields = ("prompt", "think")
-    assert not list(decontaminate([trace], evaluations, report=Yield(), fields=fields))
+    for name in ("think", "answer"):
+        trace = Trace("mine", "t", "a").replace(**{name: f"This reminds me: {QUESTIONS[0]}"})
+        evidence = []
+        assert not list(decontaminate([trace], evaluations, report=Yield(), evidence=evidence))
+        assert evidence[0]["field"] == name and evidence[0]["kind"] == "13-gram"
+        fields = ("prompt",)
+        assert list(decontaminate([trace], evaluations, report=Yield(), fields=fields)) == [trace]
 
 
 def judged(prompt, answer, status, think="t"):

@@ -81,7 +81,7 @@ REFERENCES = (
 NESTED = ("reward_model", "verification_info", "extra_info")
 DOMAINS = ("domain", "problem_type", "subject", "category", "cot_type", "ability")
 SOURCES = ("source", "source_type", "dataset", "data_source")
-_LABELS = {"source": SOURCES, "domain": DOMAINS}
+_PLACED = {*SOURCES, *DOMAINS}
 KNOWN = {*TURNS, *SYSTEMS, *REASONING, *QUESTIONS, *SAMPLES, *REFERENCES, *DOMAINS, *SOURCES}
 _TEXTS = ("content", "value", "text", "parts", "message")  # of a turn
 _SPOKEN = ("text", "input_text", "output_text")
@@ -113,7 +113,7 @@ class Content:
 
     text: str = ""
     thought: str = ""
-    lost: Counter[str] = field(default_factory=Counter)
+    lost: dict[str, int] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
 
 
@@ -133,25 +133,20 @@ def first(record: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 def text_of(value: Any, column: str) -> str:
     """Text as it must be: not another type, and encodable."""
-    if isinstance(value, list):
-        if len(value) > 1 and all(isinstance(part, str) for part in value):
-            raise ShapeError("content is not text", f"{column} is a list of {len(value)} texts")
-        found = content_of(value, column)
-        if found.lost or found.calls:
-            kinds = ", ".join(sorted({*found.lost, *found.calls}))
-            raise ShapeError("content is not text", f"{column} has {kinds}")
-        return found.text
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ShapeError("invalid UTF-8", f"{column}: {error}") from None
-    if not given(value):
-        return ""
-    if isinstance(value, (int, float)):
-        value = repr(value)
     if not isinstance(value, str):
-        raise ShapeError("content is not text", f"{column} is a {type(value).__name__}")
+        if isinstance(value, list):
+            value = _joined(value, column)
+        elif isinstance(value, bytes):
+            try:
+                value = value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ShapeError("invalid UTF-8", f"{column}: {error}") from None
+        elif not given(value):
+            return ""
+        elif isinstance(value, (int, float)):
+            value = repr(value)
+        else:
+            raise ShapeError("content is not text", f"{column} is a {type(value).__name__}")
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -160,12 +155,22 @@ def text_of(value: Any, column: str) -> str:
     return value
 
 
+def _joined(parts: list[Any], column: str) -> str:
+    """The text of a list of parts, where there is nothing but text in it."""
+    if len(parts) > 1 and all(isinstance(part, str) for part in parts):
+        raise ShapeError("content is not text", f"{column} is a list of {len(parts)} texts")
+    found = content_of(parts, column)
+    if found.lost or found.calls:
+        kinds = ", ".join(sorted({*found.lost, *found.calls}))
+        raise ShapeError("content is not text", f"{column} has {kinds}")
+    return found.text
+
+
 def content_of(value: Any, column: str) -> Content:
     """A message's content: text, or a list of parts of which text and thoughts are kept."""
-    found = Content()
     if not isinstance(value, list):
-        found.text = text_of(value, column)
-        return found
+        return Content(text_of(value, column))
+    found = Content()
     for i, part in enumerate(value):
         if isinstance(part, str):
             part = {"text": f"\n{part}" if i else part}
@@ -182,7 +187,7 @@ def content_of(value: Any, column: str) -> Content:
         elif kind in ("tool_use", "tool_call", "function_call"):
             found.calls.append(str(part.get("name", kind)))
         else:
-            found.lost[kind] += 1
+            found.lost[kind] = found.lost.get(kind, 0) + 1
     return found
 
 
@@ -206,13 +211,15 @@ def thought_of(record: Mapping[str, Any]) -> tuple[str, str]:
 def reference_of(record: Mapping[str, Any], *more: str) -> tuple[str, str]:
     """(column, text) of a record's right answer; what is no text or number stays in metadata."""
     for name in (*REFERENCES, *more):
-        value = record.get(name)
+        if name not in record:
+            continue
+        value = record[name]
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
-        if given(value) and isinstance(value, (str, int, float)):
+        if isinstance(value, (str, int, float)) and given(value):
             return name, text_of(value, "reference").strip()
     for name in NESTED:
-        inside = stored(record.get(name))
+        inside = stored(record[name]) if name in record else None
         if isinstance(inside, Mapping):
             found = reference_of({key: inside.get(key) for key in REFERENCES})[1]
             if found:
@@ -302,9 +309,8 @@ def conversation(record: Mapping[str, Any], column: str) -> Trace:
         rest["history"] = history
     if answered.calls:
         rest["tool_calls"] = last.get("tool_calls") or answered.calls
-    lost = sum((held.lost for _, held, _ in said), Counter())
-    if lost:
-        rest["lost_parts"] = dict(lost)
+    if any(held.lost for _, held, _ in said):
+        rest["lost_parts"] = dict(sum((Counter(held.lost) for _, held, _ in said), Counter()))
     return make(record, asked.text, think, answer_text, rest, system=system, reference=reference)
 
 
@@ -315,14 +321,14 @@ def _turn(turn: Any, where: str) -> tuple[str, Content]:
     if not role:
         raise ShapeError("unknown role", f"{where} is by {first(turn, ('role', 'from'))!r}")
     thought = thought_of(turn)[1]
-    calls = stored(turn.get("tool_calls")) or stored(turn.get("function_call"))
+    calls = stored(first(turn, ("tool_calls", "function_call")))
     if not thought and not calls and not any(name in turn for name in _TEXTS):
         raise ShapeError("turn without text", f"{where} has {', '.join(map(str, turn))}")
     content = content_of(first(turn, _TEXTS), where)
     if thought:
         content.thought = thought
     content.calls += call_names(calls)
-    if given(turn.get("refusal")) and not content.text:
+    if not content.text and given(turn.get("refusal")):
         raise ShapeError("refusal", text_of(turn["refusal"], where)[:200])
     return role, content
 
@@ -377,17 +383,17 @@ def make(
     reference: str = "",
 ) -> Trace:
     """The trace of what a shape has found; other columns go to its metadata."""
-    labels = {name: first(record, names) for name, names in _LABELS.items()}
-    labels = {name: value for name, value in labels.items() if isinstance(value, str)}
-    placed = {*SOURCES, *DOMAINS}
+    source, domain = first(record, SOURCES), first(record, DOMAINS)
+    source, domain = (label if isinstance(label, str) else "" for label in (source, domain))
     return Trace(
         prompt=prompt.strip(),
         think=think,
         answer=answer,
         system=system.strip(),
         reference=reference,
-        metadata={k: v for k, v in rest.items() if k not in placed or v not in labels.values()},
-        **labels,
+        source=source,
+        domain=domain,
+        metadata={k: v for k, v in rest.items() if k not in _PLACED or v not in (source, domain)},
     )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kd.traces.trace import Trace
+from kd.traces.words import carried, words
 from kd.traces.yields import Yield
 
 _SPACES = re.compile(r"\s+")
-_WORDS = re.compile(r"\w+")
 
 
 def key_text(trace: Trace, by: str) -> str:
@@ -56,6 +56,9 @@ def near_duplicates(
 
     MinHash signatures (rensa) find candidates in time linear in the records; a candidate's
     similarity is estimated from the two whole signatures, and the match is kept as evidence.
+    Questions that differ in what makes a problem (numbers, signs, variables, names, words such as
+    "not" or "largest": ``carried``) are different problems, however alike the texts are. In
+    scripts without spaces a letter counts as a word.
 
     Args:
         traces: what to look through, one at a time.
@@ -78,7 +81,8 @@ def near_duplicates(
     for number, trace in enumerate(traces):
         with tally.timed():
             signature = RMinHash(num_perm=permutations, seed=42)
-            signature.update(shingles(key_text(trace, by), shingle))
+            # the problem is part of every shingle: another problem shares none
+            signature.update(shingles(key_text(trace, by), shingle, _problem(trace)))
             best, twin = 0.0, -1
             for candidate in index.query(signature):
                 similarity = signature.jaccard(kept[candidate])
@@ -95,12 +99,19 @@ def near_duplicates(
             tally.drop("near duplicate", trace, f"of record {twin}, similarity {best:.2f}")
 
 
-def shingles(text: str, size: int) -> list[str]:
-    """Runs of ``size`` words, lower case; short texts are one shingle."""
-    words = _WORDS.findall(text.lower())
-    if len(words) <= size:
-        return [" ".join(words)]
-    return [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)]
+def shingles(text: str, size: int, prefix: str = "") -> list[str]:
+    """Runs of ``size`` words, each after the prefix; short texts are one shingle."""
+    found = words(text)
+    if len(found) <= size:
+        return [" ".join([prefix, *found])]
+    runs = zip(*(found[i:] for i in range(size)), strict=False)
+    return [" ".join((prefix, *run)) for run in runs]
+
+
+def _problem(trace: Trace) -> str:
+    """A digest of what makes the question this one."""
+    key = "\0".join(carried(trace.prompt)).encode("utf-8", "replace")
+    return hashlib.blake2b(key, digest_size=8).hexdigest()
 
 
 def _bands(threshold: float, permutations: int) -> int:

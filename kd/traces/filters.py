@@ -24,6 +24,33 @@ _SCRIPTS = {
 }
 _LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
 _SCRIPT = {name: re.compile(f"[{span}]") for name, span in _SCRIPTS.items()}
+_LANGUAGES = {
+    "han": ("chinese", "mandarin", "cantonese", "hanzi", "pinyin", "kanji", "中文", "汉语", "漢字"),
+    "kana": ("japanese", "kanji", "hiragana", "katakana", "日本語", "日语"),
+    "hangul": ("korean", "hangul", "한국어", "韩语"),
+    "cyrillic": ("russian", "ukrainian", "bulgarian", "serbian", "cyrillic", "俄语"),
+    "arabic": ("arabic", "persian", "farsi", "urdu", "阿拉伯语"),
+    "hebrew": ("hebrew", "yiddish", "希伯来语"),
+    "devanagari": ("hindi", "sanskrit", "nepali", "marathi", "devanagari", "印地语"),
+    "thai": ("thai ", "thai.", "thai:", "thai?", "泰语"),
+}
+_TRANSLATE = re.compile(
+    r"translat(?!.{0,40}\b(?:units?|axis|graph|vector|triangle|parabola))|翻译|翻譯|翻訳|訳して|번역|перевед|перевод|ترجم|anuvad|अनुवाद|แปล|transliterat|multilingual"
+    r"|(?:other|foreign|different|several|multiple) languages?"
+)
+_EUROPE = re.compile(
+    "英|法语|法文|德语|德文|西班牙|translat|english|영어|불어|англ|франц|немец|испан|翻|訳|번역|перев"
+    "|अंग्रेज|อังกฤษ|แปล|אנגל|إنجليز|انجليز|ترجم"
+)
+_CODE = re.compile(r"^\s{0,3}(`{3,}|~{3,}).*?(?:^\s{0,3}\1|\Z)|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(
+    r"(?:^|(?<=\s)|(?<=;))//.*$|(?<=\S)[ \t]+#.*$|/\*.*?\*/", re.MULTILINE | re.DOTALL
+)
+_CYCLE = 4  # lines in turn
+_WORD = re.compile(r"[^\W\d_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]")
+_COMMAND = re.compile(r"\\[a-zA-Z]+(?:\{[a-z]*\})?")
+# rows: of Markdown, LaTeX, lists of lists, cells between tabs
+_ROW = re.compile(r"^\||\|$|&.*\\\\|\t|^[\[{].*[\]}],?$")
 _FENCE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.MULTILINE)
 
 
@@ -46,6 +73,9 @@ def filter_stream(
 class Lint:
     """The form of a trace: one thought, an answer, an end, no loops.
 
+    A trace that lost a part of its message (an image), or that ends in a call of a tool, is not
+    what was said.
+
     Attributes:
         need_think: drop traces without a thought.
         longest: characters of thought and answer together; a 5 MB trace is an accident.
@@ -63,6 +93,10 @@ class Lint:
             return f"longer than {self.longest} characters"
         if trace.metadata.get("finish") == "length":
             return "truncated"
+        if trace.metadata.get("lost_parts"):
+            return "parts that are not text"
+        if trace.metadata.get("tool_calls"):
+            return "tool call"
         if not trace.answer.strip():
             return "empty answer"
         if self.need_think and not trace.think.strip():
@@ -77,30 +111,66 @@ class Lint:
 
 
 def loops(text: str, repeats: int = 12) -> bool:
-    """Whether a text goes round in circles: the same line again and again, a period at its end,
-    or so little in it that it packs to a thirtieth. Linear in the text."""
-    previous, run = "", 0
+    """Whether a text goes round in circles: a line, or up to four lines in turn, again and again;
+    a period at its end; or so little in it that it packs to a thirtieth. Linear in the text.
+
+    Rows of tables and matrices, and digits, may be equal: ten times as many count, and digits in
+    a row from 10,000 characters.
+    """
+    runs, recent = [0] * _CYCLE, [""] * _CYCLE
     for line in text.split("\n"):
         line = line.strip()
         if not line:
             continue
-        run = run + 1 if line == previous else 1
-        previous = line
-        if run >= repeats and len(line) > 2:
-            return True
-    tail = text[-2000:]
-    if len(tail) >= 200:
-        packed = tail.encode("utf-8", "replace")
-        if len(zlib.compress(packed, 1)) * 4 < len(packed) and _cycles(tail, repeats):
-            return True
+        for back in range(_CYCLE):
+            if line != recent[-1 - back]:
+                runs[back] = 0
+                continue
+            runs[back] += 1
+            if runs[back] >= (repeats - 1) * (back + 1) and len(line) > 2:
+                cycle = "\n".join(recent[-1 - back :])
+                if runs[back] >= (repeats * _patience(cycle) - 1) * (back + 1):
+                    return True
+        recent = [*recent[1:], line]
+    # of a text that ends in circles, the last few letters come again and again
+    if len(text) >= 200 and text[-2000:].count(text[-16:]) >= 6 and _circles(text, repeats):
+        return True
     if len(text) >= 4000:
         sample = text[-100_000:].encode("utf-8", "replace")
-        return len(zlib.compress(sample, 1)) * 30 < len(sample)
+        if len(zlib.compress(sample, 1)) * 30 < len(sample):
+            prose = "\n".join(line for line in text.split("\n") if _patience(line) < 10)
+            return len(prose) >= 4000
     return False
 
 
-def _cycles(text: str, repeats: int) -> bool:
-    """Whether a text of 200 characters or more ends in one period, ``repeats`` times in a row
+def _bare(text: str) -> bool:
+    """Whether there are no words and no equations in it: digits, signs, LaTeX."""
+    return "=" not in text and _WORD.search(_COMMAND.sub("", text)) is None
+
+
+def _patience(cycle: str) -> int:
+    """How much longer than prose a cycle may go on: rows are equal by nature, words often."""
+    lines = cycle.strip().split("\n")
+    if _bare(cycle) or all(_ROW.search(line.strip()) for line in lines):
+        return 10
+    return 4 if all(line.strip().isalnum() and line.isascii() for line in lines) else 1
+
+
+def _circles(text: str, repeats: int) -> bool:
+    """Whether a text of 200 characters or more ends in one period, ``repeats`` times in a row."""
+    period = _period(text[-2000:], repeats)
+    if not period:
+        return False
+    cycle = text[-period:]
+    if not _bare(cycle):
+        need = max(200, repeats * _patience(cycle) * period)
+    else:
+        need = 10_000
+    return len(text) >= need and text[-need:-period] == text[-need + period :]
+
+
+def _period(text: str, repeats: int) -> int:
+    """The period in which a text ends, 200 characters or ``repeats`` times long; 0 for none
     (found from the end by the borders of its prefixes, as Knuth, Morris and Pratt do)."""
     backwards = text[::-1]
     border = [0] * len(text)
@@ -112,8 +182,8 @@ def _cycles(text: str, repeats: int) -> bool:
         border[i] = k
         period = i + 1 - k
         if i + 1 >= 200 and period > 2 and i + 1 >= repeats * period:
-            return True
-    return False
+            return period
+    return 0
 
 
 @dataclass(frozen=True)
@@ -144,7 +214,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class OneLanguage:
-    """Thought and answer stay in the scripts of the prompt.
+    """Thought and answer stay in the scripts of the prompt, and of languages that it names.
+
+    Code may have comments in any language, and what a translation is made of is not looked at.
 
     Attributes:
         share: letters of other scripts allowed among all letters of a text.
@@ -156,17 +228,39 @@ class OneLanguage:
         texts = [text for text in (trace.think, trace.answer) if not text.isascii()]
         if not texts:
             if trace.think.isascii() and scripts(trace.prompt) and not _LATIN.search(trace.prompt):
-                letters = len(_LATIN.findall(trace.think))
-                return "other language than the prompt" if letters > 40 else None
+                letters = len(_LATIN.findall(_prose(trace.think)))
+                if letters > 40 and not _EUROPE.search(trace.prompt):
+                    return "other language than the prompt"
             return None
-        asked = set(scripts(trace.prompt))
+        asked: set[str] | None = None
         for text in texts:
-            found = scripts(text)
+            found = scripts(_prose(text))
+            if not found:
+                continue
+            if asked is None:
+                asked = _asked(f"{trace.system}\n{trace.prompt}")
             total = sum(found.values()) + len(_LATIN.findall(text))
             foreign = sum(count for name, count in found.items() if name not in asked)
             if foreign > max(2, self.share * total):
                 return "language mixing"
         return None
+
+
+def _asked(text: str) -> set[str]:
+    """The scripts that a prompt is written in or asks for; all, where it asks to translate."""
+    found = set(scripts(text))
+    lower = text.lower()
+    for name, words in _LANGUAGES.items():
+        if any(word in lower for word in words):
+            found |= {"han", "kana"} if name == "kana" else {name}
+    return set(_SCRIPTS) if _TRANSLATE.search(lower) else found
+
+
+def _prose(text: str) -> str:
+    """A text without its code: fenced, between backquotes, or a comment behind a statement."""
+    if "`" in text:
+        text = _CODE.sub(" ", text)
+    return _COMMENT.sub(" ", text) if "#" in text or "//" in text or "/*" in text else text
 
 
 def scripts(text: str) -> dict[str, int]:

@@ -83,13 +83,11 @@ def _load(
             for part, number in trace.metadata.get("lost_parts", {}).items():
                 _count(tally.notes.setdefault("lost_parts", {}), [part] * number)
             tally.keep()
-            labels = {
-                "source": trace.source or defaults["source"] or origin,
-                "domain": trace.domain or defaults["domain"],
-            }
-            if "index" not in trace.metadata:
-                trace = trace.note(index=index)
-            yield trace.replace(**labels)
+            yield trace.replace(
+                source=trace.source or defaults["source"] or origin,
+                domain=trace.domain or defaults["domain"],
+                metadata={"index": index, **trace.metadata},
+            )
 
 
 def questions(

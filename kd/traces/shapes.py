@@ -52,6 +52,10 @@ _CHATML = re.compile(
 )
 
 
+# what JSON makes; anything else may be an array
+_TYPES = {str, int, float, bool, list, dict, type(None)}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A kind of record.
@@ -107,15 +111,15 @@ def _plain(record: Any) -> Mapping[str, Any]:
         record = record["row"]  # the Hub's rows API
     if not isinstance(record, Mapping):
         raise ShapeError("not an object", f"a {type(record).__name__}")
-    lower = {key: str(key).lower() for key in record}
-    names = {key: name for key, name in lower.items() if name != key and name in KNOWN}
+    names = {key: key.lower() for key in record if isinstance(key, str) and not key.islower()}
+    names = {key: name for key, name in names.items() if name in KNOWN}
     if names:
         taken = set(record)
         record = {
             names[key] if key in names and names[key] not in taken else key: value
             for key, value in record.items()
         }
-    if any(hasattr(value, "tolist") for value in record.values()):
+    if not _TYPES.issuperset(map(type, record.values())):
         record = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()}
     return record
 
@@ -372,7 +376,7 @@ def _is_ours(record: Mapping[str, Any]) -> bool:
 def _of_turns(column: str) -> Shape:
     return Shape(
         column,
-        lambda record: _turn_column(record) == column,
+        lambda record: column in record and _turn_column(record) == column,
         lambda record: conversation(record, column),
     )
 

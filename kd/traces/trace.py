@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,11 +64,11 @@ class Trace:
 
     def replace(self, **changes: Any) -> Trace:
         """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        return Trace(**{**vars(self), **changes})
 
     def note(self, **entries: Any) -> Trace:
         """A copy whose metadata also holds these entries."""
-        return dataclasses.replace(self, metadata={**self.metadata, **entries})
+        return self.replace(metadata={**self.metadata, **entries})
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold; ``Trace.from_dict`` reads it back."""
@@ -174,7 +173,7 @@ def split_completion(text: str, *, prefilled: bool = False) -> tuple[str, str]:
         return _channels(text)
     found = [
         (min(at for at in places if at >= 0), marks, places)
-        for marks in MARKS
+        for marks in _candidates(text)
         if max(places := (text.find(marks[0]), text.find(marks[1]))) >= 0
     ]
     if not found:
@@ -194,6 +193,14 @@ def split_completion(text: str, *, prefilled: bool = False) -> tuple[str, str]:
     if closed < 0:
         return text[begin:].strip(), ""
     return text[begin:closed].strip(), _opened(text[closed + len(close) :].strip())
+
+
+def _candidates(text: str) -> Iterable[tuple[str, str]]:
+    """The families of tags that may come first in a text."""
+    if "<" not in text and "[" not in text and "\u25c1" not in text:
+        return ()
+    begins = next((marks for marks in MARKS if text.startswith(marks[0])), None)
+    return MARKS if begins is None else (begins,)
 
 
 def _opened(answer: str) -> str:
