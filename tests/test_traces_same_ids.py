@@ -351,6 +351,9 @@ def test_another_date_is_another_rendering_and_is_shown(one, capsys):
     assert one("a.jsonl", None, "--date", "2026-11-26") == 0
     assert kd("cache", "info", one.cache) == 0
     assert "told the date 2026-11-26" in capsys.readouterr().out
+    teacher = ["--teacher", one.cache.parent / "model", "--data", one.cache.parent / "a.jsonl"]
+    assert kd("cache", "doctor", one.cache, *teacher) in (0, 1)
+    assert "1 of 1" in capsys.readouterr().out  # rendered with the cache's own date
     assert one("a.jsonl", None, "--date", "26.11.2026") == 1
     assert "date must be a day like 2026-01-31, got '26.11.2026'" in capsys.readouterr().err
 

@@ -196,6 +196,7 @@ REFUSALS = {
     "strict": (400, {"message": "Unknown parameter: 'repetition_penalty'."}),
     "schema": (400, {"error": "additional properties are not allowed"}),
 }
+UNKNOWN = {"top_k", "min_p", "repetition_penalty"}
 
 
 class Chat(BaseHTTPRequestHandler):
@@ -208,7 +209,10 @@ class Chat(BaseHTTPRequestHandler):
         refuses = self.server.refuses
         if refuses == "always":
             status, said = 400, {"error": "context length exceeded"}
-        elif refuses and {"top_k", "min_p", "repetition_penalty"} & set(body):
+        elif refuses == "bare" and {"presence_penalty", *UNKNOWN} & set(body):
+            name = min({"presence_penalty", *UNKNOWN} & set(body))
+            status, said = 400, {"error": {"message": f"Unsupported parameter: '{name}'"}}
+        elif refuses in REFUSALS and UNKNOWN & set(body):
             status, said = REFUSALS[refuses]
         data = json.dumps(said).encode()
         self.send_response(status)
@@ -279,6 +283,17 @@ def test_a_server_without_these_fields_is_asked_without_and_that_is_recorded(cha
     assert report["generate"].notes["not stated"] == "min_p, repetition_penalty, top_k"
     assert all(not set(BEYOND) & set(trace.metadata["sampling"]) for trace in traces)
     assert chat.client.unstated == sorted(BEYOND)
+
+
+def test_a_server_without_penalties_either_is_asked_without_any(chat):
+    chat.refuses = "bare"
+    report = Yield()
+    assert len(list(generate_server(chat.client, ["a", "b"], report=report))) == 2
+    assert len(chat.asked) == 4 and set(sent(chat.asked[-1])) == {
+        "temperature", "top_p", "max_tokens", "seed",
+    }  # fmt: skip
+    assert chat.client.unstated == sorted({*OFF, *BEYOND})
+    assert "presence_penalty" in report["generate"].notes["not stated"]
 
 
 def test_what_was_asked_for_is_never_left_out(chat):

@@ -9,7 +9,8 @@ from traces_cases import LLAMA2, byte_tokenizer, qwen, sentencepiece
 from kd.traces import COMPACT, R1, Renderer, RenderError, Trace
 
 PLAIN = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% for message in messages %}{{ message['role'] }}:{{ '' if message['role'] == 'assistant' "
+    "else ' ' }}{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 ANSWERS = [

@@ -156,6 +156,46 @@ def test_the_header_is_found_where_the_generation_prompt_is_ignored():
     ) == ("q|", "a|<|im_end|>")
 
 
+def test_what_answers_begin_with_is_written_as_the_template_writes_it():
+    """Vicuna's space, and the channel of an answer, which no generation prompt has."""
+    vicuna = (
+        "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
+        "{{ m['content'] }}{{ ' ' if m['role'] == 'user' else eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    assert renderer(vicuna).texts(Trace("q", "", "a")) == ("USER: q ASSISTANT:", " a<|im_end|>")
+    assert renderer(vicuna)(TRACE)
+    harmony = (
+        "{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}"
+        "<|channel|>final{% endif %}<|message|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    made = renderer(harmony)
+    assert text_of(made, Trace("q", "", "a")).endswith(
+        "<|start|>assistant<|channel|>final<|message|>a<|end|><|im_end|>"
+    )
+    with pytest.raises(RenderError, match="middle ends with it") as caught:
+        made(TRACE)
+    assert caught.value.reason.startswith("chat template marks the answer")
+    tags = Tags(
+        "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+    )
+    assert text_of(renderer(harmony, tags=tags), TRACE).endswith(
+        "<|start|>assistant<|channel|>analysis<|message|>Two and two.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>It is 4.<|end|><|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|eos|>"])
+@pytest.mark.parametrize("template", [CHATML, CHATML_QWEN])
+def test_a_header_that_is_always_written_ends_no_answer(eos, template):
+    always = template.replace("{% if add_generation_prompt %}", "{% if true %}")
+    made, plain = (Renderer(byte_tokenizer(text, eos=eos)) for text in (always, template))
+    assert made.turn_end == plain.turn_end
+    for trace in (TRACE, TRACE.replace(system="s")):
+        assert made(trace) == plain(trace)
+
+
 def test_same_roles_in_a_row_may_be_merged_but_not_lost():
     merging = (
         "{% for message in messages %}{% if loop.index0 == 0 or message['role'] != "
@@ -241,7 +281,11 @@ def test_a_clock_of_the_tokenizers_own_is_noticed():
 # --- thoughts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("close", ["<think>\n\n</think>\n\n", "<think></think>", "</think>\n"])
+@pytest.mark.parametrize(
+    "close",
+    ["<think>\n\n</think>\n\n", "<think></think>", "</think>\n"]
+    + ["[THINK][/THINK]", "<|channel>thought\n<channel|>", "Reasoning: none.\n"],
+)
 def test_a_closed_thought_takes_an_answer_and_refuses_a_thought(close):
     made = renderer(CHATML.replace("assistant\n{% endif %}", "assistant\n" + close + "{% endif %}"))
     with pytest.raises(RenderError, match="enable_thinking") as caught:

@@ -65,6 +65,12 @@ class Manifest:
     counters: dict[str, int] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def date(self) -> str | None:
+        """The day that the chat template of everything captured was told, where it prints one."""
+        dates = {(entry.get("rendering") or {}).get("date") for entry in self.sources}
+        return dates.pop() if len(dates) == 1 else None
+
     def to_bytes(self) -> bytes:
         body = {
             "format": FORMAT,

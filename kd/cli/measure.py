@@ -63,11 +63,10 @@ def measure(label: str, name: str, args: argparse.Namespace) -> Measured:
     if args.cache:
         from kd.cache import TeacherCache
 
-        rows = _rendered(args.traces, tokenizer, args.limit)
+        cache = TeacherCache(args.cache)
+        rows = _rendered(args.traces, tokenizer, args.limit, cache.manifest.date)
         with Progress(f"{label}: beside the teacher", len(rows)) as bar, mixed_precision():
-            found.traces, found.teacher = closeness(
-                model, TeacherCache(args.cache), rows, progress=bar.to
-            )
+            found.traces, found.teacher = closeness(model, cache, rows, progress=bar.to)
     return found
 
 
@@ -121,11 +120,12 @@ def _same_tokenizer(tokenizer: Any, path: Path) -> None:
         )
 
 
-def _rendered(path: Path, tokenizer: Any, limit: int) -> list[dict[str, Any]]:
-    from kd.traces import Renderer, Yield, render_rows
+def _rendered(path: Path, tokenizer: Any, limit: int, date: str | None) -> list[dict[str, Any]]:
+    from kd.traces import AnyRenderer, Yield, render_rows
 
     report = Yield()
-    rows = render_rows(path, Renderer(tokenizer), report=report)
+    options = {} if date is None else {"date": date}
+    rows = render_rows(path, AnyRenderer(tokenizer, **options), report=report)
     found = [row._asdict() for row in islice(rows, limit or None)]
     if not found:
         raise ValueError(

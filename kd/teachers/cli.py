@@ -32,7 +32,6 @@ def _teacher(verb: Any, data_help: str, required: bool) -> None:
         help="whose chat template renders the data: the student's, where it differs from the "
         "teacher's (same vocabulary)",
     )
-    verb.add_argument("--date", default=DATE, help=DATE_HELP)
 
 
 def _build(verbs: Any) -> None:
@@ -64,6 +63,7 @@ def _build(verbs: Any) -> None:
         action="store_true",
         help="add other data to a cache (the same data always continues where it was stopped)",
     )
+    verb.add_argument("--date", default=DATE, help=DATE_HELP)
     verb.set_defaults(run=run_build)
 
 
@@ -127,11 +127,12 @@ def run_doctor(args: argparse.Namespace) -> int:
     from kd.teachers.doctor import diagnose
 
     model, tokenizer = load_teacher(args)
+    cache = TeacherCache(args.cache, partial=True, duplicates="first")
     found = diagnose(
-        TeacherCache(args.cache, partial=True, duplicates="first"),
+        cache,
         model,
         tokenizer=tokenizer,
-        sequences=TrainingData(args.data, tokenizer, date=args.date) if args.data else (),
+        sequences=TrainingData(args.data, tokenizer, date=cache.manifest.date) if args.data else (),
         samples=args.samples,
     )
     print(found.text())

@@ -9,6 +9,7 @@ Example:
 """
 
 from kd.traces.agreement import compare
+from kd.traces.conversations import RenderError
 from kd.traces.decontaminate import Evaluations, decontaminate
 from kd.traces.dedupe import exact_duplicates, near_duplicates
 from kd.traces.files import write_traces
@@ -17,12 +18,11 @@ from kd.traces.generation import complete, generate_local
 from kd.traces.loading import load, to_dataset
 from kd.traces.mixing import JsonlTraces, Source, mix
 from kd.traces.packing import Pack, best_fit, collate_packs, efficiency, isolates_documents, pack
-from kd.traces.rendering import CHATML, AnyRenderer, Renderer
-from kd.traces.rows import render, render_rows, render_stream
+from kd.traces.rendering import CHATML, Renderer
+from kd.traces.rows import AnyRenderer, render, render_rows, render_stream
 from kd.traces.sampling import Sampling, overridden
 from kd.traces.selecting import best_of_n, by_difficulty, diverse, pass_rate
 from kd.traces.server import Server, generate_server
-from kd.traces.templates import RenderError
 from kd.traces.tokens import Rendered
 from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
 from kd.traces.verification import judge_all, verify, verify_stream

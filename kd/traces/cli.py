@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from kd.traces.templates import DATE
+from kd.traces.clock import DATE
 from kd.traces.verifiers import VERIFIERS
 from kd.traces.verifiers.registry import DEFAULT
 from kd.traces.verifiers.verdict import STATUSES

@@ -6,13 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kd.traces.templates import Piece, RenderError
+from kd.traces.conversations import Piece, RenderError
+from kd.traces.templates import BARRED, MARK
 from kd.traces.trace import Tags
-
-# <|im_end|>, <｜User｜>
-_BARRED = r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>"
-# </think>, [INST], <<SYS>>, ◁think▷: control where the template itself writes it, else text
-_MARK = re.compile(_BARRED + r"|</?\w+>|\[/?[A-Z][A-Z_]+\]|<</?[A-Z]+>>|◁/?\w+▷")
 
 
 class ControlTokens:
@@ -34,7 +30,7 @@ class ControlTokens:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         for token in added.values():
             text = str(token.content)
-            if token.special or text in written or re.fullmatch(_BARRED, text):
+            if token.special or text in written or re.fullmatch(BARRED, text):
                 special.add(text)
         for part in (tags.start, tags.middle, tags.end):
             special.update(part.split())
@@ -43,7 +39,7 @@ class ControlTokens:
         ids = {number for number, token in added.items() if str(token.content) in special}
         ids |= set(tokenizer.all_special_ids)
         self.ids = frozenset(map(int, ids)) - _unknown(tokenizer)
-        names = sorted(special | set(_MARK.findall(written)), key=len, reverse=True)
+        names = sorted(special | set(MARK.findall(written)), key=len, reverse=True)
         self._names = re.compile("|".join(map(re.escape, names)))
         self._known: dict[str, list[int]] = {}
 

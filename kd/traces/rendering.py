@@ -6,19 +6,12 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
+from kd.traces.clock import DATE
 from kd.traces.control import ControlTokens, special
-from kd.traces.templates import (
-    DATE,
-    ChatTemplate,
-    Piece,
-    RenderError,
-    closed_thought,
-    messages,
-    opened_thought,
-)
+from kd.traces.conversations import Piece, RenderError, messages
+from kd.traces.templates import ChatTemplate, closed_thought, opened_thought
 from kd.traces.tokens import AS_IS, IGNORE, Rendered, border, encode, plain
 from kd.traces.trace import R1, Tags, Trace
 
@@ -132,9 +125,9 @@ class Renderer:
         prompt, completion = self._pieces(trace)
         return _joined(prompt), _joined(completion)
 
-    def parse(self, prompt: str, completion: str) -> tuple[str, str]:
-        """Read (think, answer) back from a rendered text."""
-        text = completion.removesuffix(self.turn_end)
+    def parse(self, prompt: str, completion: str, lead: str = "") -> tuple[str, str]:
+        """Read (think, answer) back from a rendered text; ``lead`` is what answers begin with."""
+        text = completion.removesuffix(self.turn_end).lstrip().removeprefix(lead.strip())
         opened = self.tags.start.strip()
         middle = self.tags.middle.strip()
         if not opened_thought(prompt) and not text.lstrip().startswith(opened):
@@ -156,13 +149,22 @@ class Renderer:
                 f"render: tags must open a thought as the chat template does, got {start.strip()!r}"
                 f" and {opened!r}. Pass tags=kd.traces.R1, or another chat_template.",
             )
-        if trace.think and closed_thought(text):
+        if trace.think and not opened and closed_thought(prompt[-1].text or prompt[-2].text):
             raise RenderError(
                 "chat template closes the thought",
                 "render: a trace with a thought must have a chat template that lets it think, got "
                 f"a prompt that ends with {text[-24:]!r}. Pass template_options="
                 "{'enable_thinking': True}, or what the template calls it.",
             )
+        if trace.think and lead.strip():
+            if not tags.middle.rstrip().endswith(lead.strip()):
+                raise RenderError(
+                    "chat template marks the answer after a thought in its own way",
+                    f"render: tags must end a thought as the chat template begins an answer, got "
+                    f"{tags.middle!r} and {lead!r}. Pass kd.traces.Tags(start, middle) in which "
+                    "middle ends with it.",
+                )
+            lead = ""
         if opened:
             start = start[len(start.rstrip()) :]
             start = start.lstrip("\n") if text.endswith("\n") else start
@@ -224,7 +226,7 @@ class Renderer:
                 start = border(self.tokenizer, alone, whole)
                 self.control.check(prompt + completion, whole)
                 if check:
-                    self._check_round_trip(item, prompt, whole[:start], whole[start:])
+                    self._check_round_trip(item, prompt, completion, whole, start)
                 outcomes[i] = Rendered(whole, [IGNORE] * start + whole[start:])
                 self._note(item, prompt)
             except RenderError as error:
@@ -234,17 +236,22 @@ class Renderer:
             yield item, made
 
     def _check_round_trip(
-        self, trace: Trace, prompt: Sequence[Piece], before: list[int], after: list[int]
+        self,
+        trace: Trace,
+        prompt: Sequence[Piece],
+        completion: Sequence[Piece],
+        ids: list[int],
+        start: int,
     ) -> None:
-        decoded = self.tokenizer.decode(after, **AS_IS)
-        think, answer = self.parse(_joined(prompt), decoded)
+        decoded = self.tokenizer.decode(ids[start:], **AS_IS)
+        think, answer = self.parse(_joined(prompt), decoded, completion[0].text)
         lost = ""
         if _canonical(think) != _canonical(trace.think):
             lost = "thought"
         elif _canonical(answer) != _canonical(trace.answer):
             lost = "answer"
         else:
-            shown = _canonical(self.tokenizer.decode(before, **AS_IS))
+            shown = _canonical(self.tokenizer.decode(ids[:start], **AS_IS))
             lost = next((who for who, text in prompt if who and _canonical(text) not in shown), "")
         if lost:
             raise RenderError(
@@ -260,48 +267,6 @@ class Renderer:
         shown = {piece.text for piece in prompt if piece.who}
         if any(str(turn["content"]) not in shown for turn in messages(trace)):
             self.seen["trimmed messages"] += 1
-
-
-class AnyRenderer:
-    """A ``Renderer`` that is made when the first trace comes: texts need no chat template.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        **options: of ``Renderer``.
-    """
-
-    def __init__(self, tokenizer: Any, **options: Any) -> None:
-        self.tokenizer, self._options = tokenizer, options
-        self._made: Renderer | None = None
-
-    @property
-    def full(self) -> Renderer:
-        if self._made is None:
-            self._made = Renderer(self.tokenizer, **self._options)
-        return self._made
-
-    def facts(self) -> dict[str, Any]:
-        """Those of the ``Renderer``; none where there is no chat template."""
-        templated = getattr(self.tokenizer, "chat_template", None)
-        return self.full.facts() if templated or "chat_template" in self._options else {}
-
-    def remarks(self) -> list[str]:
-        """What the chat template added to the traces, in words."""
-        return [] if self._made is None else self._made.remarks()
-
-    def render_all(
-        self, items: Iterable[Trace | str]
-    ) -> Iterator[tuple[Trace | str, Rendered | RenderError]]:
-        """As ``Renderer.render_all``."""
-        for kind, group in groupby(items, key=type):
-            if kind is not str:
-                yield from self.full.render_all(group)
-                continue
-            for text in group:
-                try:
-                    yield text, plain(self.tokenizer, str(text))
-                except RenderError as error:
-                    yield text, error
 
 
 def _joined(pieces: Iterable[Piece]) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from kd.traces.columns import ANSWERS, QUESTIONS, TURNS, ShapeError, are_turns
+from kd.traces.conversations import RenderError
 from kd.traces.documents import documents
 from kd.traces.loading import _records
 from kd.traces.records import BadRecord
-from kd.traces.rendering import AnyRenderer, Renderer
+from kd.traces.rendering import Renderer
 from kd.traces.shapes import normalise
-from kd.traces.templates import RenderError
-from kd.traces.tokens import IGNORE, Rendered
+from kd.traces.tokens import IGNORE, Rendered, plain
 from kd.traces.trace import Trace
 from kd.traces.yields import Tally, Yield, metered
 
@@ -22,6 +22,48 @@ _BATCH = 256
 _ASKED = (*TURNS, "choices", "generic_request", *QUESTIONS, *ANSWERS)
 Item = Trace | str | list[Rendered] | RenderError
 Outcome = tuple[Any, Rendered | RenderError]
+
+
+class AnyRenderer:
+    """A ``Renderer`` that is made when the first trace comes: texts need no chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        **options: of ``Renderer``.
+    """
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        self.tokenizer, self._options = tokenizer, options
+        self._made: Renderer | None = None
+
+    @property
+    def full(self) -> Renderer:
+        if self._made is None:
+            self._made = Renderer(self.tokenizer, **self._options)
+        return self._made
+
+    def facts(self) -> dict[str, Any]:
+        """Those of the ``Renderer``; none where there is no chat template."""
+        templated = getattr(self.tokenizer, "chat_template", None)
+        return self.full.facts() if templated or "chat_template" in self._options else {}
+
+    def remarks(self) -> list[str]:
+        """What the chat template added to the traces, in words."""
+        return [] if self._made is None else self._made.remarks()
+
+    def render_all(
+        self, items: Iterable[Trace | str]
+    ) -> Iterator[tuple[Trace | str, Rendered | RenderError]]:
+        """As ``Renderer.render_all``."""
+        for kind, group in groupby(items, key=type):
+            if kind is not str:
+                yield from self.full.render_all(group)
+                continue
+            for text in group:
+                try:
+                    yield text, plain(self.tokenizer, str(text))
+                except RenderError as error:
+                    yield text, error
 
 
 def render(trace: Trace, tokenizer: Any, **options: Any) -> Rendered:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.serving import Endpoint, ServerError, shown_fields
+from kd.traces.conversations import messages
 from kd.traces.sampling import Sampling
-from kd.traces.templates import messages
 from kd.traces.trace import Trace, split_completion
 from kd.traces.yields import Yield
 
@@ -26,7 +26,7 @@ LARGEST = 64 * 2**20
 STANDARD: dict[str, Any] = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 BEYOND: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _UNKNOWN = re.compile(
-    r"top_k|min_p|repetition_penalty|(unrecogni[sz]ed|unknown|unexpected|unsupported|extra|additional)"
+    r"top_k|min_p|\w+_penalty|(unrecogni[sz]ed|unknown|unexpected|unsupported|extra|additional)"
     r"\W+(request\W+)?(argument|field|input|param|propert|key)",
     re.IGNORECASE,
 )
@@ -51,8 +51,8 @@ class Server:
         output_price: of a million completion tokens.
 
     Every request states what the sampling does not ask for: penalties 0 or 1, ``top_k`` -1,
-    ``min_p`` 0. A server that refuses the fields beyond OpenAI's is asked without them from then
-    on; ``unstated`` names them, and its own defaults apply.
+    ``min_p`` 0. A server that does not know such fields is asked without those beyond OpenAI's,
+    or without any, from then on; ``unstated`` names them, and its own defaults apply.
     """
 
     address: str
@@ -95,18 +95,18 @@ class Server:
             + 2 * len(json.dumps(conversation))
             + TOKEN_BYTES * options.get("max_tokens", LARGEST // TOKEN_BYTES)
         )
-        beyond = {} if self.unstated else BEYOND
-        try:
-            sent = {**STANDARD, **beyond, **options}
-            return self._ask(conversation, sent, min(limit, LARGEST))
-        except ServerError as error:
-            refused = error.reason in ("HTTP 400", "HTTP 422") and _UNKNOWN.search(error.detail)
-            if not refused or not beyond or set(BEYOND) & set(options):
-                raise
-        sent = {**STANDARD, **options}
-        answer = self._ask(conversation, sent, min(limit, LARGEST))
-        self.unstated[:] = sorted(BEYOND)  # without them it took the same request
-        return answer
+        off = {k: v for k, v in {**BEYOND, **STANDARD}.items() if k not in self.unstated}
+        while True:
+            try:
+                answer = self._ask(conversation, {**off, **options}, min(limit, LARGEST))
+            except ServerError as error:
+                unknown = error.reason in ("HTTP 400", "HTTP 422") and _UNKNOWN.search(error.detail)
+                if not unknown or not off or set(BEYOND) & set(options):
+                    raise
+                off = STANDARD if set(BEYOND) & set(off) else {}
+                continue
+            self.unstated[:] = sorted({*BEYOND, *STANDARD} - {*off, *options})
+            return answer
 
     def _ask(
         self, conversation: list[dict[str, str]], sent: dict[str, Any], limit: int

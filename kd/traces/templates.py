@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from kd.traces.clock import DATE, clock
+from kd.traces.conversations import (
+    Frame,
+    Piece,
+    RenderError,
+    filled,
+    function_names,
+    located,
+    lost,
+    messages,
+    names_of,
+)
 from kd.traces.trace import MARKS, Trace
 
-DATE = "2026-01-01"  # what a template that asks for today's date is told
 # Digits: no template changes their case, cuts or strips them, and no template writes them itself.
 _PROBES = "9021{:06d}7043"
 _PROBE = re.compile(r"9021(\d{6})7043")
 _ANSWER = 999_999
-_CODES = (
-    "%d %e %b %B %m %y %Y %a %A %w %u %j %H %I %p %M %S %f %Z %z %U %W %V %G %x %X %c %D %F %T "
-    "%-d %-m %-H %-I %-M %-S %-j"
-).split()
+# <|im_end|>, <｜User｜>, <|turn>
+BARRED = r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|<\|\w+>|<\w+\|>|\[\|\w+\|\]"
+# </think>, [INST], <<SYS>>, ◁think▷: control where the template itself writes it, else text
+MARK = re.compile(BARRED + r"|</?\w+>|\[/?[A-Z][A-Z_]+\]|<</?[A-Z]+>>|◁/?\w+▷")
+_THOUGHT = re.compile(r"\b(thoughts?|thinking|reasoning)\b", re.IGNORECASE)
 _RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
-
-
-class RenderError(ValueError):
-    """A trace cannot be rendered; ``reason`` is the phrase that yields count."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-class Piece(NamedTuple):
-    """A part of a text: a message ("system", "prompt", ...), or the template's own ("")."""
-
-    who: str
-    text: str
-
-
-class _Frame(NamedTuple):
-    """What the template writes around the messages of a conversation of one shape."""
-
-    parts: list[str]  # one more than messages; the text before, between and after them
-    order: list[int]  # the messages in the order in which they are shown
-    header: str  # what stands before an answer, where add_generation_prompt does not write it
 
 
 class ChatTemplate:
@@ -74,9 +62,9 @@ class ChatTemplate:
                 "chat_template=kd.traces.CHATML or the model's own."
             )
         self.tokenizer, self.options = tokenizer, dict(options or {})
-        self._given, self._frames = chat_template, dict[str, _Frame]()
+        self._given, self._frames = chat_template, dict[str, Frame]()
         self.source = self._source(None)
-        self._clock = _clock(date)
+        self._clock = clock(date)
         self.date = date if "strftime_now" in self.source else None
         self._refuse_random()
         self.default_system = self._default_system()
@@ -91,23 +79,21 @@ class ChatTemplate:
         }
 
     def prompt(self, trace: Trace) -> tuple[list[Piece], str]:
-        """Everything before the answer, in pieces, and the white space that answers begin with.
+        """Everything before the answer, in pieces, and what the template has answers begin with.
 
         Raises:
             RenderError: the template refuses the conversation, or loses or changes a message.
         """
         conversation, tools = messages(trace), trace.metadata.get("tools") or None
         frame = self._frame(conversation, tools)
-        header = frame.header if frame.header.strip() else ""
-        lead = "" if header else frame.header
-        text = self.apply(conversation, tools=tools) + header
+        text = self.apply(conversation, tools=tools) + frame.header
         contents = [str(turn["content"]) for turn in conversation]
-        names = _names(conversation)
+        names = names_of(conversation)
         for shown in (contents, [content.strip() for content in contents]):  # many templates trim
-            pieces = [*_filled(frame, shown, names), Piece("", header)]
+            pieces = filled(frame, shown, names)
             if "".join(piece.text for piece in pieces) == text:
-                return pieces, lead
-        return _found(text, contents, names), lead
+                return pieces, frame.lead
+        return located(text, contents, names), frame.lead
 
     def text(self, trace: Trace) -> str:
         """Everything before the answer."""
@@ -141,12 +127,17 @@ class ChatTemplate:
     def turn_end(self) -> str:
         """What ends an answer: the template's own mark, and always the end-of-sequence token."""
         answer = _PROBES.format(_ANSWER)
-        asked = [{"role": "user", "content": "1"}, {"role": "assistant", "content": answer}]
-        whole = self.apply(asked, generation=False)
+        asked = _turn("user", 0)
+        whole = self.apply([asked, _turn("assistant", _ANSWER)], generation=False)
         tail = whole.rpartition(answer)[2] if answer in whole else ""
         eos = str(self.tokenizer.eos_token)
         if eos in tail:
             return tail[: tail.index(eos) + len(eos)]
+        alone = self.apply([asked], generation=False)
+        if alone == self.apply([asked]):  # perhaps a header is written, asked for or not
+            opening = MARK.findall(alone.partition(str(asked["content"]))[0])
+            mark = next((mark for mark in reversed(opening) if mark in tail), None)
+            tail = tail.partition(mark)[0] if mark else tail
         return tail.rstrip() + eos
 
     def words(self) -> str:
@@ -185,7 +176,7 @@ class ChatTemplate:
         end = len(os.path.commonprefix([told[::-1], untold[::-1]]))
         return untold[start : len(untold) - end].strip()
 
-    def _frame(self, conversation: list[dict[str, Any]], tools: Any) -> _Frame:
+    def _frame(self, conversation: list[dict[str, Any]], tools: Any) -> Frame:
         """The frame of such a conversation; every message must be shown in it.
 
         Raises:
@@ -197,37 +188,36 @@ class ChatTemplate:
             return self._frames[key]
         text = self.apply(shape, tools=tools)
         found = _PROBE.split(text)
-        frame = _Frame(found[::2], list(map(int, found[1::2])), self._header(shape, text, tools))
-        for i, name in enumerate(_names(conversation)):
+        header, lead = self._before_answer(shape, text, tools)
+        frame = Frame(found[::2], list(map(int, found[1::2])), header, lead)
+        for i, name in enumerate(names_of(conversation)):
             if i not in frame.order:
-                raise _lost(name, "leaves it out")
+                raise lost(name, "leaves it out")
         own = "".join(frame.parts)
-        for called in _function_names([conversation, tools]):
+        for called in function_names([conversation, tools]):
             if called not in own:
-                raise _lost(f"tool {called}", "leaves it out")
+                raise lost(f"tool {called}", "leaves it out")
         if len(self._frames) < 4096:  # traces with tools of their own may each have a shape
             self._frames[key] = frame
         return frame
 
-    def _header(self, shape: list[dict[str, Any]], prompt: str, tools: Any) -> str:
+    def _before_answer(
+        self, shape: list[dict[str, Any]], prompt: str, tools: Any
+    ) -> tuple[str, str]:
+        """What an answered conversation has between the prompt and the answer: (the header that
+        the prompt lacks, what the answer begins with). Thoughts are not taken: we write them."""
         try:
-            if self.apply(shape, generation=False, tools=tools) != prompt:
-                return ""
+            ignored = self.apply(shape, False, tools) == prompt
             answered = self.apply([*shape, _turn("assistant", _ANSWER)], False, tools)
         except RenderError:  # it refuses what only asks
-            return ""
+            return "", ""
         before, answer, _ = answered.partition(_PROBES.format(_ANSWER))
-        return before[len(prompt) :] if answer and before.startswith(prompt) else ""
-
-
-def messages(trace: Trace) -> list[dict[str, Any]]:
-    """The messages before the answer: system, earlier turns, prompt."""
-    made: list[dict[str, Any]] = []
-    if trace.system:
-        made.append({"role": "system", "content": trace.system})
-    for turn in trace.metadata.get("history", ()):
-        made.append({**turn, "role": str(turn["role"]), "content": str(turn["content"] or "")})
-    return [*made, {"role": "user", "content": trace.prompt}]
+        if not answer or not before.startswith(prompt):
+            return "", ""
+        rest = before[len(prompt) :]
+        thoughts = [rest.index(start) for start, *_ in MARKS if start in rest]
+        rest = rest[: min(thoughts)] if thoughts else rest
+        return (rest, "") if ignored and rest.strip() else ("", rest)
 
 
 def opened_thought(text: str) -> str:
@@ -237,82 +227,11 @@ def opened_thought(text: str) -> str:
 
 
 def closed_thought(text: str) -> bool:
-    """Whether a rendered prompt ends with a thought that is over (Qwen3 without thinking)."""
+    """Whether the end of a prompt holds a thought that is over (Qwen3 without thinking), or one
+    of a form that is not known."""
     end = text.rstrip()
-    return any(end.endswith(close) for _, close, *_ in MARKS)
+    return any(end.endswith(close) for _, close, *_ in MARKS) or bool(_THOUGHT.search(end))
 
 
 def _turn(role: str, number: int) -> dict[str, str]:
     return {"role": role, "content": _PROBES.format(number)}
-
-
-def _names(conversation: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What errors call the messages."""
-    first = int(bool(conversation) and conversation[0]["role"] == "system")
-    names = ["system"] * first
-    names += [f"history[{i}]" for i in range(len(conversation) - first - 1)]
-    return [*names, "prompt"]
-
-
-def _filled(frame: _Frame, contents: Sequence[str], names: Sequence[str]) -> list[Piece]:
-    pieces = [Piece("", frame.parts[0])]
-    for i, part in zip(frame.order, frame.parts[1:], strict=True):
-        pieces += [Piece(names[i], contents[i]), Piece("", part)]
-    return pieces
-
-
-def _found(text: str, contents: Sequence[str], names: Sequence[str]) -> list[Piece]:
-    """Pieces of a text whose template branches on what the messages say, by looking for them.
-
-    Raises:
-        RenderError: a message is not there, word for word.
-    """
-    spans: list[tuple[int, int, str]] = []
-    for i in sorted(range(len(contents)), key=lambda i: -len(contents[i])):
-        content = contents[i].strip()
-        at = text.find(content)
-        while any(at < end and start < at + len(content) for start, end, _ in spans):
-            at = text.find(content, at + 1)
-            if at < 0:
-                break
-        if at < 0:
-            shown = content.casefold() in text.casefold()
-            raise _lost(names[i], "writes it in another case" if shown else "changes or cuts it")
-        spans.append((at, at + len(content), names[i]))
-    pieces, here = [], 0
-    for start, end, name in sorted(spans):
-        pieces += [Piece("", text[here:start]), Piece(name, text[start:end])]
-        here = end
-    return [*pieces, Piece("", text[here:])]
-
-
-def _lost(name: str, how: str) -> RenderError:
-    kind = "an earlier turn" if name.startswith("history") else f"the {name.partition(' ')[0]}"
-    return RenderError(
-        f"chat template loses {kind}",
-        f"render: {name} must be shown by the chat template as it is, got a template that {how}. "
-        "Pass another chat_template (kd.traces.CHATML), or take it out of the trace.",
-    )
-
-
-def _function_names(value: Any) -> set[str]:
-    """The names of tools, and of the calls in earlier turns."""
-    if isinstance(value, Mapping):
-        own = value.get("function", value if "parameters" in value else None)
-        name = own.get("name") if isinstance(own, Mapping) else None
-        rest = [item for key, item in value.items() if key not in ("content", "parameters")]
-        return _function_names(rest) | ({name} if isinstance(name, str) else set())
-    if isinstance(value, list):
-        return set().union(*map(_function_names, value)) if value else set()
-    return set()
-
-
-def _clock(date: str) -> str:
-    """A macro in place of ``strftime_now``: transformers passes no functions to templates."""
-    try:
-        day = datetime.datetime.strptime(date, "%Y-%m-%d")
-    except (TypeError, ValueError):
-        raise ValueError(f"Renderer: date must be a day like 2026-01-31, got {date!r}.") from None
-    codes = "".join(f"|replace('{code}', '{day.strftime(code)}')" for code in _CODES)
-    # The end of the line is the template's own first line's start: Jinja trims it.
-    return "{% macro strftime_now(format) %}{{ format" + codes + " }}{% endmacro %}\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from kd.traces.templates import RenderError
+from kd.traces.conversations import RenderError
 
 IGNORE = -100
 AS_IS = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}

@@ -344,8 +344,7 @@ def _source(given: str, report: Yield) -> Any:
 def run_render(args: argparse.Namespace) -> int:
     from kd.traces.files import write_rows
     from kd.traces.packing import pack
-    from kd.traces.rendering import AnyRenderer
-    from kd.traces.rows import render_rows
+    from kd.traces.rows import AnyRenderer, render_rows
 
     report = _counts(args)
     most = min((n for n in (args.max_tokens, args.pack) if n), default=None)
