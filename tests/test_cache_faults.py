@@ -333,8 +333,8 @@ def test_an_unfinished_cache_on_a_read_only_medium_is_refused(folder, monkeypatc
 
 
 def test_newer_version(folder):
-    rewrite_manifest(folder, lambda body: body.update(version=3))
-    with pytest.raises(ValueError, match="must have version 2 or older, got 3"):
+    rewrite_manifest(folder, lambda body: body.update(version=4))
+    with pytest.raises(ValueError, match="must have version 3 or older, got 4"):
         TeacherCache(folder)
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 import kd.cache
-from kd.cache import tails
+from kd.cache import realised, tails
 from kd.teachers import Selection, build_cache
 
 
@@ -49,7 +49,7 @@ def read_plainly(folder):
     body = {name: value for name, value in manifest.items() if name != "digest"}
     assert hashlib.sha256(json.dumps(body, **canonical).encode()).hexdigest() == manifest["digest"]
     meta, found = manifest["meta"], {}
-    version = 2 if "tail_temperatures" in meta else 1
+    version = 3 if meta.get("realised") else 2 if "tail_temperatures" in meta else 1
     assert (manifest["format"], manifest["version"]) == ("kd-cache", version)
     for entry in manifest["shards"]:
         path = folder / entry["name"]
@@ -86,6 +86,14 @@ def read_shard(tensors, metadata, meta):
                 rows, read_tails(part, rows, params, meta, metadata["codec"]), strict=True
             ):
                 row_["tails"] = tails
+        if meta.get("realised"):
+            unary, bits = Bits(part("realised.unary")), Bits(part("realised.bits"))
+            for row_ in rows:
+                value = prefix_code(unary, bits, params["realised_mode"], params["realised_k"])
+                level = value - 1
+                row_["realised"] = (
+                    math.nan if level < 0 else -math.inf if level == 65_536 else -level / 64
+                )
     return found
 
 
@@ -199,8 +207,10 @@ def test_the_page_is_enough_to_read_a_cache(tmp_path, codec, vocabulary):
     for tokens, rows in plain.items():
         found = cache.lookup(list(tokens))
         places = zip(rows, found.ids.tolist(), found.logprobs, strict=True)
+        followed = cache.realised(list(tokens))
         for at, (row, ids, logprobs) in enumerate(places):
-            held = row.pop("tails", [])
+            held, own = row.pop("tails", []), row.pop("realised")
+            assert own == followed[at] or math.isnan(own) and at == len(tokens) - 1
             assert set(row) == {i for i in ids if i >= 0}
             if found.tail_log_partition is None:
                 assert not held and codec == "counts"
@@ -236,5 +246,5 @@ def test_the_page_names_every_stream_and_field():
     for name in cases.meta(tail_temperatures=(1, 2)).to_dict():
         assert f"`{name}`" in page, name
     assert re.search(r"110 when absent", page) and re.search(r"level / 448", page)
-    for stream in tails.STREAMS:
+    for stream in (*tails.STREAMS, *realised.STREAMS):
         assert f"`{stream}`" in page, stream

@@ -78,7 +78,7 @@ def test_a_loss_at_another_temperature_is_that_of_the_teachers_logits(tmp_path):
 
 
 def test_off_older_and_drawn_caches_have_none_and_say_so(tmp_path):
-    plain = built(tmp_path / "off", tail_temperatures=None)
+    plain = built(tmp_path / "off", tail_temperatures=None, realised=False)
     manifest = json.loads((tmp_path / "off" / "manifest.json").read_text())
     assert manifest["version"] == 1 and "tail_temperatures" not in manifest["meta"]
     shard = plain.checked_shard(0)
@@ -92,7 +92,12 @@ def test_off_older_and_drawn_caches_have_none_and_say_so(tmp_path):
         with pytest.raises(ValueError, match="temperature.*captured at"):
             kd.forward_kl(student, kd.TopK(**vars(found)), temperature=2.0)
     new = built(tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["version"] == 2
+    tails_alone = built(tmp_path / "tails", realised=False)
+    versions = [
+        json.loads((cache.path / "manifest.json").read_text())["version"]
+        for cache in (tails_alone, new)
+    ]
+    assert versions == [2, 3]
     assert plain.meta.cache_id != new.meta.cache_id
 
 
@@ -196,16 +201,6 @@ def test_the_writer_refuses_what_is_no_tail(tmp_path, change, words):
             writer.add(tokens, ids, logprobs, tails)
 
 
-class Changed:
-    """A tensor's place in a file, with other bytes."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def read(self, first, last):
-        return self.data[first:last]
-
-
 @pytest.mark.parametrize("codec", CODECS)
 def test_damage_that_is_signed_is_refused_or_found(tmp_path, codec):
     """Every byte of the streams, one at a time: refused, found by verify, or valid rows."""
@@ -219,7 +214,7 @@ def test_damage_that_is_signed_is_refused_or_found(tmp_path, codec):
             for flip in (1, 128):
                 changed = data.copy()
                 changed[at] ^= flip
-                shard.places[name] = Changed(changed)
+                shard.places[name] = cases.Changed(changed)
                 try:
                     tails = shard.read([0, 1]).tails
                 except ValueError as error:

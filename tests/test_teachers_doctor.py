@@ -47,7 +47,9 @@ def test_a_good_cache_is_healthy(tmp_path, model, selection):
     ("shift", "words"), [(1, "1 position.s. late"), (-1, "1 position.s. early")]
 )
 def test_rows_off_by_one(tmp_path, model, shift, words):
-    cache = build_cache(model, long_texts(20), tmp_path / "cache", top_k=12, progress=False)
+    cache = build_cache(
+        model, long_texts(20), tmp_path / "cache", top_k=12, realised=False, progress=False
+    )
     found = diagnose(shifted(cache, tmp_path / "shifted", shift), model)
     assert len(found.problems) == 1
     assert re.search(words, found.problems[0])
@@ -63,7 +65,7 @@ def test_another_teacher(tmp_path, model):
 
 def test_values_of_another_temperature(tmp_path, model):
     cache = build_cache(model, long_texts(5), tmp_path / "a", top_k=12, progress=False)
-    meta = cache_meta(model, top_k=12, temperature=3.0, tail_temperatures=None)
+    meta = cache_meta(model, top_k=12, temperature=3.0, tail_temperatures=None, realised=False)
     with CacheWriter(tmp_path / "b", meta) as writer:
         for tokens in cache.sequences():
             found = cache.lookup(tokens)

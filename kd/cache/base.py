@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kd.cache.codecs import Rows, starts
 from kd.cache.index import KeyIndex
@@ -117,13 +119,36 @@ class CacheReader:
         """Positions of the sequences that are not in the cache."""
         return [i for i, sequence in enumerate(sequences) if sequence not in self]
 
+    def realised(self, input_ids: Any) -> Tensor:
+        """What the teacher gave the text itself: the log-prob of the token after each, [L] float32.
+
+        To 1 / 128 of a nat, at the cache's temperature, whether or not the token is among its
+        row's; -inf where it was impossible, NaN in the last row, where nothing follows.
+
+        Raises:
+            ValueError: the cache does not store them.
+            KeyError: when the sequence is not in the cache.
+        """
+        if not self.meta.realised:
+            raise ValueError(
+                f"{type(self).__name__}.realised: {self.path} must store the log-probs of the "
+                "tokens that followed, got meta.realised=False. Capture again with this version; "
+                "imported rows hold them only among their top-k."
+            )
+        tokens = token_array(input_ids, f"{type(self).__name__}.realised")
+        place = self._place(tokens)
+        if place is None:
+            return torch.full((len(tokens),), torch.nan)
+        return torch.from_numpy(self.checked_shard(place[0]).realised_of([place[1]]))
+
     def content_digest(self) -> str:
         """SHA-256 over every sequence's tokens and rows, whatever shard or order they are in."""
         parts = []
         for tokens in self.sequences():
             rows = self._rows([tokens])
+            followed = self.realised(tokens).numpy() if self.meta.realised else None
             state = hashlib.sha256(tokens.tobytes())
-            for data in (rows.counts, rows.ids, rows.logprobs, rows.tails):
+            for data in (rows.counts, rows.ids, rows.logprobs, rows.tails, followed):
                 if data is not None:
                     state.update(np.ascontiguousarray(data).tobytes())
             parts.append(state.digest())

@@ -21,18 +21,21 @@ class Rows:
     """Sparse distributions of many tokens, one after another.
 
     counts [N] int32: entries of each row; ids [E] int32; logprobs [E] float32, natural logarithms
-    of probabilities over the live vocabulary; tails [N, M] float32 or None: see kd.cache.tails.
+    of probabilities over the live vocabulary; tails [N, M] float32 or None: see kd.cache.tails;
+    realised [N] float32 or None: log-probs of the tokens that followed, NaN where none did.
     """
 
     counts: NDArray[np.int32]
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     tails: NDArray[np.float32] | None = None
+    realised: NDArray[np.float32] | None = None
 
     def cut(self, rows: slice, entries: slice) -> Rows:
         """Some rows with their entries."""
         tails = None if self.tails is None else self.tails[rows]
-        return Rows(self.counts[rows], self.ids[entries], self.logprobs[entries], tails)
+        realised = None if self.realised is None else self.realised[rows]
+        return Rows(self.counts[rows], self.ids[entries], self.logprobs[entries], tails, realised)
 
 
 @dataclass

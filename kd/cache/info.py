@@ -22,13 +22,15 @@ LOW_MASS = 0.5
 class CacheInfo:
     """Figures of a cache.
 
-    mass [n] float64: probability covered by each of the sampled rows; entries: tokens per row.
+    mass [n] float64: probability covered by each of the sampled rows; entries: tokens per row;
+    perplexity: of the sampled text to the teacher, None where its tokens' log-probs are not stored.
     """
 
     cache: CacheReader
     bytes: int
     mass: NDArray[np.float64]
     entries: float
+    perplexity: float | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -46,6 +48,7 @@ class CacheInfo:
             "bytes": self.bytes,
             "bytes_per_token": self.bytes_per_token,
             "entries_per_token": self.entries,
+            "perplexity": self.perplexity,
             "mass_mean": float(self.mass.mean()) if len(self.mass) else None,
             "mass_quantiles": {
                 str(q): float(np.quantile(self.mass, q)) for q in QUANTILES if len(self.mass)
@@ -82,6 +85,7 @@ class CacheInfo:
             f"read as tail={meta.tail!r}",
             f"codec          {meta.codec} {dict(meta.codec_options) or ''}".rstrip(),
             f"tail           {_tail_words(meta)}",
+            f"text           {_text_words(self.perplexity)}",
             f"content        {len(self.cache):,} sequences, {self.cache.tokens:,} tokens, "
             f"{len(self.cache.manifest.shards):,} shards",
             f"size           {self.bytes:,} bytes, {self.bytes_per_token:.1f} bytes/token",
@@ -116,6 +120,12 @@ class CacheInfo:
         figure.savefig(path, dpi=130)
 
 
+def _text_words(perplexity: float | None) -> str:
+    if perplexity is None:
+        return "the log-probs of its own tokens are not stored"
+    return f"perplexity {perplexity:.4g} to the teacher"
+
+
 def _tail_words(meta: CacheMeta) -> str:
     if meta.tail_temperatures:
         least, most = min(meta.tail_temperatures), max(meta.tail_temperatures)
@@ -126,7 +136,7 @@ def _tail_words(meta: CacheMeta) -> str:
 def cache_info(path: str | os.PathLike[str], sample: int = 200) -> CacheInfo:
     """Figures of a cache; the covered mass is that of ``sample`` evenly spread sequences."""
     cache = CacheReader(Path(path), partial=True, duplicates="first")
-    mass, step = [], max(1, len(cache) // max(sample, 1))
+    mass, followed, step = [], [np.zeros(0)], max(1, len(cache) // max(sample, 1))
     position = 0
     for number, entry in enumerate(cache.manifest.shards):
         chosen = [i for i in range(entry.sequences) if (position + i) % step == 0]
@@ -134,10 +144,17 @@ def cache_info(path: str | os.PathLike[str], sample: int = 200) -> CacheInfo:
         if chosen and cache.meta.selection != "hidden":
             rows = cache.checked_shard(number).read(chosen)
             mass.append(row_sums(np.exp(rows.logprobs.astype(np.float64)), rows.counts))
+            if cache.meta.realised:
+                values = cache.checked_shard(number).realised_of(chosen).astype(np.float64)
+                followed.append(values[~np.isnan(values)])
+    text = np.concatenate(followed)
     entries = sum(entry.entries for entry in cache.manifest.shards)
     size = sum(item.stat().st_size for item in cache.path.iterdir() if item.is_file())
     found = np.concatenate([*mass, np.zeros(0)])
-    return CacheInfo(cache, size, np.minimum(found, 1.0), entries / max(cache.tokens, 1))
+    perplexity = float(np.exp(-text.mean())) if len(text) else None
+    return CacheInfo(
+        cache, size, np.minimum(found, 1.0), entries / max(cache.tokens, 1), perplexity
+    )
 
 
 def histogram(values: NDArray[np.float64], bins: int = 10, width: int = 40) -> list[str]:

@@ -19,7 +19,7 @@ from kd.cache.header import whole
 from kd.cache.meta import MAX_VOCAB, CacheMeta
 
 FORMAT = "kd-cache"
-VERSION = 2  # 1: without tail_temperatures, and still written so
+VERSION = 3
 NAME = "manifest.json"
 LOCK = ".manifest.lock"
 SHARD_NAME = re.compile(r"^shard-\d{4}-\d{6}\.safetensors$")
@@ -74,7 +74,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         body = {
             "format": FORMAT,
-            "version": VERSION if self.meta.tail_temperatures else 1,
+            "version": version_of(self.meta.realised, bool(self.meta.tail_temperatures)),
             "required_features": [],
             "cache_id": self.meta.cache_id,
             "meta": self.meta.to_dict(),
@@ -85,6 +85,11 @@ class Manifest:
         }
         body["digest"] = digest_of(body)
         return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+
+
+def version_of(realised: bool, tails: bool) -> int:
+    """The least version of the format that has what a cache stores."""
+    return 3 if realised else 2 if tails else 1
 
 
 def digest_of(body: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ FIELDS: dict[str, Any] = {
     "selection_options": Mapping,
     "codec_options": Mapping,
     "tail_temperatures": Sequence,
+    "realised": bool,
 }
 KINDS: dict[Any, str] = {
     Mapping: "a mapping",
@@ -41,6 +42,7 @@ KINDS: dict[Any, str] = {
     (int, float): "a number",
     str: "text",
     Sequence: "a list of numbers",
+    bool: "True or False",
 }
 
 
@@ -61,6 +63,7 @@ class CacheMeta:
         codec_options: settings of the codec that differ from its defaults.
         tail_temperatures: where the tail's log-partition is stored, for losses at another
             temperature; selections "top_k" and "top_p" alone. Empty: it is not.
+        realised: whether every row has the log-probability of the token that followed it.
     """
 
     teacher: Mapping[str, Any]
@@ -74,16 +77,16 @@ class CacheMeta:
     selection_options: Mapping[str, Any] = field(default_factory=dict)
     codec_options: Mapping[str, Any] = field(default_factory=dict)
     tail_temperatures: Sequence[float] = ()
+    realised: bool = False
 
     def __post_init__(self) -> None:
         from kd.cache.registry import CODECS
 
         where = "CacheMeta"
         for item, kind in FIELDS.items():
-            if not isinstance(getattr(self, item), kind) or getattr(self, item) is True:
-                raise TypeError(
-                    f"{where}: {item} must be {KINDS[kind]}, got {getattr(self, item)!r:.100}."
-                )
+            value = getattr(self, item)
+            if not isinstance(value, kind) or (value is True and kind is not bool):
+                raise TypeError(f"{where}: {item} must be {KINDS[kind]}, got {value!r:.100}.")
         if not 1 <= self.live_vocab <= self.padded_vocab:
             raise ValueError(
                 f"{where}: live_vocab must be from 1 to padded_vocab ({self.padded_vocab}), got "
@@ -118,6 +121,10 @@ class CacheMeta:
                 f"{where}: codec must be a hidden_ one exactly for selection 'hidden', got "
                 f"{self.codec!r} for {self.selection!r}."
             )
+        if self.realised and self.selection == "hidden":
+            raise ValueError(
+                f"{where}: realised must be False for selection 'hidden', whose states give it."
+            )
 
     def _check_tails(self) -> None:
         stored = tuple(self.tail_temperatures)
@@ -146,8 +153,9 @@ class CacheMeta:
     def to_dict(self) -> dict[str, Any]:
         found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         found["tail_temperatures"] = list(self.tail_temperatures)
-        if not self.tail_temperatures:  # as in caches older than this field
-            del found["tail_temperatures"]
+        for name in ("tail_temperatures", "realised"):  # as in caches older than these fields
+            if not found[name]:
+                del found[name]
         return {
             name: dict(value) if isinstance(value, Mapping) else value
             for name, value in found.items()

@@ -14,18 +14,25 @@ from kd.cache.meta import CacheMeta
 
 # Probabilities of a row may exceed one by the rounding of bfloat16 log-probs, and by no more.
 MASS_TOLERANCE = 1e-2
+REALISED_TOLERANCE = 0.1  # between a row's entry and the same token's own log-prob: lossy codecs
 TAIL_TOLERANCE = 0.02  # nats, of a tail's log-partition: its steps and the rounding of float32
 
 
 def rows_of(
-    tokens: NDArray[np.int32], ids: Any, logprobs: Any, meta: CacheMeta, tails: Any = None
+    tokens: NDArray[np.int32],
+    ids: Any,
+    logprobs: Any,
+    meta: CacheMeta,
+    tails: Any = None,
+    realised: Any = None,
 ) -> Rows:
     """Flat rows from ids [L, K] (-1 is an empty slot), log-probs [L, K] and tails [L, M].
 
     Raises:
         ValueError: naming the sequence and the row, for shapes that do not fit, ids outside the
             live vocabulary or twice in a row, log-probs that are NaN, +inf or above 0, and rows
-            whose probabilities sum to more than one; tails that no distribution has.
+            whose probabilities sum to more than one; tails that no distribution has; log-probs of
+            the tokens that followed that contradict the row.
     """
     name = f"sequence {describe(tokens)}"
     ids, logprobs = _array(ids), _array(logprobs)
@@ -60,7 +67,62 @@ def rows_of(
     stored = _tails_of(name, len(tokens), mass, tails, meta)
     if stored is not None:
         stored = np.where(counts[:, None] > 0, stored, np.float32(0))  # such a row says nothing
-    return Rows(counts, ids[used].astype(np.int32), np.minimum(logprobs[used], 0), stored)
+    followed = _realised_of(name, tokens, realised, meta)
+    rows = Rows(counts, ids[used].astype(np.int32), np.minimum(logprobs[used], 0), stored, followed)
+    if followed is not None:
+        for problem, rule, bad in broken_realised(rows, tokens, meta):
+            _refuse(bad, f"{name}: {problem}", rule, followed)
+    return rows
+
+
+def _realised_of(
+    name: str, tokens: NDArray[np.int32], realised: Any, meta: CacheMeta
+) -> NDArray[np.float32] | None:
+    if not meta.realised and realised is None:
+        return None
+    found: NDArray[Any] = np.zeros(0) if realised is None else _array(realised)
+    if not meta.realised or found.shape != tokens.shape or found.dtype.kind != "f":
+        raise ValueError(
+            f"CacheWriter.add: realised must be [L] = {tokens.shape} floating-point log-probs "
+            f"where meta.realised is True, got {None if realised is None else found.shape} for "
+            f"{name} and meta.realised={meta.realised}."
+        )
+    followed = found.astype(np.float32)
+    followed[-1] = np.nan
+    return np.where(followed > 0, np.where(followed <= 1e-3, np.float32(0), followed), followed)
+
+
+def broken_realised(
+    rows: Rows, tokens: NDArray[np.int32], meta: CacheMeta
+) -> list[tuple[str, str, NDArray[np.bool_]]]:
+    """What no row of one sequence has: (what, the rule, where [N]).
+
+    A token that followed and is among its row's has one probability, where rows are no draws.
+    """
+    assert rows.realised is not None
+    value = rows.realised.astype(np.float64)
+    row = np.repeat(np.arange(len(rows.counts)), rows.counts)
+    entry = np.flatnonzero((row < len(tokens) - 1) & (rows.ids == _next(tokens)[row]))
+    differ = np.zeros(len(value), np.bool_)
+    most = np.zeros(len(value))
+    if meta.tail == "bucket":
+        with np.errstate(invalid="ignore"):
+            stored, said = rows.logprobs[entry].astype(np.float64), value[row[entry]]
+            slack = REALISED_TOLERANCE * (1 + np.abs(stored))
+            differ[row[entry]] = np.abs(stored - said) > slack
+        mass = np.bincount(row, np.exp(rows.logprobs.astype(np.float64)), len(value))
+        left = np.log(np.maximum(1 + MASS_TOLERANCE - mass, MASS_TOLERANCE))
+        most = np.where(rows.counts > 0, left, 0.0)
+        most[row[entry]] = 0.0
+    return [
+        ("realised", "a log-probability of at most 0", value > 0),
+        ("realised", "that of the row's own entry for the token that follows", differ),
+        ("realised", "at most what the row's tokens leave over", value > most + 1e-3),
+    ]
+
+
+def _next(tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.append(tokens[1:], np.int32(-1))
 
 
 def _tails_of(

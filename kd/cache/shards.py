@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kd.cache import realised, tails
 from kd.cache.bits import GROUP, width_of
 from kd.cache.codecs import (
     Codec,
@@ -25,11 +26,9 @@ from kd.cache.codecs import (
 )
 from kd.cache.header import Damaged, File, Place, count_in, parse, serialise, whole
 from kd.cache.keys import KEY_BYTES, key_of
+from kd.cache.manifest import version_of
 from kd.cache.registry import CODECS
-from kd.cache.tails import STREAMS, decode_tails, encode_tails, tail_codes
 
-FORMAT = "kd-cache/1"
-FORMAT_WITH_TAILS = "kd-cache/2"
 # What decoding bytes that no encoder wrote can raise.
 DECODING = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError)
 
@@ -73,14 +72,16 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
     side = Side(options)
     streams |= coder.encode(block.rows, layout, side)
     if block.rows.tails is not None:
-        codes = tail_codes(coder.name, streams, block.rows)
-        streams |= encode_tails(block.rows.tails, codes, layout, side)
+        codes = tails.tail_codes(coder.name, streams, block.rows)
+        streams |= tails.encode_tails(block.rows.tails, codes, layout, side)
+    if block.rows.realised is not None:
+        streams |= realised.encode_realised(block.rows.realised, layout, side)
     tensors |= {name: side.tables[name].astype("<u4") for name in coder.tables}
     for name, (data, offsets) in streams.items():
         tensors[name] = data
         tensors[f"{name}.offsets"] = offsets.astype("<u4" if offsets[-1] < 2**32 else "<i8")
     metadata = {
-        "format": FORMAT if block.rows.tails is None else FORMAT_WITH_TAILS,
+        "format": format_of(block.rows.realised is not None, block.rows.tails is not None),
         "cache_id": cache_id,
         "codec": codec,
         "sequences": str(len(block.lengths)),
@@ -90,6 +91,10 @@ def encode_shard(block: Block, codec: str, options: Mapping[str, Any], cache_id:
         "params": json.dumps(side.params, sort_keys=True),
     }
     return serialise(tensors, metadata)
+
+
+def format_of(realised: bool, tails: bool) -> str:
+    return f"kd-cache/{version_of(realised, tails)}"
 
 
 class Shard:
@@ -106,7 +111,9 @@ class Shard:
         self.path, self.options, self.side = path, options, Side(options)
         self.codec: Codec = CODECS[codec]
         self.tails = int(options.get("tail_temperatures", 0))  # values of a row
-        self.streams = (*self.codec.streams, *(STREAMS if self.tails else ()))
+        self.realised = bool(options.get("realised", False))
+        self.row_streams = (*self.codec.streams, *(tails.STREAMS if self.tails else ()))
+        self.streams = (*self.row_streams, *(realised.STREAMS if self.realised else ()))
         self.file = File(path)
         self._offsets: dict[str, NDArray[np.int64]] = {}
         try:
@@ -150,7 +157,7 @@ class Shard:
         return parse(self.file, allowed, ("counts",))
 
     def _check_metadata(self, cache_id: str) -> None:
-        form = FORMAT_WITH_TAILS if self.tails else FORMAT
+        form = format_of(self.realised, bool(self.tails))
         expected = {"format": form, "cache_id": cache_id, "codec": self.codec.name}
         for name, wanted in expected.items():
             if self.metadata.get(name) != wanted:
@@ -242,17 +249,28 @@ class Shard:
             raise self._wrong(error.rule, error.got) from None
         return parts[0] if len(parts) == 1 else np.concatenate([place.read(0, 0), *parts])
 
+    def realised_of(self, sequences: Sequence[int]) -> NDArray[np.float32]:
+        """Log-probs of the tokens that followed, of these sequences' rows, end to end."""
+        bounds = starts(self.lengths[list(sequences)])
+        parts = {name: self.part(name, sequences) for name in realised.STREAMS}
+        try:
+            return realised.decode_realised(parts, Layout(bounds, bounds), self.side)
+        except DECODING as error:
+            found = f"{error!s:.200}" or type(error).__name__
+            raise self._wrong("realised tokens that can be decoded", found) from None
+
     def read(self, sequences: Sequence[int], *, check: bool = True) -> Rows:
-        """Decode these sequences' rows, in this order; ``check`` looks at every id and value."""
+        """Decode these sequences' rows, in this order, without what followed; ``check`` looks at
+        every id and value."""
         counts = self.counts_of(sequences)
         layout = Layout.of(self.lengths[list(sequences)], counts)
-        parts = {name: self.part(name, sequences) for name in self.streams}
+        parts = {name: self.part(name, sequences) for name in self.row_streams}
         try:
             with np.errstate(all="ignore"):  # the rows are looked at below
                 rows = self.codec.decode(parts, counts, layout, self.side)
                 if self.tails:
-                    codes = tail_codes(self.codec.name, parts, rows)
-                    rows.tails = decode_tails(parts, self.tails, codes, layout, self.side)
+                    codes = tails.tail_codes(self.codec.name, parts, rows)
+                    rows.tails = tails.decode_tails(parts, self.tails, codes, layout, self.side)
         except DECODING as error:
             found = f"{error!s:.200}" or type(error).__name__
             raise self._wrong("rows that can be decoded", found) from None
@@ -285,4 +303,6 @@ class Shard:
     def block(self, sequences: Sequence[int], *, check: bool = True) -> Block:
         """These sequences with all they hold."""
         rows = self.read(sequences, check=check)
+        if self.realised:
+            rows.realised = self.realised_of(sequences)
         return Block(self.tokens_of(sequences), self.lengths[list(sequences)], rows)

@@ -6,8 +6,10 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kd.cache.codecs import starts
 from kd.cache.compact import row_sums
@@ -22,8 +24,8 @@ from kd.cache.manifest import (
     update_manifest,
 )
 from kd.cache.meta import CacheMeta
-from kd.cache.rows import MASS_TOLERANCE, broken_tails
-from kd.cache.shards import Shard
+from kd.cache.rows import MASS_TOLERANCE, broken_realised, broken_tails
+from kd.cache.shards import Block, Shard
 from kd.cache.writer import keys_in, shard_options
 
 AT_A_TIME = 256  # sequences decoded together
@@ -145,11 +147,24 @@ def _check_rows(shard: Shard, meta: CacheMeta, verdict: Verdict) -> None:
             held = np.where(rows.counts > 0, mass, 0)
             for what, rule, bad in broken_tails(rows.tails, held, meta):
                 checks.append((f"{what} must be {rule}", np.flatnonzero(bad.any(1))))
+        if rows.realised is not None:
+            checks += _realised(block, at, meta)
         for what, found in checks:
             if len(found):
                 sequence = int(np.searchsorted(at, found[0], side="right")) - 1
                 place = f"sequence {first + sequence}, row {int(found[0] - at[sequence])}"
                 verdict.add(name, f"{place}: {what} ({len(found)} such)")
+
+
+def _realised(block: Block, at: NDArray[np.int64], meta: CacheMeta) -> list[tuple[str, Any]]:
+    """Rows of a block whose own token's log-prob contradicts what they hold."""
+    entries, found = starts(block.rows.counts)[at], {}  # type: ignore[var-annotated]
+    for i in range(len(block.lengths)):
+        mine = slice(int(at[i]), int(at[i + 1])), slice(int(entries[i]), int(entries[i + 1]))
+        tokens = block.tokens[mine[0]]
+        for what, rule, bad in broken_realised(block.rows.cut(*mine), tokens, meta):
+            found.setdefault(f"{what} must be {rule}", []).append(np.flatnonzero(bad) + at[i])
+    return [(what, np.concatenate(parts)) for what, parts in found.items()]
 
 
 def repair_cache(path: str | os.PathLike[str], verdict: Verdict) -> list[str]:

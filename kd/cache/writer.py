@@ -138,7 +138,9 @@ class CacheWriter:
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, input_ids: Any, ids: Any, logprobs: Any, tails: Any = None) -> None:
+    def add(
+        self, input_ids: Any, ids: Any, logprobs: Any, tails: Any = None, realised: Any = None
+    ) -> None:
         """Store a sequence's targets: row i is the distribution for the token after token i.
 
         Args:
@@ -148,13 +150,15 @@ class CacheWriter:
                 vocabulary.
             tails: [L, M] log(sum over the ids left out of p ** (temperature / t)) at the M
                 ``meta.tail_temperatures`` t (-inf: nothing is left out); none without any.
+            realised: [L] log-probs of the token that follows each (of the last row, nothing: it
+                is ignored; NaN where unknown), where ``meta.realised``; none elsewhere.
 
         Raises:
             ValueError: for bad rows (naming sequence and row), and for a sequence that is there.
             OSError: when an earlier shard could not be written.
         """
         tokens = token_array(input_ids, "CacheWriter.add")
-        self.add_rows(tokens, rows_of(tokens, ids, logprobs, self.meta, tails))
+        self.add_rows(tokens, rows_of(tokens, ids, logprobs, self.meta, tails, realised))
 
     def add_rows(self, tokens: np.ndarray, rows: Rows) -> None:
         """``add`` for rows that are flat and checked already."""
@@ -349,6 +353,7 @@ def shard_options(meta: CacheMeta) -> Mapping[str, Any]:
     return {
         "live_vocab": meta.live_vocab,
         "tail_temperatures": len(meta.tail_temperatures),
+        "realised": meta.realised,
         **meta.selection_options,
         **meta.codec_options,
     }
@@ -374,11 +379,13 @@ def entry_of(name: str, data: bytes, block: Block) -> ShardEntry:
 
 def join_rows(parts: list[Rows]) -> Rows:
     tails: list[Any] = [part.tails for part in parts]
+    realised: list[Any] = [part.realised for part in parts]
     return Rows(
         np.concatenate([part.counts for part in parts]),
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.logprobs for part in parts]),
         None if any(part is None for part in tails) else np.concatenate(tails),
+        None if any(part is None for part in realised) else np.concatenate(realised),
     )
 
 

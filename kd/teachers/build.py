@@ -42,6 +42,7 @@ def build_cache(
     codec: str | None = None,
     codec_options: Mapping[str, Any] | None = None,
     tail_temperatures: Sequence[float] | str | None = "auto",
+    realised: bool = True,
     live_vocab: int | None = None,
     batch_tokens: int = 4096,
     shard_tokens: int = SHARD_TOKENS,
@@ -77,6 +78,8 @@ def build_cache(
             four bytes a token, so that a loss at any temperature between has the tail's mass
             (kd.TopK). "auto": 7 temperatures from 1 to 4 for "top_k" and "top_p", none for the
             selections without a tail. None or (): not at all.
+        realised: store in every row the log-prob of the token that followed, in about a byte
+            (``cache.realised(input_ids)``).
         live_vocab: tokens that exist, when there is no tokenizer; the lm_head's rows when None.
         batch_tokens: padded tokens in a forward pass.
         shard_tokens: tokens in a shard: what a killed run loses at most.
@@ -105,6 +108,7 @@ def build_cache(
         codec=codec,
         codec_options=codec_options,
         tail_temperatures=tail_temperatures,
+        realised=realised,
     )
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     was_training = model.training
@@ -144,6 +148,7 @@ def cache_meta(
     codec: str | None = None,
     codec_options: Mapping[str, Any] | None = None,
     tail_temperatures: Sequence[float] | str | None = "auto",
+    realised: bool = True,
 ) -> CacheMeta:
     """The identity a cache of this model has; also what a reader may ``expect``."""
     from kd.vocab import tokenizer_fingerprint
@@ -167,6 +172,7 @@ def cache_meta(
         codec=codec,
         selection_options=chosen.options(),
         codec_options=default_options(codec, slots) if codec_options is None else codec_options,
+        realised=realised,
         tail_temperatures=tail_temperatures_of(tail_temperatures, chosen),
     )
 
@@ -261,22 +267,27 @@ class _Capture:
         tokens_in = sum(len(tokens) for tokens in sequences)
         if any(missing):
             lengths = [len(tokens) for tokens in sequences]
-            ids, logprobs, tails, bad = self._targets(sequences, lengths)
+            ids, logprobs, tails, followed, bad = self._targets(sequences, lengths)
             start = 0
             for tokens, wanted in zip(sequences, missing, strict=True):
                 stop = start + len(tokens)
                 rows = slice(start, stop)
                 if wanted and self._accept(tokens, bad[rows], ids[rows]):
                     self.writer.add(
-                        tokens, ids[rows], logprobs[rows], None if tails is None else tails[rows]
+                        tokens,
+                        ids[rows],
+                        logprobs[rows],
+                        None if tails is None else tails[rows],
+                        None if followed is None else followed[rows],
                     )
                 start = stop
         self.meter.advance(tokens_in, fresh=any(missing))
 
     def _targets(
         self, sequences: Batch, lengths: list[int]
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """(ids, log-probs, tails or None, rows that are no distribution) of all real rows."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Of all real rows: ids, log-probs, tails or None, log-probs of the tokens that followed
+        or None, and which are no distribution."""
         meta = self.writer.meta
         powers = [meta.temperature / t for t in meta.tail_temperatures]
         padded = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
@@ -287,6 +298,7 @@ class _Capture:
         if self.selection.random:
             drawn = [self.selection.uniforms(len(item), key_of(item)) for item in sequences]
             uniforms = torch.cat(drawn)  # [N, draws]
+        following = torch.cat([torch.from_numpy(np.roll(item, -1)) for item in sequences]).long()
         for logits in self.source.chunks(padded, lengths):
             mine = None if uniforms is None else uniforms[row : row + len(logits)]
             tails = logits.new_empty(len(logits), 0, dtype=torch.float32)
@@ -298,13 +310,17 @@ class _Capture:
             # A row with a NaN or +inf has no finite log-prob at all.
             random = self.selection.random
             bad = bad_rows(logits) if random else ~torch.isfinite(logprobs[:, 0])
+            followed = logits.new_empty(len(logits), dtype=torch.float32)
+            if meta.realised:
+                mine = following[row : row + len(logits)].to(logits.device)
+                followed = self.selection.realised(logits, mine, ids, logprobs, meta.temperature)
             if bool(bad.any()):  # stored as nothing, or refused below
                 ids, logprobs = ids.clone(), logprobs.clone()
-                ids[bad], logprobs[bad], tails[bad] = -1, -torch.inf, 0
+                ids[bad], logprobs[bad], tails[bad], followed[bad] = -1, -torch.inf, 0, torch.nan
             row += len(logits)
-            parts.append((ids.cpu(), logprobs.cpu(), tails.cpu(), bad.cpu()))
-        ids, logprobs, tails, bad = (torch.cat(column) for column in zip(*parts, strict=True))
-        return ids, logprobs, tails if powers else None, bad
+            parts.append((ids.cpu(), logprobs.cpu(), tails.cpu(), followed.cpu(), bad.cpu()))
+        ids, logprobs, tails, followed, bad = (torch.cat(c) for c in zip(*parts, strict=True))
+        return ids, logprobs, tails if powers else None, followed if meta.realised else None, bad
 
     def _accept(self, tokens: NDArray[np.int32], bad: Tensor, ids: Tensor) -> bool:
         """Deal with rows that are no distribution; False drops the sequence."""

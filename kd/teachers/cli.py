@@ -54,6 +54,12 @@ def _build(verbs: Any) -> None:
         help="where the tail's mass is stored for losses at other temperatures, or 'none' "
         "(default auto: 7 from 1 to 4, about 4 bytes a token; top_k and top_p alone)",
     )
+    verb.add_argument(
+        "--no-realised",
+        action="store_false",
+        dest="realised",
+        help="leave out the log-probs of the text's own tokens (about a byte a token)",
+    )
     verb.add_argument("--batch-tokens", type=int, default=4096)
     verb.add_argument("--shard-tokens", type=int, default=1 << 17)
     verb.add_argument("--limit", type=int, help="use only the first so many sequences")
@@ -97,6 +103,7 @@ def run_build(args: argparse.Namespace) -> int:
         selection=Selection(args.selection, args.top_k, args.top_p, args.draws),
         codec=args.codec,
         tail_temperatures=args.tail_temperatures,
+        realised=args.realised,
         batch_tokens=args.batch_tokens,
         shard_tokens=args.shard_tokens,
         on_bad_rows=args.on_bad_rows,

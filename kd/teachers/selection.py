@@ -128,6 +128,22 @@ class Selection:
             tails[:, column] = torch.logaddexp(tails[:, column], more)
         return ids.masked_fill(outside, -1), logprobs.masked_fill(outside, -torch.inf), tails
 
+    def realised(
+        self, logits: Tensor, following: Tensor, ids: Tensor, logprobs: Tensor, temperature: float
+    ) -> Tensor:
+        """Log-probs [C] float32 of the tokens that followed, from logits [C, V].
+
+        following [C] their ids; ids and logprobs [C, K] what ``rows`` made of the logits: the
+        likeliest token's entry has the row's normaliser in it.
+        """
+        at = following[:, None]
+        if self.random:
+            return torch.log_softmax(logits.double() / temperature, -1).gather(1, at)[:, 0].float()
+        mine = logits.gather(1, at)
+        best = logits.gather(1, ids[:, :1].clamp(min=0))
+        apart = (mine.float() - best.float()) / temperature
+        return (apart + logprobs[:, :1]).clamp(max=0)[:, 0]
+
     def uniforms(self, rows: int, key: bytes) -> Tensor:
         """Numbers in [0, 1) for a sequence's rows [rows, draws], the same in every run."""
         seed = int.from_bytes(key[:8], "little") ^ (self.seed * 0x9E3779B97F4A7C15)

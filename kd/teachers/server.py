@@ -263,6 +263,7 @@ def build_cache_from_server(
         top_k=slots,
         codec=codec,
         codec_options=default_options(codec, slots),
+        realised=True,
     )
     meter = Meter(None, progress)
     try:
@@ -320,14 +321,20 @@ class _Capture:
             future.cancel()  # those that have not begun
         for tokens, future in self.under_way:
             if not future.cancelled() and future.exception() is None:
-                self.writer.add(*future.result())
+                self._store(*future.result())
                 self.meter.advance(len(tokens), fresh=True)
         self.writer.keep_pending()
+
+    def _store(self, tokens: NDArray[np.int32], ids: NDArray[Any], logprobs: NDArray[Any]) -> None:
+        """Every row holds the text's own next token: a row without it was refused."""
+        own = ids[:-1] == tokens[1:, None]
+        followed = np.append(np.where(own, logprobs[:-1], -np.inf).max(1), np.nan)
+        self.writer.add(tokens, ids, logprobs, None, followed.astype(np.float32))
 
     def _take(self) -> None:
         tokens, future = self.under_way.pop(0)
         try:
-            self.writer.add(*future.result())
+            self._store(*future.result())
         except ServerError as error:
             kind: type[Exception] = OSError
             mine, problem = error.reason in OF_THE_SEQUENCE, str(error)
