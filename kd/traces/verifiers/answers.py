@@ -68,6 +68,7 @@ _NOT = re.compile(
     r"|\by\s+no|而不是|不是)\s.*$", re.IGNORECASE | re.DOTALL,
 )  # fmt: skip
 _NOT_BUT = re.compile(r"^.*?\bnot\s.*?\bbut\s+(?:rather\s+)?", re.IGNORECASE | re.DOTALL)
+_BULLET = re.compile(r"^\s*[-*•]\s+(?=\S)")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 
@@ -106,7 +107,7 @@ def final_statement(answer: str) -> Statement:
         text = _on_one_line(text)
     boxes = _boxes(text) if "box" in text else []
     if not boxes:
-        said = _led(text) or _last_sentence(text)
+        said = _led(text) or last_sentence(text)
         return Statement(said, exclaimed=said.endswith("!") and said != text.strip())
     joined = [boxes[-1]]
     for box in reversed(boxes[:-1]):
@@ -180,6 +181,8 @@ def _led(text: str) -> str:
     for lead in reversed(found[-LEADS:]):
         filler = _FILLER.match(text, lead.end())
         rest = text[filler.end() if filler else lead.end() :]
+        if filler and "\n" in filler.group():
+            rest = _BULLET.sub("", rest)
         if not rest or _EMPTY.match(rest):
             continue
         said = _trimmed(_sentence(rest))
@@ -188,12 +191,12 @@ def _led(text: str) -> str:
     return ""
 
 
-def _last_sentence(text: str) -> str:
+def last_sentence(text: str) -> str:
     """The last sentence that is neither a farewell nor a rule."""
     lines = [line.strip() for line in text[-LONGEST:].splitlines()]
     lines = [line for line in lines if re.search(r"[^\W_]|[{}\\∅∞½√]", line)]
     for line in reversed([line for line in lines if not _FAREWELL.match(line)] or lines):
-        sentences = _sentences(line)
+        sentences = _sentences(_BULLET.sub("", line) if len(lines) > 1 else line)
         while len(sentences) > 1 and (
             _FAREWELL.match(sentences[-1])
             or (re.fullmatch(r"(?:yes|correct|right|good)", sentences[-1], re.IGNORECASE)
@@ -241,7 +244,10 @@ def _ends(line: str, at: int, dollars: int) -> bool:
     head = line[:at]
     if dollars % 2 and re.search(r"\$\S*\$|\\", line[at:]):
         return False
-    if re.search(r"(?:^|\W)(?:i\.e|e\.g|[ap]\.m|approx|ca|No|resp|bzw|d\.h)$", head):
+    if re.search(
+        r"(?:^|\W)(?:i\.e|e\.g|[ap]\.m|approx|ca|No|resp|bzw|d\.h|Jan|Feb|Mar|Apr|Aug|Sept?|Oct|Nov|Dec)$",
+        head,
+    ):
         return False
     return not re.fullmatch(r"[\W_]*[A-Za-z]", head) or at == len(line.rstrip()) - 1
 
@@ -257,6 +263,7 @@ def _trimmed(sentence: str) -> str:
     reason = _BECAUSE.search(sentence)
     if reason and re.search(r"\w", sentence[: reason.start()]):
         sentence = sentence[: reason.start()]
+    sentence = re.sub(r"\s*\(\s*(?:i\.e\.|that is|or |since|because)[^()]*\)\s*$", "", sentence)
     _, found, rest = sentence.rpartition("i.e.")
     sentence = (rest.lstrip(" ,") if found else sentence).strip().rstrip(".,;:。，；：").strip()
     return sentence.strip("*").rstrip(".,;:") if sentence.count("**") % 2 else sentence

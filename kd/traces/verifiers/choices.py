@@ -13,7 +13,7 @@ _WHOLE = re.compile(r"[\s\"'(\[*{]*([A-Za-z])[\s)\].:\"'*!,}]*")
 _FIRST = re.compile(r"[\s(*]*(?:([A-Z])\s*[.:]|([A-Za-z])\s*\))\s*\S")
 _NAMED = re.compile(
     r"(?:\b(?i:option|choice|answer|alternative|letter|choose|chose|pick|select|go with|only"
-    r"|opci[óo]n|r[ée]ponse|antwort|respuesta|buchstabe)\b|[选選])[\s:*]*"
+    r"|opci[óo]n|r[ée]ponse|antwort|respuesta|buchstabe)\b|[选選][择擇]?)[\s:*]*"
     r"(?:(?i:is|est|ist|es|la|die|der|the|option)\s+)*"
     r"\(?([A-Z])\)?(?![\w'])(?!\s+(?!is\b|are\b|fits?\b|works?\b|remains?\b|holds?\b)[a-z])"
 )
@@ -44,6 +44,8 @@ def chosen(statement: str, letters: str = LETTERS) -> str | None:
         if found:
             letter = next(group for group in found.groups() if group).upper()
             return letter if letter in letters else None
+    clause = re.split(r"\b(?:so|hence|thus|therefore)\b,?|，所以|因此", text)[-1]
+    text = clause if re.search(r"[A-Z]", clause) else text
     if _DENIED.search(text):
         return None
     for every in (_NAMED, _SUBJECT, _PARENTHESES):

@@ -12,7 +12,12 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from kd.traces.trace import Trace
-from kd.traces.verifiers.answers import Statement, final_answer, final_statement
+from kd.traces.verifiers.answers import (
+    Statement,
+    final_answer,
+    final_statement,
+    last_sentence,
+)
 from kd.traces.verifiers.choices import LETTERS, chosen, reference_letter
 from kd.traces.verifiers.maths.comparing import same
 from kd.traces.verifiers.maths.evaluating import value
@@ -25,6 +30,7 @@ from kd.traces.verifiers.sentences import candidates, read_statement
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
 
 LONGEST_REFERENCE = 4_000
+NO_LETTER = "no letter in the answer"
 
 
 def _against(trace: Trace) -> Verdict | None:
@@ -116,7 +122,7 @@ class Exact:
         if left.casefold() == right.casefold():
             return Verdict(UNKNOWN, "differs in case", detail=text[:120])
         if any(
-            re.search(rf"(?<!\w){re.escape(a)}(?!\w)", b)
+            re.search(rf"(?<![\w.+-]){re.escape(a)}(?![\w.])", b)
             for a, b in ((left, right), (right, left))
             if a
         ):
@@ -224,13 +230,16 @@ class Choice:
         wanted = reference_letter(_reference(trace.reference), self.letters)
         if wanted is None:
             return Verdict(UNKNOWN, "reference is not a letter", detail=trace.reference[:120])
-        return _doubted(final_statement(trace.answer), lambda text: self.judge(text, wanted))
+        verdict = _doubted(final_statement(trace.answer), lambda text: self.judge(text, wanted))
+        if verdict.reason == NO_LETTER:  # "An answer is hard to find. I pick E."
+            return self.judge(last_sentence(trace.answer), wanted)
+        return verdict
 
     def judge(self, text: str, wanted: str) -> Verdict:
         """The verdict on a final statement."""
         found = chosen(text, self.letters)
         if found is None:
-            return Verdict(UNKNOWN, "no letter in the answer", detail=text[:120])
+            return Verdict(UNKNOWN, NO_LETTER, detail=text[:120])
         return Verdict(CORRECT) if found == wanted else _different(found, wanted, "letter")
 
 

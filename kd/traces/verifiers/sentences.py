@@ -11,8 +11,9 @@ from kd.traces.verifiers.maths.reading import read
 from kd.traces.verifiers.maths.values import Value, Word
 
 _OPENING = re.compile(
-    r"^(?:so|hence|thus|therefore|then|finally|in total|in conclusion|altogether|it follows that"
-    r"|we (?:get|have|find|obtain)|donc|also|somit|daher|entonces|因此|所以)[,:\s]+",
+    r"^(?:(?:so|hence|thus|therefore|then|finally|in total|in conclusion|altogether|it follows"
+    r"|that|which gives|we (?:get|have|find|obtain|conclude)|i (?:get|got|found|obtain)|donc|also"
+    r"|somit|daher|entonces|por lo tanto|因此|所以)(?:[,:\s]+|(?<=[以此])))+",
     re.IGNORECASE,
 )
 _COPULA = re.compile(
@@ -21,21 +22,25 @@ _COPULA = re.compile(
 _HEDGED = re.compile(
     r"\b(?:at (?:least|most)|more|less|fewer|than|between|not|no|never|over|under|up to|above|below"
     r"|only if|either|maybe|perhaps|might|could|unless|except|isn't|doesn't|cannot|wrong"
-    r"|incorrect)\b",
+    r"|incorrect|minus|negative|plus|million|billion|thousand|hundred|dozen)\b",
     re.IGNORECASE,
 )
 _A_NUMBER = re.compile(
-    r"(?:\\?[$€£]\s?)?(?<![\w.\\^_{])-?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?(?:\s?\\?%)?"
+    r"(?:\\?[$€£]\s?)?(?<![\w.\\^_{])-?\d[\d,]*(?:\.\d+)?(?!\w)(?:\s*/\s*\d+)?(?:\s?\\?%)?"
 )
 
 
 def candidates(text: str) -> Iterator[str]:
     """A statement, then the parts of its sentence that may be all that is meant."""
+    opening = _OPENING.match(text)
+    text = text[opening.end() :].strip() if opening else text
     yield text
     if len(text) > LONGEST:
         return
-    text = _OPENING.sub("", text).strip()
-    yield text
+    remark = re.search(r"\s*\([^()]*[A-Za-z]{3}[^()]*\)$", text)
+    if remark and remark.start():
+        text = text[: remark.start()]
+        yield text
     formulas = segments(text)
     hidden = text
     for begin, end, _ in reversed(formulas):
@@ -55,7 +60,10 @@ def candidates(text: str) -> Iterator[str]:
             first -= 1
         yield ", ".join(inside.strip() for _, _, inside in formulas[first:])
     numbers = _A_NUMBER.findall(text)
-    if len(numbers) == 1 and not formulas and not _HEDGED.search(text):
+    prose = re.search(r"[A-Za-z]{2}", text) and not re.search(
+        r"[\\^*=+{}\[\]_!|<>≤≥]", text.replace("\\$", "")
+    )
+    if len(numbers) == 1 and prose and not formulas and not _HEDGED.search(text):
         yield numbers[0]
 
 

@@ -53,6 +53,7 @@ def read_date(text: str) -> Value | None:
 
 
 def read_based(text: str) -> Value | None:
+    text = re.sub(r"\\text\s*\{\s*([0-9A-F]+)\s*\}(?=\s*_)", r"\1", text)
     match = re.fullmatch(
         r"\(?\s*([0-9A-F]+)\s*\)?\s*_\s*\{?\s*(?:\\text\s*\{\s*(\w+)\s*\}|(\d{1,2}))\s*\}?",
         text,

@@ -9,7 +9,7 @@ from typing import Any
 
 from kd.traces.verifiers.maths.equations import equations, same_equation
 from kd.traces.verifiers.maths.evaluating import close, numbers, same_expression, value
-from kd.traces.verifiers.maths.expressions import Node, symbols
+from kd.traces.verifiers.maths.expressions import Node, has, symbols
 from kd.traces.verifiers.maths.units import Unit
 from kd.traces.verifiers.maths.values import (
     PERCENT,
@@ -26,6 +26,7 @@ from kd.traces.verifiers.maths.values import (
 )
 from kd.traces.verifiers.maths.words import same_words
 
+Span = tuple[Any, Any, bool, bool]  # low, high, is low open, is high open
 RADIANS = (("rad", 1),)
 DEGREES = (("deg", 1),)
 
@@ -91,9 +92,32 @@ def _unworked(node: Node) -> bool:
 
 def _same_number(reference: Expression, answer: Expression) -> bool | None:
     found = same_expression(reference.node, answer.node)
+    if found is False and _free_constant(reference.node):
+        return _but_for_a_constant(reference.node, answer.node)
     if found is False and _rounded(reference, answer):
         return None
     return found
+
+
+def _free_constant(node: Node) -> str:
+    """The name of a constant of integration: the C of x^2 + C."""
+    if node[0] != "add":
+        return ""
+    ends = [part[1] for part in node[1:] if part in (("sym", "C"), ("sym", "K"))]
+    return ends[0] if ends else _free_constant(node[1])
+
+
+def _but_for_a_constant(reference: Node, answer: Node) -> bool | None:
+    """Whether two antiderivatives differ by a number; without a constant of its own: unsure."""
+    names = sorted(symbols(reference) | symbols(answer))
+    gaps = []
+    for shift in range(1, 5):
+        point = {name: Fraction(3 * shift + 2 * i + 1, 11) for i, name in enumerate(names)}
+        point |= {"C": Fraction(0), "K": Fraction(0)}
+        gaps.append(value(("add", reference, ("neg", answer)), point))
+    if not all(close(gaps[0], gap) for gap in gaps[1:]):
+        return False
+    return True if _free_constant(answer) else None
 
 
 def _rounded(reference: Expression, answer: Expression) -> bool:
@@ -136,7 +160,8 @@ def _convert(reference: Expression, answer: Expression, left: Unit, right: Unit)
     if {left.of, right.of} == {DEGREES, RADIANS}:
         return _turned(reference, answer)
     if left.of != right.of:
-        return False
+        scales = {"degC", "degF", "K", "deg"}
+        return None if {base for base, _ in left.of + right.of} <= scales else False
     sides = [
         Expression(("mul", side.node, ("num", side.unit.factor)))
         for side in (reference, answer)
@@ -281,20 +306,45 @@ def _same_several(reference: Value, answer: Value) -> bool | None:
         several, other = (
             (reference, answer) if isinstance(reference, Several) else (answer, reference)
         )
-        if isinstance(several, Several) and len(several.items) == 1 and several.form == "{}":
+        if isinstance(several, Several) and _one_value(several):
             return same(several.items[0], other)
-        return False
+        ordered = isinstance(several, Several) and several.form == "()"
+        vector = isinstance(other, Expression) and (symbols(other.node) or _complex(other.node))
+        return None if vector and ordered else False
     left, right = list(reference.items), list(answer.items)
     ordered = "()" in (reference.form, answer.form)
     if "{}" in (reference.form, answer.form):
         left, right = _distinct(left), _distinct(right)
     if len(left) != len(right):
         return False
+    named = _by_name(left, right)
+    if named is not None:
+        return named
     in_order = _all([same(a, b) for a, b in zip(left, right, strict=True)])
     if in_order or (reference.form == answer.form == "()"):
         return None if in_order and {reference.form, answer.form} == {"()", "{}"} else in_order
     matched = _matched(left, right)
     return None if matched and ordered else matched
+
+
+def _one_value(several: Several) -> bool:
+    """{5}, or one value in several spellings: 1/2 or 0.5."""
+    first, *others = several.items or (several,)
+    alone = several.form == "{}" and len(several.items) == 1
+    return alone or (several.form == "" and all(same(first, other) for other in others))
+
+
+def _complex(node: Node) -> bool:
+    return has(node, ("const", "i")) or node[0] == "binom"
+
+
+def _by_name(left: list[Value], right: list[Value]) -> bool | None:
+    """a = 1, b = 2 in any order; None where not every value has a name of its own."""
+    sides = [{item.name: item.value for item in side if isinstance(item, Named)}
+             for side in (left, right)]  # fmt: skip
+    if sides[0].keys() != sides[1].keys() or not len(sides[0]) == len(left) == len(right):
+        return None
+    return _all([same(found, sides[1][name]) for name, found in sides[0].items()])
 
 
 def _distinct(items: list[Value]) -> list[Value]:
@@ -323,7 +373,7 @@ def _matched(left: list[Value], right: list[Value]) -> bool | None:
     return None if unsure else True
 
 
-def _spans(side: Value) -> list[tuple[Any, Any, bool, bool]] | None:
+def _spans(side: Value) -> list[Span] | None:
     region = as_interval(side) if isinstance(side, Several) else side
     if not isinstance(region, Region):
         return None
@@ -345,25 +395,35 @@ def _same_region(reference: Value, answer: Value) -> bool | None:
             several = reference if isinstance(reference, Several) else answer
             return False if isinstance(several, Several) and several.form == "{}" else None
         return None
-    if len(left) != len(right):
-        return False if min(len(left), len(right)) == 1 and not _touching(left + right) else None
-    pairs = zip(sorted(left, key=_first), sorted(right, key=_first), strict=True)
+    spans = [_merged(left), _merged(right)]
+    if len(spans[0]) != len(spans[1]):
+        return False
     return _all(
         [
             False if a[2:] != b[2:] else _all([close(a[0], b[0]), close(a[1], b[1])])
-            for a, b in pairs
+            for a, b in zip(*spans, strict=True)
         ]
     )
 
 
-def _first(span: tuple[Any, Any, bool, bool]) -> float:
-    return float(span[0])
+def _merged(spans: list[Span]) -> list[Span]:
+    """Spans in their order, those that touch or overlap as one."""
+    made: list[Span] = []
+    for span in sorted(spans, key=lambda span: (float(span[0]), span[2])):
+        if made and _joined(made[-1], span):
+            low, high, low_open, high_open = made[-1]
+            if float(span[1]) > float(high) or (span[1] == high and high_open):
+                high, high_open = span[1], span[3]
+            made[-1] = (low, high, low_open, high_open)
+        else:
+            made.append(span)
+    return made
 
 
-def _touching(spans: list[tuple[Any, Any, bool, bool]]) -> bool:
-    """Whether two spans could be one, as (0, 1] and [1, 2) are."""
-    ends = [(a[1], b[0], a[3] and b[2]) for a in spans for b in spans if a is not b]
-    return any(float(x) >= float(y) and not gap and float(x) != float("inf") for x, y, gap in ends)
+def _joined(first: Span, second: Span) -> bool:
+    if close(first[1], second[0]):
+        return not (first[3] and second[2])
+    return float(second[0]) < float(first[1])
 
 
 def _same_matrix(reference: Value, answer: Value) -> bool | None:

@@ -243,8 +243,6 @@ def _same(left: Node, right: Node, base: str) -> bool | None:
     names = sorted(symbols(left) | symbols(right))
     if not names:
         return close(value(left, {}, base), value(right, {}, base))
-    if any(len(name) > 2 and name.isalpha() for name in names):
-        return None  # a word may be a product of its letters
     rng = random.Random(7)
     positive = _agree(left, right, base, [_point(names, rng, 1) for _ in range(6)])
     if positive is None or positive:

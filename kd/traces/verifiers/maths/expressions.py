@@ -90,7 +90,9 @@ class _Reader:
                 self.at += 1
                 right = self.signed()
                 node, divided = ("div" if sign == "/" else "mul", node, right), sign == "/"
-            elif kind in ("number", "letter", "name", "command") or sign in ("(", "{"):
+            elif (kind == "command" and sign in ("rfloor", "rceil")) or kind == "end":
+                return node
+            elif kind in ("number", "letter", "command") or sign in ("(", "{"):
                 if divided:
                     raise Unreadable("a product behind a slash has two readings")
                 node = self.beside(node)
@@ -112,11 +114,13 @@ class _Reader:
     def beside(self, node: Node) -> Node:
         """Two factors beside each other: a mixed number, or a product."""
         whole = self.at and self.tokens[self.at - 1][0] == "number" and node[0] == "num"
+        if self.peek()[0] == "number" and not whole and self.tokens[self.at - 1][1] != "!":
+            raise Unreadable("a number behind a letter or a bracket")
         right = self.factor()
         if right[0] == "num" and whole and self.peek() == ("sign", "/"):
             self.at += 1
             right = ("div", right, self.factor())
-        if right[0] == "num":
+        if right[0] == "num" or (whole and _begins_with_number(right)):
             raise Unreadable("two numbers beside each other")
         if whole and right[0] == "div" and right[1][0] == right[2][0] == "num":
             over, under, units = right[1][1], right[2][1], node[1]
@@ -137,6 +141,8 @@ class _Reader:
                 node = ("div", ("mul", node, ("const", "pi")), ("num", Fraction(180)))
             elif self.take("^"):
                 node = ("pow", node, self.exponent())
+                if self.peek() == ("sign", "^"):
+                    raise Unreadable("a tower of powers without brackets")
             else:
                 return node
 
@@ -159,7 +165,7 @@ class _Reader:
         self.at += 1
         if kind == "number":
             return self.number(text)
-        if kind in ("letter", "name"):
+        if kind == "letter":
             return self.symbol(text)
         if kind == "command":
             return self.command(text)
@@ -203,7 +209,7 @@ class _Reader:
         if (kind, text) == ("sign", "{"):
             return self.raw()
         self.at += 1
-        if kind not in ("letter", "number", "name", "command"):
+        if kind not in ("letter", "number", "command"):
             raise Unreadable("an index is missing")
         return text
 
@@ -295,8 +301,8 @@ class _Reader:
                 break
         bracket = self.peek()[1] in ("(", "{", "|")
         node = self.base() if bracket else self.loose_argument()
-        if not bracket and self.peek() == ("sign", "/"):
-            raise Unreadable("a slash behind an argument without brackets")
+        if not bracket and self.peek() in (("sign", "/"), ("sign", "(")):
+            raise Unreadable("a slash or a bracket behind an argument without brackets")
         if power == ("neg", ("num", Fraction(1))) and name in ("sin", "cos", "tan"):
             return ("a" + name, node)
         if name == "log":
@@ -316,10 +322,15 @@ class _Reader:
         while True:
             kind, text = self.peek()
             function = kind == "command" and text in FUNCTIONS
-            if kind in ("number", "letter", "name", "command") and not function:
+            if kind in ("number", "letter", "command") and not function:
                 node = ("mul", node, self.factor())
             else:
                 return node
+
+
+def _begins_with_number(node: Node) -> bool:
+    """Whether a factor is a number's power or factorial: 3 2^5 has two numbers in a row."""
+    return node[0] in ("pow", "fact") and node[1][0] == "num"
 
 
 def symbols(node: Node) -> set[str]:

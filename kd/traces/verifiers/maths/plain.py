@@ -49,7 +49,10 @@ _BOLD = re.compile(r"(?<![\w*])(\*\*|__|`+)(?=\S)(.+?)(?<=\S)\1(?![\w*])")
 _THOUSANDS = re.compile(
     r"(?<![\d.,])(\d{1,3})((?:(?:\\,|\{,\}|\\ |~|\u202f|,\\!|\\;|\\:)\d{3})+)(?!\d)"
 )
-_OVER = re.compile(r"\{([^{}]*?)\s*\\over\b\s*([^{}]*)\}")
+_OVER = re.compile(r"\{([^{}]*?)\s*\\(over|choose)\b\s*([^{}]*)\}")
+_WRAPPED = re.compile(r"\\text\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_ROWS = re.compile(r"\\begin\s*\{(aligned|align\*?|gathered|split)\}(.*?)\\end\s*\{\1\}", re.DOTALL)
+_APART = re.compile(r"\\q?quad\s*(?=[A-Za-z](?:_\{?\w\}?)?\s*=|\\text\s*\{\s*(?:and|or))")
 _DELIMITER = re.compile(r"(?<!\\)\$\$|(?<!\\)\$|\\[()\[\]]")
 _CLOSES = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 
@@ -71,6 +74,8 @@ def _unicode(text: str) -> str:
         elif "VULGAR FRACTION" in unicodedata.name(char, ""):
             over, _, under = unicodedata.normalize("NFKC", char).partition("⁄")
             made.append(rf"\frac{{{over}}}{{{under}}}" if under else char)
+        elif unicodedata.category(char) == "So" or char == "\ufe0f":
+            continue  # a tick, a smile
         elif char.isdecimal():
             made.append(str(unicodedata.decimal(char)))
         else:
@@ -121,7 +126,18 @@ def plain(text: str) -> str:
         text = _latex(text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     text = re.sub(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^", text)
+    text = re.sub(r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*", text)
     return re.sub(r"\s+", " ", text).strip()
+
+
+def _unwrapped(match: re.Match[str]) -> str:
+    r"""\textbf{3\frac{1}{2}} is a formula, \text{3 apples} are words."""
+    return match[1] if re.search(r"[\\^=+*<>{]", match[1]) else match[0]
+
+
+def _over(match: re.Match[str]) -> str:
+    name = "frac" if match[2] == "over" else "binom"
+    return f"\\{name}{{{match[1]}}}{{{match[3]}}}"
 
 
 def _latex(text: str) -> str:
@@ -133,14 +149,16 @@ def _latex(text: str) -> str:
     text = "".join((*parts, text[at:])).strip()
     text = text.replace("$", "¤")
     text = _THOUSANDS.sub(lambda m: m.group(1) + re.sub(r"\D", "", m.group(2)), text)
+    text = _ROWS.sub(lambda m: re.sub(r"\\\\", " , ", m[2].replace("&", "")), text)
+    text = _APART.sub(" , ", text)
     text = text.replace("{,}", ",").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
     text = _SPACING.sub(r"\1 ", text)
     text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\b\s*\}?", r"\\deg ", text)
     text = _COMMAND.sub(_command, text)
     text = re.sub(r"\^\s*\{?\s*\\prime\s*\}?", "'", text)
     for _ in range(4):
-        text, changed = _OVER.subn(r"\\frac{\1}{\2}", text)
+        text, changed = _OVER.subn(_over, text)
         if not changed:
             break
-    text = re.sub(r"\\text\s*\{\s*\}", "", text)
+    text = _WRAPPED.sub(_unwrapped, re.sub(r"\\text\s*\{\s*\}", "", text))
     return _LETTER_IN_TEXT.sub(r"\1", text)

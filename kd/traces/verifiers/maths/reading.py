@@ -35,6 +35,12 @@ _NOT_A_LABEL = re.compile(
     r"sin|cos|tan|ln|log|sqrt|pi|choose|modulo|points?|remainder|out|k|e|i|th|st|nd|rd)\b",
     re.IGNORECASE,
 )
+_SCALES = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+    "trillion": 10**12,
+}  # fmt: skip
+_SCALE = re.compile(rf"^(-?[\d.]+) ({'|'.join(_SCALES)})\b(.*)", re.IGNORECASE)
+_STEP = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+),?(?: and)?(?: |$)")
 _LETTERS = r"((?:\\text\s*\{[^{}]*\}|[A-Za-z])(?:\s*\^\s*\d)?)"
 _TAIL = re.compile(
     r"(.*?[\d)}\]!]|.*?\\pi)\s*((?:\\text\s*\{[^{}]*\}|\\deg|[A-Za-z¤€£]).*)", re.DOTALL
@@ -58,7 +64,9 @@ def _read(text: str) -> tuple[Value, ...]:
     if plain_number is not None:
         return (plain_number,)
     tidy = plain(text).strip().rstrip(".;:,").strip()
-    tidy = _HEDGE.sub("", tidy.strip("\"'")).strip()
+    if tidy[:1] in "\"'" and tidy[-1:] == tidy[:1]:
+        tidy = tidy[1:-1]
+    tidy = re.sub(r"^(?:minus|negative) (?=\d)", "-", _HEDGE.sub("", tidy)).strip()
     whole = re.fullmatch(r"\\text\s*\{([^{}]*)\}\.?", tidy)
     if whole:
         tidy = whole.group(1).strip()
@@ -114,10 +122,12 @@ def _quantity(text: str, one: One) -> Value | None:
     )
     if percent:
         return Expression(parse(percent[1]), _decimals(percent[1]), PERCENT)
+    given, text = text, _SCALE.sub(lambda m: f"{m[1]}*{_SCALES[m[2].lower()]}{m[3]}", text)
+    text = re.sub(r"\\deg\s*(?:\\text\s*\{)?\s*([CF])\b\}?", r" deg\1", text)
     text = re.sub(rf"(?<=\d)\s*\\frac\s*\{{{_LETTERS}\}}\s*\{{{_LETTERS}\}}", r" \1/\2", text)
     match = _TAIL.fullmatch(text)
     if match is None:
-        return None
+        return Expression(parse(text)) if text != given and "\\" not in text else None
     head, tail = match.group(1).strip(), match.group(2).strip()
     if not tail.startswith("\\") and len(tail) == 1 and not text[:-1].endswith(" "):
         return None  # 5m is five times m
@@ -141,6 +151,22 @@ def _quantity(text: str, one: One) -> Value | None:
     return Expression(node, _decimals(head), unit, label)
 
 
+def _compound(text: str, one: One) -> Value | None:
+    """2 hours 30 minutes: units of one kind, each smaller than the one before."""
+    parts = _STEP.findall(text)
+    if len(parts) < 2 or _STEP.sub("", text).strip():
+        return None
+    total, units = Fraction(0), [read_unit(name) for _, name in parts]
+    for (amount, _), unit in zip(parts, units, strict=True):
+        if unit is None or unit.of != (units[0] or unit).of:
+            return None
+        total += Fraction(amount) * unit.factor
+    factors = [unit.factor for unit in units if unit]
+    if factors != sorted(factors, reverse=True) or len(set(factors)) < len(factors):
+        return None
+    return Expression(("num", total / factors[0]), 0, units[0])
+
+
 def _decimals(text: str) -> int:
     match = re.fullmatch(r"[-+]?\d*\.(\d+)", text.strip())
     return len(match[1]) if match else 0
@@ -151,7 +177,9 @@ def _word(text: str, one: One) -> Value | None:
     if words.lower() in SMALL:
         return Expression(("num", Fraction(SMALL.index(words.lower()))))
     count = re.fullmatch(r"([a-z]+) ([a-z]+)(?: \(.*\))?", words)
-    if count and count[1] in SMALL:
+    if count and count[1] in SMALL and count[2] in _SCALES:
+        return one(f"{SMALL.index(count[1])} {count[2]}")
+    if count and count[1] in SMALL and not _NOT_A_LABEL.search(count[2]):
         node: Node = ("num", Fraction(SMALL.index(count[1])))
         return Expression(node, 0, read_unit(count[2]), count[2])
     if re.fullmatch(r"[^\W\d_][^\W\d_ '\-.&,]*(?:[ '\-.&,]+[^\W\d_]+)*\.?", words) and (
@@ -171,9 +199,10 @@ _READERS: tuple[Callable[[str, One], Value | None], ...] = (
     read_matrix,
     read_union,
     _word,
+    _compound,
+    read_bracketed,
     read_connected,
     read_relation,
-    read_bracketed,
     _quantity,
     _term,
 )

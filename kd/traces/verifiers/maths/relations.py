@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from kd.traces.verifiers.maths.evaluating import same_expression
 from kd.traces.verifiers.maths.expressions import Node, Unreadable, parse, symbols
 from kd.traces.verifiers.maths.several import One
 from kd.traces.verifiers.maths.values import (
@@ -14,6 +15,7 @@ from kd.traces.verifiers.maths.values import (
     Region,
     Relation,
     Value,
+    Word,
     all_but,
 )
 
@@ -31,25 +33,31 @@ def read_relation(text: str, one: One) -> Value | None:
         return _equation(parts, one)
     if "=" in signs or "\\approx" in signs or "\\in" in signs or "" in parts:
         raise Unreadable("signs of several kinds")
-    nodes = [parse(part) for part in parts]
-    return _bound(signs, nodes)
+    return _bound(signs, [parse(part) for part in parts])
 
 
 def _equation(parts: list[str], one: One) -> Value:
     left, right = parts[0], parts[-1]
-    if not right or not left:
+    if "" in parts:
         raise Unreadable("an equation without a side")
+    for middle in parts[1:-1]:
+        if same_expression(parse(middle), parse(right)) is not True:
+            raise Unreadable("a chain that does not hold")
     name = re.sub(r"\s", "", left)
     name = re.sub(r"\\text\{(.*?)\}", r"\1", name)
     if re.fullmatch(r"\([A-Za-z](?:,[A-Za-z])+\)", name) or re.fullmatch(
         r"[A-Za-z][A-Za-z ]{2,40}", left
     ):
         return Named("" if name[0] != "(" else name, one(right))
-    plain_name = re.fullmatch(r"\\?[A-Za-z]+'*(?:_\{?\w+\}?)?'*(?:\([^()]*\))?", name)
-    if plain_name and (len(name) < 3 or not name.isalpha()):
-        return Named(name, one(right))
-    if plain_name:
-        return Named("", one(right))
+    inverse = r"(?:\^\{?-1\}?)?"
+    if re.fullmatch(rf"\\?[A-Za-z]+'*(?:_\{{?\w+\}}?)?'*{inverse}(?:\([^()]*\))?", name):
+        value = one(right)
+        if name.isalpha() and len(name) > 1:  # AB = 5 is a length, pV = nRT an equation
+            constant = not (isinstance(value, Expression) and symbols(value.node))
+            if not isinstance(value, Word) and (constant or len(name) > 3):
+                return Named("" if len(name) > 2 else name, value)
+            return Relation("=", parse(left), parse(right))
+        return Named(name, value)
     try:
         first = parse(left)
     except Unreadable:
@@ -78,7 +86,7 @@ def _bound(signs: list[str], nodes: list[Node]) -> Value:
         raise Unreadable("a chain of inequalities")
     at = nodes.index(middle[0])
     if signs == ["\\ne"]:
-        return all_but(nodes[1 - at])
+        return Named(middle[0][1], all_but(nodes[1 - at]))
     if "\\ne" in signs or len(nodes) > 3 or (len(nodes) == 3 and at != 1):
         raise Unreadable("a chain of inequalities")
     low, high, low_open, high_open = MINUS_INFINITE, INFINITE, True, True
@@ -93,4 +101,4 @@ def _bound(signs: list[str], nodes: list[Node]) -> Value:
             if high != INFINITE:
                 raise Unreadable("a chain of inequalities")
             high, high_open = bound, is_open
-    return Region(((low, high, low_open, high_open),))
+    return Named(middle[0][1], Region(((low, high, low_open, high_open),)))

@@ -10,6 +10,7 @@ from kd.traces.verifiers.maths.values import (
     EVERYTHING,
     Expression,
     Matrix,
+    Named,
     Region,
     Several,
     Value,
@@ -61,12 +62,18 @@ def read_connected(text: str, one: One) -> Value | None:
         isinstance(item, Word) for item in items
     ):
         raise Unreadable("words and numbers")
-    if all(isinstance(item, Region) for item in items):
-        if "∨" not in spelled:
+    regions = [item.value if isinstance(item, Named) else item for item in items]
+    if all(isinstance(region, Region) for region in regions):
+        names = {item.name for item in items if isinstance(item, Named)}
+        if "∨" not in spelled or len(names) > 1:
             raise Unreadable("several conditions")
-        return Region(
-            tuple(span for item in items if isinstance(item, Region) for span in item.spans)
-        )
+        spans = tuple(span for part in regions if isinstance(part, Region) for span in part.spans)
+        return Named(names.pop(), Region(spans)) if names else Region(spans)
+    if any(isinstance(region, Region) for region in regions) or any(
+        isinstance(item, Expression) and item.node[:1] == ("sym",) and "mathbb" in item.node[1]
+        for item in items
+    ):
+        raise Unreadable("a condition beside a value")
     return Several(tuple(items), "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-Token = tuple[str, str]  # kind ("number", "letter", "name", "command", "sign") and text
+Token = tuple[str, str]  # kind ("number", "letter", "command", "sign") and text
 
 FUNCTIONS = {
     "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh",
@@ -12,6 +12,7 @@ FUNCTIONS = {
 }  # fmt: skip
 _PLAIN_WORDS = {**{name: name for name in FUNCTIONS}, "arcsin": "asin", "arccos": "acos"}
 _PLAIN_WORDS |= {"arctan": "atan", "sqrt": "sqrt", "pi": "pi", "infinity": "infty", "inf": "infty"}
+_NO_PRODUCT = set("is to of in at or no if so as by we it on an be am pm the and for are".split())
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d+)?|\.\d+)(?:[eE](?P<exponent>[-+]?\d{1,6})(?![\d.]))?"
     r"|\\(?P<command>[A-Za-z]+)|(?P<word>[A-Za-z]+)|(?P<sign>[-+*/^_()\[\]{}|!%',]))"
@@ -37,12 +38,14 @@ def tokens_of(text: str) -> list[Token]:
         if match.group("number"):
             tokens.append(("number", match.group().strip()))
         elif kind == "word":
-            tokens += _word(match.group("word"))
+            word, spaced = match.group("word"), " " in text[match.start() - 1 : match.start("word")]
+            if word.lower() in _NO_PRODUCT or (
+                len(word) > 2 and word not in _PLAIN_WORDS and (spaced or text[at : at + 1] == " ")
+            ):
+                raise Unreadable("words")
+            tokens += _word(word)
         else:
             tokens.append((kind, match.group(kind)))
-    names = [text for kind, text in tokens if kind == "name"]
-    if len(names) > 1 or any(len(name) > 5 for name in names):
-        raise Unreadable("words")
     return tokens
 
 
@@ -54,7 +57,7 @@ def _repeating(match: re.Match[str]) -> str:
 
 
 def _word(word: str) -> list[Token]:
-    """A run of letters: a function's name, a product of two letters, or a name of its own."""
+    """A run of letters: a function's name, or a product of up to three letters."""
     if word in _PLAIN_WORDS:
         return [("command", _PLAIN_WORDS[word])]
     for name in ("arcsin", "arccos", "arctan", "sqrt", "sin", "cos", "tan", "ln", "log", "pi"):
@@ -62,6 +65,6 @@ def _word(word: str) -> list[Token]:
         if found and len(head) <= 2 and len(tail) <= 1:
             letters = [("letter", letter) for letter in head]
             return [*letters, ("command", _PLAIN_WORDS[name]), *(("letter", x) for x in tail)]
-    if len(word) <= 2:
+    if len(word) <= 3:
         return [("letter", letter) for letter in word]
-    return [("name", word)]
+    raise Unreadable("words")

@@ -78,6 +78,8 @@ _add("rad radian radians", 1, "rad")
 _add("ohm ohms", 1, "ohm")
 _add("kelvin K", 1, "K")
 _add("unit units", 1, "")
+_add("degC Celsius", 1, "degC")
+_add("degF Fahrenheit", 1, "degF")
 _add("acre acres", 1, "acre")
 _add("gallon gallons gal", 1, "gallon")
 # what is made of others
@@ -102,6 +104,7 @@ def read_unit(text: str) -> Unit | None:
     """The unit a text names wholly (``km/h``, ``square meters``, ``m^2``), else None."""
     words = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     words = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", words)
+    words = re.sub(r"\b(?:degrees?|deg) (?=Celsius|Fahrenheit)", "", words)
     words = re.sub(r"\bper\b", "/", words).replace("µ", "u").strip()
     factor, powers, sign, pending, last = Fraction(1), dict[str, int](), 1, 1, ""
     at = 0

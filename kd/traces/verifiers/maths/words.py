@@ -17,6 +17,9 @@ def same_words(left: str, right: str) -> bool | None:
     lower = [{word.lower() for word in side} for side in (first, second)]
     if any(pair == lower[0] | lower[1] for pair in _OPPOSITES):
         return False
+    heads = [side[0].lower() if side else "" for side in (first, second)]
+    if set(heads) <= {"yes", "no"} and "" not in heads:
+        return heads[0] == heads[1]
     if lower[0] <= lower[1] or lower[1] <= lower[0]:
         return None
     joined = ["".join(side).lower() for side in (first, second)]
@@ -37,7 +40,9 @@ def same_words(left: str, right: str) -> bool | None:
 
 
 def _same_word(left: str, right: str) -> bool:
-    """Equal but for case; a word of one or two letters may be a symbol, whose case counts."""
+    """Equal but for case; short words and those of mixed case may be symbols: their case counts."""
     if left == right:
         return True
-    return left.lower() == right.lower() and (len(left) > 2 or left.lower() in ("no", "is", "of"))
+    words = all(w.isalpha() and (w.islower() or w.istitle() or w.isupper()) for w in (left, right))
+    long = len(left) > 2 or left.lower() in ("no", "is", "of")
+    return words and long and left.lower() == right.lower()
