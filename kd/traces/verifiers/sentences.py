@@ -25,6 +25,9 @@ _HEDGED = re.compile(
     r"|incorrect|minus|negative|plus|million|billion|thousand|hundred|dozen)\b",
     re.IGNORECASE,
 )
+_SMALL_WORDS = set(
+    "of in on to per and ways for at as is if by a an the was are all out day men".split()
+)
 _A_NUMBER = re.compile(
     r"(?:\\?[$€£]\s?)?(?<![\w.\\^_{])-?\d[\d,]*(?:\.\d+)?(?!\w)(?:\s*/\s*\d+)?(?:\s?\\?%)?"
 )
@@ -64,7 +67,9 @@ def candidates(text: str) -> Iterator[str]:
         r"[\\^*=+{}\[\]_!|<>≤≥]", text.replace("\\$", "")
     )
     if len(numbers) == 1 and prose and not formulas and not _HEDGED.search(text):
-        yield numbers[0]
+        after = re.match(r"\s*([A-Za-z]+)", text.partition(numbers[0])[2])
+        if not after or len(after[1]) > 3 or after[1].lower() in _SMALL_WORDS:
+            yield numbers[0]
 
 
 def read_statement(text: str) -> tuple[Value, ...]:

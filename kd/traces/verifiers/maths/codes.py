@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
-from kd.traces.verifiers.maths.expressions import parse
+from kd.traces.verifiers.maths.evaluating import value
+from kd.traces.verifiers.maths.expressions import Node, Unreadable, parse, symbols
 from kd.traces.verifiers.maths.numerals import SMALL, number
-from kd.traces.verifiers.maths.values import Coded, Value
+from kd.traces.verifiers.maths.values import Coded, Named, Value
 
-_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTHS = (
+    "january february march april may june july august september october november december"
+).split()
 
 
 def read_clock(text: str) -> Value | None:
@@ -47,9 +51,8 @@ def read_date(text: str) -> Value | None:
         if match is None:
             return None
         day, month, year = match[1], match[2], match[3]
-    if month[:3].lower() not in _MONTHS:
-        return None
-    return Coded("date", (int(year), _MONTHS.index(month[:3].lower()) + 1, int(day)))
+    named = [i for i, name in enumerate(_MONTHS, 1) if name.startswith(month.lower())]
+    return Coded("date", (int(year), named[0], int(day))) if named else None
 
 
 def read_based(text: str) -> Value | None:
@@ -80,8 +83,21 @@ def read_residue(text: str) -> Value | None:
     modulus = modulus.strip()
     if modulus[:1] == "(" and modulus[-1:] == ")":
         modulus = modulus[1:-1]
-    _, _, residue = head.replace("\\equiv", "=").rpartition("=")
-    return Coded("residue", (parse(residue), parse(modulus)))
+    *left, residue = re.split(r"\\equiv|=", head)
+    parts, name = (parse(residue), parse(modulus)), ""
+    for side in map(parse, left):
+        if side[0] == "sym":
+            name = side[1]
+        elif symbols(side) or not congruent(side, *parts):
+            raise Unreadable("a congruence to be solved")
+    made = Coded("residue", parts)
+    return Named(name, made) if name else made
+
+
+def congruent(left: Node, right: Node, modulus: Node) -> bool | None:
+    """Whether the modulus divides the difference; None where that is no number."""
+    quotient = value(("div", ("add", left, ("neg", right)), modulus), {})
+    return quotient.denominator == 1 if isinstance(quotient, Fraction) else None
 
 
 READERS = (read_clock, read_ratio, read_date, read_based, read_residue)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from kd.traces.verifiers.maths.codes import congruent
 from kd.traces.verifiers.maths.equations import equations, same_equation
 from kd.traces.verifiers.maths.evaluating import close, numbers, same_expression, value
 from kd.traces.verifiers.maths.expressions import Node, has, symbols
@@ -216,10 +217,10 @@ def _same_named(reference: Value, answer: Value) -> bool | None:
     functions = [re.fullmatch(r"(\w+)\((\w)\)", name) for name in (left, right)]
     value_of = answer.value
     if functions[0] and functions[1] and functions[0][1] == functions[1][1]:
-        if isinstance(value_of, Expression):
+        if isinstance(value_of, Expression) and symbols(value_of.node) <= {functions[1][2]}:
             node = _rename(value_of.node, functions[1][2], functions[0][2])
             value_of = Expression(node, value_of.decimals, value_of.unit, value_of.label)
-        left = right
+            left = right
     found = same(reference.value, value_of)
     if left and right and left != right and found:
         return None
@@ -263,14 +264,7 @@ def _same_code(reference: Value, answer: Value) -> bool | None:
         return None if all(crossed) else False
     if not same_expression(nodes[1], others[1]):
         return False
-    return _congruent(nodes[0], others[0], nodes[1])
-
-
-def _congruent(left: Node, right: Node, modulus: Node) -> bool | None:
-    quotient = value(("div", ("add", left, ("neg", right)), modulus), {})
-    if isinstance(quotient, Fraction):
-        return quotient.denominator == 1
-    return None
+    return congruent(nodes[0], others[0], nodes[1])
 
 
 def _same_clock(left: Sequence[Any], right: Sequence[Any]) -> bool | None:
@@ -290,7 +284,7 @@ def _code_and_number(reference: Value, answer: Value) -> bool | None:
     number = value(other.node, {})
     if code.kind == "residue":
         nodes: Any = code.parts
-        return None if _congruent(nodes[0], other.node, nodes[1]) is not False else False
+        return None if congruent(nodes[0], other.node, nodes[1]) is not False else False
     if code.kind == "based":
         digits, _, worth = code.parts
         text = str(number) if isinstance(number, Fraction) else ""

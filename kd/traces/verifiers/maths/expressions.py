@@ -322,7 +322,9 @@ class _Reader:
         while True:
             kind, text = self.peek()
             function = kind == "command" and text in FUNCTIONS
-            if kind in ("number", "letter", "command") and not function:
+            if kind == "number":
+                raise Unreadable("a number behind a letter or a bracket")
+            if kind in ("letter", "command") and not function:
                 node = ("mul", node, self.factor())
             else:
                 return node

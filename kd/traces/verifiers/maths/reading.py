@@ -108,7 +108,9 @@ def _code(text: str, one: One) -> Value | None:
 
 
 def _quantity(text: str, one: One) -> Value | None:
-    if text[:1] in "¤€£¥₹" or re.match(r"-\s*[¤€£]", text):
+    if not text:
+        raise Unreadable("empty")
+    if text[0] in "¤€£¥₹" or re.match(r"-\s*[¤€£]", text):
         unit = read_unit(text.lstrip("- ")[0])
         rest = text.replace(text.lstrip("- ")[0], "", 1).strip()
         amount = one(rest)
@@ -183,7 +185,7 @@ def _word(text: str, one: One) -> Value | None:
         node: Node = ("num", Fraction(SMALL.index(count[1])))
         return Expression(node, 0, read_unit(count[2]), count[2])
     if re.fullmatch(r"[^\W\d_][^\W\d_ '\-.&,]*(?:[ '\-.&,]+[^\W\d_]+)*\.?", words) and (
-        len(words) > 2 or text.isupper() or "\\text" in text or not text.isascii()
+        len(words) > 2 or text.isupper() or text.istitle() or "\\text" in text or not text.isascii()
         or words.lower() in ("no", "up", "on", "or")
     ):  # fmt: skip
         return None if words in ("pi", "infinity", "sqrt") else Word(words)

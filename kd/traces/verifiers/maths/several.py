@@ -115,8 +115,8 @@ def read_bracketed(text: str, one: One) -> Value | None:
     if len(parts) == 2 and opened in "([]" and closed in ")][" and (opened + closed) != "()":
         low, high = parse(parts[0]), parse(parts[1])
         return Region(((low, high, opened != "[", closed != "]"),))
-    if "" in parts:
-        raise Unreadable("an empty place in a list")
+    if "" in parts or opened + closed not in ("()", "[]", "{}"):
+        raise Unreadable("a list with an empty place, or brackets that do not match")
     return Several(tuple(one(part) for part in parts), "{}" if opened == "{" else "()")
 
 
