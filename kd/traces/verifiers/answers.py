@@ -27,9 +27,9 @@ _JOIN = re.compile(
     r"(?:[A-Za-z](?:_\{?\w\}?)?\s*=[\s$]*)?"
 )
 _NAMES = (
-    r"answer(?:\s+(?:to|for|of)\s[^.:!?\n]{1,80}?|\s+choice)?|result|solution|r[ée]ponse(?:\s+finale"
-    r"|\s+correcte)?|r[ée]sultat|antwort|l[öo]sung|ergebnis|respuesta(?:\s+(?:final|correcta))?"
-    r"|resultado(?:\s+final)?|soluci[óo]n|risposta|risultato|resposta|ответ"
+    r"answer(?:\s+(?:to|for|of)\s[^.:!?\n]{1,80}?|\s+choice)?|result|r[ée]ponse(?:\s+finale"
+    r"|\s+correcte)?|r[ée]sultat|antwort|ergebnis|respuesta(?:\s+(?:final|correcta))?"
+    r"|resultado(?:\s+final)?|risposta|risultato|resposta|ответ"
 )
 _IS = (
     r"is|are|was|must\s+be|should\s+be|would\s+be|will\s+be|can\s+only\s+be|comes\s+to|becomes|est|sont"
@@ -41,7 +41,7 @@ _FILLER = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(
-    rf"####(?!#)|\b(?:{_NAMES})\b[*_\s]*(?::|：|\b(?:{_IS})(?![\w'])|(?<==))"
+    rf"####(?!#)|\b(?:solution|l[öo]sung|soluci[óo]n)s?[*_\s]*(?:\b(?:{_IS})(?![\w'])|:(?=[^\n]+\s*\Z))|\b(?:{_NAMES})\b[*_\s]*(?::|：|\b(?:{_IS})(?![\w'])|(?<==))"
     rf"|^[#>*_\s]*(?:final\s+)?(?:{_NAMES})[*_\s]*$"
     r"|(?:答案|答え|结果|結果|选项|解)\s*(?:应该|应当|就)?(?:是|为|為|は|：|:)",
     re.IGNORECASE | re.MULTILINE,
@@ -58,15 +58,21 @@ _FAREWELL = re.compile(
     r"|希望|如果你|如有|done\b|q\.?e\.?d|great|check(?:ing|\s+the)?\b[^=]*$)",
     re.IGNORECASE,
 )
+_FIRST_REASON = re.compile(
+    r"^(?:since|because|as|given(?:\s+that)?|weil|da|comme|como)\s[^,]*(?:,\s*|，)(?=\S)",
+    re.IGNORECASE,
+)
 _BECAUSE = re.compile(
     r",?\s+(?:because|since|which|so\s+that|where|given\s+that|considering|as\s+(?:the|it|we|they|this|a)"
     r"|weil|parce\s+que|porque|puisque)\b|[,，]?\s*因为",
     re.IGNORECASE,
 )
 _NOT = re.compile(
-    r",?\s*(?:\(\s*not|\band\s+not|\bnot|\brather\s+than|\binstead\s+of|\bund\s+nicht|\bnicht|\bnon"
-    r"|\by\s+no|而不是|不是)\s.*$", re.IGNORECASE | re.DOTALL,
-)  # fmt: skip
+    r"(?:(?:,\s*|\(\s*|(?<=[\d$}])\s+)(?:and\s+|und\s+|et\s+|y\s+)?|\b(?:and|und|et|y)\s+)"
+    r"(?:not|nicht|non|no)\s.*$"
+    r"|(?:,\s*|\b)(?:rather\s+than|instead\s+of)\s.*$|，?(?:而不是|不是).*$",
+    re.IGNORECASE | re.DOTALL,
+)
 _NOT_BUT = re.compile(r"^.*?\bnot\s.*?\bbut\s+(?:rather\s+)?", re.IGNORECASE | re.DOTALL)
 _BULLET = re.compile(r"^\s*[-*•]\s+(?=\S)")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -199,6 +205,7 @@ def last_sentence(text: str) -> str:
         sentences = _sentences(_BULLET.sub("", line) if len(lines) > 1 else line)
         while len(sentences) > 1 and (
             _FAREWELL.match(sentences[-1])
+            or not re.search(r"[\w\\]", sentences[-1])
             or (re.fullmatch(r"(?:yes|correct|right|good)", sentences[-1], re.IGNORECASE)
                 and re.search(r"\d", sentences[-2]))
         ):  # fmt: skip
@@ -260,6 +267,7 @@ def _trimmed(sentence: str) -> str:
         denied = _NOT.search(sentence)
         if denied and re.search(r"\w", sentence[: denied.start()]):
             sentence = sentence[: denied.start()]
+    sentence = _FIRST_REASON.sub("", sentence)
     reason = _BECAUSE.search(sentence)
     if reason and re.search(r"\w", sentence[: reason.start()]):
         sentence = sentence[: reason.start()]

@@ -44,7 +44,7 @@ def chosen(statement: str, letters: str = LETTERS) -> str | None:
         if found:
             letter = next(group for group in found.groups() if group).upper()
             return letter if letter in letters else None
-    clause = re.split(r"\b(?:so|hence|thus|therefore)\b,?|，所以|因此", text)[-1]
+    clause = re.split(r"\b(?:so|hence|thus|therefore)\b,?|[;；]|，所以|因此", text)[-1]
     text = clause if re.search(r"[A-Z]", clause) else text
     if _DENIED.search(text):
         return None

@@ -24,13 +24,14 @@ from kd.traces.verifiers.maths.evaluating import value
 from kd.traces.verifiers.maths.expressions import Unreadable, symbols
 from kd.traces.verifiers.maths.plain import plain
 from kd.traces.verifiers.maths.reading import read
-from kd.traces.verifiers.maths.values import Expression, Named, Value, Word
+from kd.traces.verifiers.maths.values import PERCENT, Expression, Named, Value, Word
 from kd.traces.verifiers.maths.words import same_words
 from kd.traces.verifiers.sentences import candidates, read_statement
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
 
 LONGEST_REFERENCE = 4_000
 NO_LETTER = "no letter in the answer"
+_PERCENT = re.compile(r"percent|%|per cent|pourcent|prozent|porcentaje|百分", re.IGNORECASE)
 
 
 def _against(trace: Trace) -> Verdict | None:
@@ -136,10 +137,10 @@ class Exact:
         return _different(text, wanted, "text")
 
 
-def _bare(text: str) -> str:
-    r"""A text without its wrapping; spaces count between words only."""
+def _bare(text: str, ends: str = ".,;:!") -> str:
+    r"""A text without its wrapping and ends; spaces count between words only."""
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", plain(text))
-    text = " ".join(text.split()).strip("\"'` ").rstrip(".,;:!").strip("\"'` ")
+    text = " ".join(text.split()).strip("\"'` ").rstrip(ends).strip("\"'` ")
     return re.sub(r"(?<=\W) | (?=\W)", "", text)
 
 
@@ -166,13 +167,18 @@ class Numeric:
         references = read_number(wanted)
         if references is None:
             return Verdict(UNKNOWN, "reference is not a number", detail=wanted[:120])
+        percent = bool(_PERCENT.search(trace.prompt))
         return _doubted(
-            final_statement(trace.answer), lambda text: self._judge(text, references, wanted)
+            final_statement(trace.answer),
+            lambda text: self._judge(text, references, wanted, percent),
         )
 
-    def _judge(self, text: str, references: tuple[Value, ...], wanted: str) -> Verdict:
+    def _judge(
+        self, text: str, references: tuple[Value, ...], wanted: str, percent: bool
+    ) -> Verdict:
         try:
             answers = read_statement(text)
+            answers = _asked_for_percent(answers) if percent else answers
         except Unreadable as error:
             return Verdict(UNKNOWN, "answer cannot be read", detail=f"{text[:120]!r}: {error}")
         if isinstance(answers[0], Word):
@@ -231,8 +237,9 @@ class Choice:
         if wanted is None:
             return Verdict(UNKNOWN, "reference is not a letter", detail=trace.reference[:120])
         verdict = _doubted(final_statement(trace.answer), lambda text: self.judge(text, wanted))
-        if verdict.reason == NO_LETTER:  # "An answer is hard to find. I pick E."
-            return self.judge(last_sentence(trace.answer), wanted)
+        for other in (last_sentence(trace.answer), trace.answer.strip().split("\n")[0][:20]):
+            if verdict.reason == NO_LETTER:  # "An answer is hard to find. I pick E."
+                verdict = self.judge(other, wanted)
         return verdict
 
     def judge(self, text: str, wanted: str) -> Verdict:
@@ -241,6 +248,16 @@ class Choice:
         if found is None:
             return Verdict(UNKNOWN, NO_LETTER, detail=text[:120])
         return Verdict(CORRECT) if found == wanted else _different(found, wanted, "letter")
+
+
+def _asked_for_percent(answers: tuple[Value, ...]) -> tuple[Value, ...]:
+    """Where the question asks for a percentage, 50 % may also be the reference's 50."""
+    plain_numbers = (
+        Expression(side.node, side.decimals)
+        for side in answers
+        if isinstance(side, Expression) and side.unit == PERCENT
+    )
+    return (*answers, *plain_numbers)
 
 
 @dataclass(frozen=True)
@@ -265,15 +282,21 @@ class Maths:
         except Unreadable:
             references = ()
         letter = reference_letter(wanted)
+        percent = bool(_PERCENT.search(trace.prompt))
         return _doubted(
             final_statement(trace.answer),
-            lambda text: self._judge(text, wanted, references, letter),
+            lambda text: self._judge(text, wanted, references, letter, percent),
         )
 
     def _judge(
-        self, text: str, wanted: str, references: tuple[Value, ...], letter: str | None
+        self,
+        text: str,
+        wanted: str,
+        references: tuple[Value, ...],
+        letter: str | None,
+        percent: bool,
     ) -> Verdict:
-        if _squeezed(text) == _squeezed(wanted):
+        if _bare(text, ".") == _bare(wanted, "."):
             return Verdict(CORRECT)
         if letter is not None:
             return Choice().judge(text, letter)
@@ -283,6 +306,7 @@ class Maths:
             answers = read_statement(text)
         except Unreadable as error:
             return Verdict(UNKNOWN, "answer cannot be read", detail=f"{text[:120]!r}: {error}")
+        answers = _asked_for_percent(answers) if percent else answers
         words = isinstance(answers[0], Word) and isinstance(references[0], Word)
         if words and any(_same(references[0], word) for word in answers):
             return Verdict(CORRECT)
@@ -292,7 +316,3 @@ class Maths:
                 UNKNOWN, "cannot be compared", detail=f"{text[:100]!r}, {wanted[:100]!r}"
             )
         return Verdict(CORRECT) if found else _different(text, wanted, "value")
-
-
-def _squeezed(text: str) -> str:
-    return re.sub(r"[\s.]+$|\s+", "", plain(text))

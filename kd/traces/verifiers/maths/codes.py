@@ -30,6 +30,7 @@ def read_clock(text: str) -> Value | None:
 
 
 def read_ratio(text: str) -> Value | None:
+    text = re.sub(r"^(\d+) to (\d+)$", r"\1:\2", text)
     if ":" not in text:
         return None
     parts = [number(part.strip()) for part in text.split(":")]

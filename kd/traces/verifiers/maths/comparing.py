@@ -151,10 +151,7 @@ def _same_percent(reference: Expression, answer: Expression) -> bool | None:
     if _same_number(hundredth, plain):
         return True
     same_digits = _same_number(share, plain)
-    if not same_digits or share is reference:
-        return same_digits
-    size = value(plain.node, {}) if not symbols(plain.node) else 0
-    return True if _is_real(size) and abs(size) > 1 else None
+    return same_digits if not same_digits or share is reference else None
 
 
 def _convert(reference: Expression, answer: Expression, left: Unit, right: Unit) -> bool | None:

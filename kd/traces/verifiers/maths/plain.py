@@ -35,9 +35,9 @@ _SAME = {
     "degree": "deg", "vee": "lor", "wedge": "land", "mod": "bmod", "mathbf": "text", "bf": "",
     "textbf": "text", "textit": "text", "textrm": "text", "texttt": "text", "textsf": "text",
     "textnormal": "text", "emph": "text", "mbox": "text", "mathrm": "text", "mathit": "text",
-    "mathsf": "text", "boldsymbol": "text", "bm": "text", "operatorname": "text", "rm": "",
-    "displaystyle": "", "textstyle": "", "left": "", "right": "", "limits": "", "big": "",
-    "Big": "", "bigl": "", "bigr": "", "Bigl": "", "Bigr": "", "bigg": "", "Bigg": "",
+    "mathsf": "text", "boldsymbol": "text", "bm": "text", "operatorname": "text", "ce": "text",
+    "rm": "", "displaystyle": "", "textstyle": "", "left": "", "right": "", "limits": "",
+    "big": "",    "Big": "", "bigl": "", "bigr": "", "Bigl": "", "Bigr": "", "bigg": "", "Bigg": "",
     "quad": " ", "qquad": " ", "thinspace": " ", "space": " ", "varepsilon": "epsilon",
     "varphi": "phi", "cosec": "csc", "arcsin": "asin", "arccos": "acos", "arctan": "atan",
     "lg": "log", "implies": "Rightarrow", "textdegree": "deg", "textdollar": "¤",
@@ -161,4 +161,4 @@ def _latex(text: str) -> str:
         if not changed:
             break
     text = _WRAPPED.sub(_unwrapped, re.sub(r"\\text\s*\{\s*\}", "", text))
-    return _LETTER_IN_TEXT.sub(r"\1", text)
+    return _LETTER_IN_TEXT.sub(r" \1", text)

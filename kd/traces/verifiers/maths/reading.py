@@ -72,6 +72,7 @@ def _read(text: str) -> tuple[Value, ...]:
         tidy = whole.group(1).strip()
     if not tidy:
         raise Unreadable("empty")
+    tidy = re.sub(r"^(\d+) ?(?:st|nd|rd|th|\\text\s*\{\s*(?:st|nd|rd|th)\s*\})$", r"\1", tidy)
     readings = [_one(ungrouped(tidy))]
     decimal = with_points(tidy)
     if decimal != tidy:

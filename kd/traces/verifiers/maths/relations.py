@@ -19,6 +19,7 @@ from kd.traces.verifiers.maths.values import (
     all_but,
 )
 
+_NAME = r"(?:\\?[A-Za-z]+|\\[a-z]+\{\w+\})"
 _SIGNS = re.compile(r"\\(?:le|ge|ne|approx|in)(?![A-Za-z])|[<>=]")
 
 
@@ -41,8 +42,7 @@ def _equation(parts: list[str], one: One) -> Value:
     if "" in parts:
         raise Unreadable("an equation without a side")
     for middle in parts[1:-1]:
-        if same_expression(parse(middle), parse(right)) is not True:
-            raise Unreadable("a chain that does not hold")
+        _check_middle(middle, right)
     name = re.sub(r"\s", "", left)
     name = re.sub(r"\\text\{(.*?)\}", r"\1", name)
     if re.fullmatch(r"\([A-Za-z](?:,[A-Za-z])+\)", name) or re.fullmatch(
@@ -50,7 +50,7 @@ def _equation(parts: list[str], one: One) -> Value:
     ):
         return Named("" if name[0] != "(" else name, one(right))
     inverse = r"(?:\^\{?-1\}?)?"
-    if re.fullmatch(rf"\\?[A-Za-z]+'*(?:_\{{?\w+\}}?)?'*{inverse}(?:\([^()]*\))?", name):
+    if re.fullmatch(rf"{_NAME}'*(?:_\{{?\w+\}}?)?'*{inverse}(?:\([^()]*\))?", name):
         value = one(right)
         if name.isalpha() and len(name) > 1:  # AB = 5 is a length, pV = nRT an equation
             constant = not (isinstance(value, Expression) and symbols(value.node))
@@ -61,20 +61,32 @@ def _equation(parts: list[str], one: One) -> Value:
     try:
         first = parse(left)
     except Unreadable:
-        return Named("", one(right)) if re.match(r"\\text", left) else _fail("an unreadable side")
+        value = one(right)  # \lim_{x \to 0} x = 0
+        if re.match(r"\\[A-Za-z]|m\\angle", left) and not _unknowns(value):
+            return Named("", value)
+        raise
     value = one(right)
     if not symbols(first):
         if isinstance(value, Expression) and value.node[0] == "sym":
             return Named(value.node[1], one(left))
         if not (isinstance(value, Expression) and symbols(value.node)):
             return value
-    if not isinstance(value, Expression) or value.unit is not None or len(parts) > 2:
+    if not isinstance(value, Expression) or value.unit is not None:
         raise Unreadable("an equation of several parts")
     return Relation("=", first, value.node)
 
 
-def _fail(why: str) -> Value:
-    raise Unreadable(why)
+def _check_middle(middle: str, right: str) -> None:
+    """The middle of a = b = c: no second name ("x = 3 y = 4"), no other number than the last."""
+    node, last = parse(middle), parse(right)
+    if re.search(r"[\s\d][A-Za-z](?:_\w)?$", middle):
+        raise Unreadable("a second name in an equation")
+    if not symbols(node) and not symbols(last) and same_expression(node, last) is not True:
+        raise Unreadable("a chain that does not hold")
+
+
+def _unknowns(value: Value) -> bool:
+    return not isinstance(value, Expression) or bool(symbols(value.node))
 
 
 def _bound(signs: list[str], nodes: list[Node]) -> Value:

@@ -39,9 +39,9 @@ def tokens_of(text: str) -> list[Token]:
             tokens.append(("number", match.group().strip()))
         elif kind == "word":
             word, spaced = match.group("word"), " " in text[match.start() - 1 : match.start("word")]
-            if word.lower() in _NO_PRODUCT or (
-                len(word) > 2 and word not in _PLAIN_WORDS and (spaced or text[at : at + 1] == " ")
-            ):
+            spaced = spaced or text[at : at + 1] == " "
+            long = len(word) > 2 and word not in _PLAIN_WORDS
+            if spaced and (long or word.lower() in _NO_PRODUCT):
                 raise Unreadable("words")
             tokens += _word(word)
         else:

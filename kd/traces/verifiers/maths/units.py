@@ -28,7 +28,7 @@ def _add(names: str, factor: int | str | Fraction, base: str) -> None:
 
 _PREFIXES = {
     "n": "1/1000000000", "u": "1/1000000", "m": "1/1000", "c": "1/100", "d": "1/10", "k": "1000",
-    "M": "1000000", "G": "1000000000",
+    "M": "1000000", "h": "100", "G": "1000000000",
 }  # fmt: skip
 _LONG = {
     "nano": "n",
@@ -51,7 +51,27 @@ for _short, _names in _SI.items():
         _add(f"{_name} {_name}s", 1, _base)
         for _long, _prefix in _LONG.items():
             _add(f"{_long}{_name} {_long}{_name}s", _PREFIXES[_prefix], _base)
-for _gone in ("dN", "cs", "ds", "dg", "cN", "mB", "cB", "dB", "MB", "GB", "min"):
+for _gone in (
+    "hm",
+    "hs",
+    "hN",
+    "hJ",
+    "hW",
+    "hV",
+    "hB",
+    "ha",
+    "dN",
+    "cs",
+    "ds",
+    "dg",
+    "cN",
+    "mB",
+    "cB",
+    "dB",
+    "MB",
+    "GB",
+    "min",
+):
     _LINEAR.pop(_gone, None)
 _add("sec secs", 1, "s")
 _add("min mins minute minutes Minuten", 60, "s")

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import re
 
+_SUBJECT = re.compile(r"^(?:it|this|that|the \w+)(?: (?:is|are|was))? (?!not\b)", re.IGNORECASE)
 _OPPOSITES = ({"yes", "no"}, {"true", "false"}, {"even", "odd"}, {"left", "right"})
 
 
 def same_words(left: str, right: str) -> bool | None:
     """Words, of which case and small differences of form do not count; symbols' case does."""
+    if bool(_SUBJECT.match(left)) != bool(_SUBJECT.match(right)):
+        left, right = (_SUBJECT.sub("", side) or side for side in (left, right))
     first, second = (re.findall(r"[\w']+", side) for side in (left, right))
     if first == second:
         return True
     if len(first) == len(second) and all(map(_same_word, first, second)):
         return True
+    apart = [pair for pair in zip(first, second, strict=False) if pair[0] != pair[1]]
+    if len(first) == len(second) and len(apart) == 1:
+        if all(re.fullmatch(r"[IVX]+|\d+", word) for word in apart[0]):
+            return False  # Quadrant II, Quadrant III
     lower = [{word.lower() for word in side} for side in (first, second)]
     if any(pair == lower[0] | lower[1] for pair in _OPPOSITES):
         return False
