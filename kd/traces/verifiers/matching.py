@@ -12,12 +12,7 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from kd.traces.trace import Trace
-from kd.traces.verifiers.answers import (
-    Statement,
-    final_answer,
-    final_statement,
-    last_sentence,
-)
+from kd.traces.verifiers.answers import Statement, final_answer, final_statement
 from kd.traces.verifiers.choices import LETTERS, chosen, reference_letter
 from kd.traces.verifiers.maths.comparing import same
 from kd.traces.verifiers.maths.evaluating import value
@@ -26,6 +21,7 @@ from kd.traces.verifiers.maths.plain import plain
 from kd.traces.verifiers.maths.reading import read
 from kd.traces.verifiers.maths.values import PERCENT, Expression, Named, Value, Word
 from kd.traces.verifiers.maths.words import same_words
+from kd.traces.verifiers.phrases import last_sentence
 from kd.traces.verifiers.sentences import candidates, read_statement
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
 
