@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAIRS = ROOT / "tests" / "verdict_pairs.txt"
 README = ROOT / "kd" / "traces" / "README.md"
 BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
-HEADER = "| verifier | pairs | decided | correct | false correct | false wrong | unknown |"
+HEADER = "| verifier | pairs | decided | as labelled | false correct | false wrong | unknown |"
 
 
 class Pair(NamedTuple):
