@@ -104,6 +104,29 @@ def test_hostile_values_raise_and_never_hold():
         planned("assert f(1) * 'ab' == 1").holds([10**9])
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("assert f(1) % 5 == 1", "%999999999d"),
+        ("assert f(1) % 5 == 1", "%*d"),
+        ("assert set(f(1)) == {1}", [k * (2**61 - 1) for k in range(1, 40_000)]),
+        ("assert Counter(f(1)) == {1: 1}", [k * (2**61 - 1) for k in range(1, 40_000)]),
+        ("assert Fraction(f(1)) == 1", "1e999999999"),
+        ("assert int(Decimal(f(1))) == 1", "1e999999999"),
+        ("assert len(list(f(1))) == 1", Opaque("range", "range(10**18)")),
+        ("assert f(1)[0] ** 2 == 1", [7**900_000]),
+    ],
+)
+def test_values_that_would_fill_memory_or_time_are_refused(text, value):
+    with pytest.raises(RAISED):
+        planned(text).holds([value])
+
+
+def test_repeated_values_are_no_attack():
+    assert planned("assert set(f(1)) == {1, 2}").holds([[1, 2] * 1000])
+    assert planned("assert Counter(f(1)) == Counter({1: 1000})").holds([[1] * 1000])
+
+
 def sources(record):
     return [(step.source, step.judges, step.inside) for step in read_asserts(record).steps]
 

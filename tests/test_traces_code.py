@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 from traces_code_cases import ASSERTS, CASES, HUMAN, LOOP, READ, SQUARE, SUM, F, fence
@@ -199,6 +200,40 @@ def test_the_command_line_reaches_every_option(tmp_path, capsys):
         (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
         statuses.append(row["metadata"]["verdict"]["status"])
     assert statuses == ["unknown", "correct", "unknown"]
+
+
+DEEP = "x" + "()" * 1500
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```python\ndef f(\n" + "\n" * 190_000 + "```",
+        "```python\n(\n" * 15_000,
+        "```python\n(\n" * 10_000 + "```\n" * 20,
+        "```python\n```\n" * 12_000,
+        "~~~\n`````python\n(\n" * 8_000 + "```",
+        fence("(" * 190_000),
+        fence("import numpy\n" + DEEP),
+        fence("import numpy\n" + "-" * 150_000 + "1"),
+        fence("x" + ".a" * 90_000),
+        fence("try:\n    import numpy\nexcept " + "a" + "()" * 500 + ": pass"),
+        "x = 1\n" * 30_000 + "(",
+        "a" * 190_000,
+        "> " * 90_000 + "```",
+        "1. " * 60_000,
+        fence("\n".join(f"def f{i}(): return f{i + 1}()" for i in range(4_000))),
+        "\n".join(fence(f"def f{i}(): return f{i + 1}()") for i in range(3_000)),
+    ],
+    ids=range(16),
+)
+def test_hostile_sources_end_soon_and_never_break_the_check(answer):
+    """The check itself is meant: what would run answers that the program crashed."""
+    crashed = Code(lambda *_: Run("done", 1, stderr="crashed"))
+    started = time.process_time()
+    for tests in (SQUARE, SUM, HUMAN):
+        assert crashed(answered(answer, **tests)).status in ("wrong", "unknown")
+    assert time.process_time() - started < 20
 
 
 def test_programs_are_joined_in_the_order_of_the_answer():

@@ -386,6 +386,117 @@ SHAPES = [
     ),
 ]
 
+TRICKS = [
+    (
+        "helpers of the tests that are not there",
+        fence(F),
+        listed("from helpers import near\nassert near(f(2), 4)"),
+        ("unknown", "tests need a package"),
+    ),
+    (
+        "set-up that needs the program's class",
+        fence("class Node:\n    def __init__(self, v): self.v = v\ndef f(n): return n.v"),
+        listed("assert f(root) == 3", test_setup_code="root = Node(3)"),
+        "correct",
+    ),
+    (
+        "a decision kept in a variable",
+        fence("class Any:\n    def __eq__(self, other): return True\ndef f(x): return Any()"),
+        listed("ok = f(2) == 4\nassert ok"),
+        "unknown",
+    ),
+    (
+        "a helper's decision kept in a variable",
+        fence(G),
+        listed("def good(x): return x == 4", "ok = good(f(2))\nassert ok == True"),
+        "unknown",
+    ),
+    (
+        "a helper's decision, wrong",
+        fence("def f(x): return 0"),
+        listed("def good(x): return x == 4", "ok = good(f(2))\nassert ok == True"),
+        "wrong",
+    ),
+    (
+        "the method of a result",
+        fence("class T(str):\n    def startswith(self, s): return True\ndef f(x): return T()"),
+        listed("r = f(2)\nassert r.startswith('a')"),
+        "unknown",
+    ),
+    ("a sum in a variable", fence(F), listed("r = f(2) + f(3)\nassert r == 13"), "correct"),
+    (
+        "a flag set in a branch",
+        fence(G),
+        listed("ok = True\nif f(3) != 9:\n    ok = False\nassert ok"),
+        "wrong",
+    ),
+    (
+        "tests that are not Python",
+        fence(F),
+        listed("assert f(2 == 4"),
+        ("unknown", "tests cannot be read"),
+    ),
+    (
+        "test functions",
+        fence(F),
+        {
+            "test": "from solution import f\n\n"
+            "def test_two():\n    assert f(2) == 4\n\n"
+            "def test_three():\n    x = 3\n    assert f(x) == 9"
+        },
+        "correct",
+    ),
+    (
+        "test functions, wrong",
+        fence(G),
+        {
+            "test": "from solution import f\n\n"
+            "def test_two():\n    assert f(2) == 4\n\ndef test_three():\n    assert f(3) == 9"
+        },
+        ("wrong", "assertion failed"),
+    ),
+    (
+        "test functions for a test runner",
+        fence(F),
+        {
+            "test": "import pytest\n\n"
+            "@pytest.mark.parametrize('x', [1])\ndef test_one(x):\n    assert f(x) == 1"
+        },
+        "unknown",
+    ),
+    (
+        "an exception is wanted",
+        fence("def f(x):\n    if x < 0: raise ValueError\n    return x"),
+        listed("try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass"),
+        "unknown",
+    ),
+    (
+        "two functions in two blocks",
+        fence(F) + "\nand\n" + fence("def g(x):\n    return -x"),
+        listed("assert f(2) == 4", "assert g(2) == -2"),
+        "correct",
+    ),
+    (
+        "input read in one block, used in the next",
+        fence("a, b = map(int, input().split())") + "\nthen\n" + fence("print(a + b)"),
+        SUM,
+        "correct",
+    ),
+    ("output that is tagged as Python", fence(READ) + "\n" + fence("[1, 2, 3]"), SUM, "correct"),
+    (
+        "output after a script",
+        fence("print(5)") + "\n" + fence("[1, 2, 3]"),
+        {"tests": [{"input": "", "output": "5"}]},
+        "correct",
+    ),
+    (
+        "missing behind importlib",
+        fence("import importlib\nnp = importlib.import_module('numpy')"),
+        SUM,
+        ("unknown", "package missing in the sandbox"),
+    ),
+]
+
 NOTHING = [
     ("no tests", fence(READ), {}, ("unknown", "no tests")),
     ("an empty list", fence(READ), {"tests": []}, ("unknown", "no tests")),
@@ -883,6 +994,7 @@ CASES = [
     for group, cases in {
         "extraction": EXTRACTION + MORE_EXTRACTION,
         "shapes": SHAPES,
+        "tricks": TRICKS,
         "nothing to go by": NOTHING,
         "values": VALUES,
         "packages": PACKAGES,

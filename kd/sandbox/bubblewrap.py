@@ -151,7 +151,7 @@ class Bubblewrap:
             *("--ro-bind-data", str(source), "/program/main.py", "--remount-ro", "/"),
             *("--chdir", "/tmp", "--setenv", "PYTHONHASHSEED", "0"),
             *("--json-status-fd", str(status), "--seccomp", str(filters)),
-            *("--", "/usr/bin/prlimit", f"--nproc={tasks}:{tasks}"),
+            *("--", self._tools["prlimit"], f"--nproc={tasks}:{tasks}"),
             *(PYTHON, "-I", "-X", "utf8", "/program/main.py"),
         ]
 

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kd.traces.verifiers.expressions import Inside, Plan, called, plan
+from kd.traces.verifiers.blocks import defined, dotted, parsed
+from kd.traces.verifiers.expressions import Inside, Plan, called, decides, plan
 from kd.traces.verifiers.plain import CONSTANTS, PLAIN
-from kd.traces.verifiers.programs import defined, parsed
 
 LONGEST = 400_000  # characters of tests that are parsed
+# as what tests import the program that they test
+PROGRAMS = {"solution", "solutions", "candidate", "submission", "program", "answer", "main"}
+PROGRAMS |= {"your_module", "my_module", "__main__"}
 
 
 class Refused(ValueError):
@@ -94,28 +97,37 @@ class Asserts:
 
 
 def read_asserts(metadata: Mapping[str, Any]) -> Asserts | None:
-    """The assertions of a record: ``test_list`` (with ``challenge_test_list``) or ``tests`` as
-    statements, with ``test_setup_code`` and ``test_imports``, or ``test`` with a ``check``
-    function and the ``entry_point`` that it is given; None where there are none.
+    """The assertions of a record: ``test_list`` (with ``challenge_test_list``), ``tests`` or
+    ``test`` as statements or functions named ``test_...``, with ``test_setup_code`` and
+    ``test_imports``; or ``test`` with a ``check`` function and the ``entry_point`` that it is
+    given; None where there are none.
 
     Raises:
-        Refused: an assertion is always true.
+        Refused: an assertion is always true, or the tests are not Python.
     """
     setup = "\n".join(
         [*_lines(metadata.get("test_imports")), *_lines(metadata.get("test_setup_code"))]
     )
-    for key in ("test_list", "tests"):
-        listed = metadata.get(key)
-        if isinstance(listed, str) and "assert" in listed and parsed(listed[:LONGEST]):
-            listed = [listed]
-        if isinstance(listed, Sequence) and listed and all(isinstance(t, str) for t in listed):
-            if not isinstance(listed, str) and any("assert" in text for text in listed):
-                more = metadata.get("challenge_test_list") if key == "test_list" else None
-                return _listed([*listed, *_lines(more)], setup)
     text, name = metadata.get("test"), str(metadata.get("entry_point") or "")
     if isinstance(text, str) and "def check(" in text and name.isidentifier():
         return _checked(text, setup, name)
+    for key in ("test_list", "tests", "test"):
+        listed = metadata.get(key)
+        if isinstance(listed, str) and not listed.lstrip().startswith(("[", "{")):
+            listed = [listed]
+        if isinstance(listed, Sequence) and not isinstance(listed, str):
+            texts = [text for text in listed if isinstance(text, str)]
+            if len(texts) == len(listed) and any("assert" in text for text in texts):
+                more = metadata.get("challenge_test_list") if key == "test_list" else None
+                return _listed([*texts, *_lines(more)], setup)
     return None
+
+
+def _tree(text: str) -> ast.Module:
+    tree = parsed(text) if len(text) <= LONGEST else None
+    if tree is None:
+        raise Refused("tests cannot be read", f"not Python: {text[:120]}")
+    return tree
 
 
 def _lines(value: Any) -> list[str]:
@@ -123,12 +135,9 @@ def _lines(value: Any) -> list[str]:
 
 
 def _listed(texts: list[str], setup: str) -> Asserts:
-    trees = [parsed(text[:LONGEST]) for text in texts]
-    whole = ast.Module([item for tree in trees if tree for item in tree.body], [])
-    reader = _Reader(whole, setup)
-    steps: list[Step] = []
-    for text, tree in zip(texts, trees, strict=True):
-        steps += [Step(text)] if tree is None else reader.steps(tree.body)
+    trees = [_tree(text) for text in texts]
+    reader = _Reader(ast.Module([item for tree in trees for item in tree.body], []), setup)
+    steps = [step for tree in trees for step in reader.steps(tree.body)]
     return Asserts(tuple(steps), setup, "", frozenset(reader.names))
 
 
@@ -136,24 +145,28 @@ def _checked(text: str, setup: str, name: str) -> Asserts:
     """HumanEval's form: the statements of ``check``, when they can stand alone."""
     names = frozenset({name})
     whole = Asserts((Step(f"{text}\ncheck(candidate)"),), setup, name, names)
-    tree = parsed(text[:LONGEST])
-    found = [i for i in tree.body if isinstance(i, ast.FunctionDef)] if tree else []
-    check = next((item for item in found if item.name == "check"), None)
-    if tree is None or check is None or [arg.arg for arg in check.args.args] != ["candidate"]:
+    tree = _tree(text)
+    found = [i for i in tree.body if isinstance(i, ast.FunctionDef) and i.name == "check"]
+    if len(found) != 1 or [arg.arg for arg in found[0].args.args] != ["candidate"]:
         return whole
-    alone = (ast.Return, ast.Global, ast.Nonlocal, ast.Yield, ast.Await)
-    if any(isinstance(node, alone) for item in check.body for node in ast.walk(item)):
+    check = found[0]
+    if not _stand_alone(check.body):
         return whole
-    after = [item for item in tree.body if _calls_check(item)]
-    rest = [item for item in tree.body if item is not check and item not in after]
+    rest = [item for item in tree.body if item is not check and not _calls_check(item)]
     setup = "\n".join([setup, *map(ast.unparse, rest)]).strip()
     reader = _Reader(ast.Module(check.body, []), setup)
     return Asserts(tuple(reader.steps(check.body)), setup, name, names)
 
 
+def _stand_alone(body: list[ast.stmt]) -> bool:
+    """Whether the statements of a function mean the same outside it."""
+    bound = (ast.Return, ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await)
+    return not any(isinstance(node, bound) for item in body for node in ast.walk(item))
+
+
 def _calls_check(item: ast.stmt) -> bool:
     call = item.value if isinstance(item, ast.Expr) else None
-    return isinstance(call, ast.Call) and ast.unparse(call.func) == "check"
+    return isinstance(call, ast.Call) and dotted(call.func) == "check"
 
 
 class _Reader:
@@ -162,7 +175,8 @@ class _Reader:
     def __init__(self, tests: ast.Module, setup: str) -> None:
         before = parsed(setup)
         self.own = _functions(tests) | (_functions(before) if before else set())
-        self.data = (defined(before) if before else set()) - self.own - set(PLAIN)
+        self.data: set[str] = set()
+        self.objects: set[str] = set()
         known = set(dir(builtins)) | set(PLAIN) | set(CONSTANTS)
         self.names = called(tests, self.own) - known
         self.tested: set[str] = set()
@@ -171,22 +185,52 @@ class _Reader:
             self.names = self.tested
 
     def steps(self, statements: Iterable[ast.stmt]) -> list[Step]:
+        """The statements as steps, in order."""
         made = []
         for item in statements:
             source = ast.unparse(item)
             if isinstance(item, ast.Assert):
                 made += self._assertion(item, source)
             elif isinstance(item, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-                self.data |= defined(ast.Module([item], []))
+                self._assigned(item)
                 made.append(Step(source, judges=False))
+            elif isinstance(item, ast.FunctionDef) and item.name.startswith("test"):
+                made += self._function(item, source)
             elif isinstance(item, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
-                made.append(Step(source, judges=False))
+                if not _of_the_program(item):
+                    made.append(Step(source, judges=False))
             elif isinstance(item, ast.Expr):
                 judges = bool(called(item, ()) & self.own)
                 made.append(Step(source, judges=judges))
             elif not isinstance(item, ast.Pass):
+                self._forget(item)
                 made.append(Step(source))
         return made
+
+    def _function(self, item: ast.FunctionDef, source: str) -> list[Step]:
+        """A test function's statements, or a call of it where they need it around them."""
+        if item.args.args or item.decorator_list:
+            return [Step(source, judges=False)]  # for a test runner alone
+        if _stand_alone(item.body):
+            return self.steps(item.body)
+        return [Step(f"{source}\n{item.name}()")]
+
+    def _assigned(self, item: ast.Assign | ast.AnnAssign | ast.AugAssign) -> None:
+        """A variable that was given to the program, or that it gave, may be asked for; not one in
+        which the test has decided something."""
+        names = defined(ast.Module([item], []))
+        value = item.value
+        if value is None or isinstance(item, ast.AugAssign) or decides(value, self.own):
+            self._forget(item)
+            return
+        self.data |= names
+        made = dotted(value.func) if isinstance(value, ast.Call) else ""
+        self.objects = self.objects | names if made[:1].isupper() else self.objects - names
+
+    def _forget(self, item: ast.stmt) -> None:
+        names = {n.id for n in ast.walk(item) if isinstance(n, ast.Name)}
+        self.data -= names
+        self.objects -= names
 
     def _assertion(self, item: ast.Assert, source: str) -> list[Step]:
         if isinstance(item.test, ast.Constant) and item.test.value:
@@ -194,7 +238,8 @@ class _Reader:
         if isinstance(item.test, ast.Tuple) and item.test.elts:
             raise Refused("a test that is always true", source[:120])
         try:
-            made = plan(item.test, own=self.own, tested=self.tested, data=self.data)
+            names = {"data": self.data, "objects": self.objects}
+            made = plan(item.test, own=self.own, tested=self.tested, **names)
         except Inside:
             return [Step(source)]
         return [Step(source, made)]
@@ -209,12 +254,18 @@ def _functions(tree: ast.Module) -> set[str]:
             found.add(item.name)
         elif isinstance(item, ast.Import):
             found |= {(alias.asname or alias.name).split(".")[0] for alias in item.names}
-        elif isinstance(item, ast.ImportFrom):
+        elif isinstance(item, ast.ImportFrom) and not _of_the_program(item):
             for alias in item.names:
                 if not alias.asname and f"{item.module}.{alias.name}" in PLAIN:
                     continue
                 found.add(alias.asname or alias.name)
     return found
+
+
+def _of_the_program(item: ast.AST) -> bool:
+    """Whether it imports what it tests."""
+    named = isinstance(item, ast.ImportFrom) and item.module in PROGRAMS
+    return named and not any(alias.asname or alias.name == "*" for alias in item.names)  # type: ignore[attr-defined]
 
 
 def _outermost(item: ast.stmt) -> set[str]:

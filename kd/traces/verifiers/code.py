@@ -9,7 +9,8 @@ from typing import Any
 from kd.traces.trace import Trace
 from kd.traces.verifiers import packages
 from kd.traces.verifiers.asserts import Asserts, Refused, Step
-from kd.traces.verifiers.programs import defined, find_program, parsed
+from kd.traces.verifiers.blocks import defined, parsed
+from kd.traces.verifiers.programs import find_program
 from kd.traces.verifiers.suites import Cases, Wrapped, read_tests
 from kd.traces.verifiers.trials import Backend, Failed, Trials, failure, too_large, unanswered
 from kd.traces.verifiers.values import RAISED, decode, same, same_output, shown
@@ -84,11 +85,13 @@ class Code:
         program = found.program
         if isinstance(tests, Asserts) and tests.name:
             tests, program = _continued(trace, tests, program)
-        sources = {"package missing in the sandbox": program, "tests need a package": tests.sources}
-        for reason, source in sources.items():
-            needed = packages.lost(source, self._trials.available(source))
-            if needed:
-                return Verdict(UNKNOWN, reason, detail=needed)
+        available = self._trials.available(program, tests.sources)
+        needed = packages.lost(tests.sources, available, known=False)
+        if needed:
+            return Verdict(UNKNOWN, "tests need a package", detail=needed)
+        needed = packages.lost(program, available)
+        if needed:
+            return Verdict(UNKNOWN, "package missing in the sandbox", detail=needed)
         return self._judged(self._trials, program, tests)
 
     def _judged(self, trials: Trials, program: str, tests: Cases | Asserts) -> Verdict:

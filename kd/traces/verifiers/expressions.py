@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from kd.traces.verifiers.blocks import dotted
 from kd.traces.verifiers.plain import CONSTANTS, KEYWORDS, OPERATORS, PLAIN, TYPES
 from kd.traces.verifiers.values import RAISED
 
@@ -47,6 +48,7 @@ def plan(
     own: Collection[str] = (),
     tested: Collection[str] = (),
     data: Collection[str] = (),
+    objects: Collection[str] = (),
 ) -> Plan:
     """Take an assertion apart.
 
@@ -54,14 +56,15 @@ def plan(
         test: what is asserted.
         own: names that the test defines: the program could falsify what they compute.
         tested: functions under test whose names are also plain ones (a task may ask for ``sum``).
-        data: variables that the test assigned and the program was given.
+        data: variables that the test assigned and the program was given, or gave.
+        objects: those of them that are objects of the program's classes.
 
     Raises:
         Inside: it cannot be taken apart so that the program could not decide its verdict.
     """
     if isinstance(test, (ast.Tuple, ast.List, ast.Dict, ast.Constant)):
         raise Inside  # always true, or never
-    planner = _Planner(own, tested, data)
+    planner = _Planner(set(own), set(tested), set(data), set(objects))
     try:
         planned = planner.planned(test)
     except RecursionError:
@@ -72,10 +75,8 @@ def plan(
 
 
 class _Planner:
-    def __init__(
-        self, own: Collection[str], tested: Collection[str], data: Collection[str]
-    ) -> None:
-        self.own, self.tested, self.data = set(own), set(tested), set(data)
+    def __init__(self, own: set[str], tested: set[str], data: set[str], objects: set[str]) -> None:
+        self.own, self.tested, self.data, self.objects = own, tested, data, objects
         self.holes: list[str] = []
 
     def planned(self, node: ast.expr) -> ast.expr:
@@ -98,7 +99,7 @@ class _Planner:
             return ast.Dict(list(keys), [self.planned(value) for value in node.values])
         if isinstance(node, ast.Subscript) and _is_constant_index(node.slice):
             return ast.Subscript(self.planned(node.value), node.slice, node.ctx)
-        if isinstance(node, ast.Constant) or _dotted(node) in CONSTANTS:
+        if isinstance(node, ast.Constant) or dotted(node) in CONSTANTS:
             return node
         if isinstance(node, ast.Call) and self._is_plain(node):
             return self._call(node)
@@ -124,13 +125,13 @@ class _Planner:
         return ast.Compare(sides[0], node.ops, sides[1:])
 
     def _is_plain(self, node: ast.Call) -> bool:
-        name = _dotted(node.func)
+        name = dotted(node.func)
         if name == "isinstance":
             return len(node.args) == 2 and _types(node.args[1]) is not None and not node.keywords
         return name in PLAIN and name not in self.tested and name not in self.own
 
     def _call(self, node: ast.Call) -> ast.expr:
-        name = _dotted(node.func)
+        name = dotted(node.func)
         starred = any(isinstance(arg, ast.Starred) for arg in node.args)
         if starred or any(keyword.arg not in KEYWORDS for keyword in node.keywords):
             raise Inside
@@ -152,8 +153,8 @@ class _Planner:
         if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp)):
             return isinstance(node.elt, ast.Call) and self._fillable(node.elt)
         if isinstance(node, ast.Attribute):
-            return isinstance(node.value, ast.Name) and node.value.id in self.data
-        if not isinstance(node, ast.Call) or any(map(_decides, ast.walk(node))):
+            return isinstance(node.value, ast.Name) and node.value.id in self.objects
+        if not isinstance(node, ast.Call) or any(map(_is_verdict, ast.walk(node))):
             return False
         called = node.func
         if isinstance(called, ast.Name):
@@ -162,17 +163,28 @@ class _Planner:
             return False
         made = called.value
         if isinstance(made, ast.Call):  # Solution().f(1); the method of a result would decide
-            maker = _dotted(made.func)
+            maker = dotted(made.func)
             return maker[:1].isupper() and maker not in self.own
         if isinstance(made, ast.Constant):
             return called.attr == "join"
-        return isinstance(made, ast.Name) and made.id in self.data
+        return isinstance(made, ast.Name) and made.id in self.objects
 
 
-def _decides(node: ast.AST) -> bool:
+def _is_verdict(node: ast.AST) -> bool:
     """Whether it makes a truth value of others, which the program could foresee."""
-    name = _dotted(node.func) if isinstance(node, ast.Call) else ""
-    return name in ("all", "any", "isclose", "math.isclose")
+    name = dotted(node.func) if isinstance(node, ast.Call) else ""
+    return name in ("all", "any", "isinstance", "isclose", "math.isclose")
+
+
+def decides(node: ast.expr, own: Collection[str]) -> bool:
+    """Whether a value holds a decision of the test's: a comparison, or what its own names make."""
+    deciding = (ast.Compare, ast.BoolOp, ast.IfExp, ast.Lambda, ast.Not)
+    return any(
+        isinstance(part, deciding)
+        or _is_verdict(part)
+        or (isinstance(part, ast.Name) and part.id in own)
+        for part in ast.walk(node)
+    )
 
 
 def _folded(node: ast.expr) -> ast.expr:
@@ -211,15 +223,15 @@ def _value(node: ast.AST, holes: list[Any]) -> Any:
         return dict(zip(keys, (_value(value, holes) for value in node.values), strict=True))
     if isinstance(node, ast.Subscript):
         return _value(node.value, holes)[ast.literal_eval(node.slice)]
-    name = _dotted(node)
+    name = dotted(node)
     if name in CONSTANTS:
         return CONSTANTS[name]
     assert isinstance(node, ast.Call)
-    if _dotted(node.func) == "isinstance":
+    if dotted(node.func) == "isinstance":
         return isinstance(_value(node.args[0], holes), _types(node.args[1]) or ())
     arguments = [_argument(arg, holes) for arg in node.args]
     keywords = {str(k.arg): _value(k.value, holes) for k in node.keywords}
-    return PLAIN[_dotted(node.func)](*arguments, **keywords)
+    return PLAIN[dotted(node.func)](*arguments, **keywords)
 
 
 def _argument(node: ast.expr, holes: list[Any]) -> Any:
@@ -229,21 +241,13 @@ def _argument(node: ast.expr, holes: list[Any]) -> Any:
 
 def called(tree: ast.AST, own: Collection[str]) -> set[str]:
     """The functions that some tests call by name, their own left out."""
-    calls = {_dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    calls = {dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return {name for name in calls if name.isidentifier() and name not in own}
-
-
-def _dotted(node: ast.AST) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return f"{node.value.id}.{node.attr}"
-    return ""
 
 
 def _types(node: ast.expr) -> tuple[type, ...] | None:
     parts = node.elts if isinstance(node, ast.Tuple) else [node]
-    found = [TYPES.get(_dotted(part)) for part in parts]
+    found = [TYPES.get(dotted(part)) for part in parts]
     return None if None in found else tuple(t for t in found if t is not None)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import packages_distributions
 
 from kd.sandbox import Run
-from kd.traces.verifiers.programs import parsed
+from kd.traces.verifiers.blocks import dotted, parsed
 
 # what programs of data sets import beside the standard library; packages installed here count too
 KNOWN = frozenset(
@@ -77,12 +77,16 @@ class Imports:
                 self._top(part, guarded or caught)
 
 
-def lost(program: str, available: frozenset[str] | None) -> str:
-    """A known package that the program needs from its first lines on and that is not there; ""
-    for none."""
-    if available is None:
-        return ""
-    return next((n for n in Imports(program).certain if _known(n) and n not in available), "")
+def lost(source: str, available: frozenset[str] | None, *, known: bool = True) -> str:
+    """A package that a source needs from its first lines on and that is not there; "" for none.
+
+    Args:
+        source: a program, or tests.
+        available: what can be imported where it runs; None: not known, and nothing is missed.
+        known: only packages that are known to exist, since a program may invent one.
+    """
+    missed = set(Imports(source).certain) - (available or set()) if available else set()
+    return next((name for name in sorted(missed) if _known(name) or not known), "")
 
 
 def lost_on_the_way(program: str, error: str, line: int, available: frozenset[str] | None) -> str:
@@ -122,8 +126,7 @@ def _imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.ImportFrom) and not node.level:
         return [(node.module or "").split(".")[0]]
     if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-        called = ast.unparse(node.func)
-        if called in ("__import__", "import_module", "importlib.import_module"):
+        if dotted(node.func) in ("__import__", "import_module", "importlib.import_module"):
             return [str(node.args[0].value).split(".")[0]]
     return []
 
@@ -132,4 +135,4 @@ def _guards(handler: ast.ExceptHandler) -> bool:
     if handler.type is None:
         return True
     types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-    return any(ast.unparse(each) in _GUARDS for each in types)
+    return any(dotted(each) in _GUARDS for each in types)

@@ -6,19 +6,44 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from kd.traces.verifiers.values import same
+from kd.traces.verifiers.values import bounded_decimal, same, spread
 
 LARGEST = 10**6  # items of a sequence, bits of an integer, that a test may make here
 
 
-def _defaultdict(_: Any = None, content: Any = ()) -> dict[Any, Any]:
-    return dict(content)
+def _of(make: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A set or mapping, when the hashes of its members do not collide."""
+
+    def build(content: Any = ()) -> Any:
+        pairs = make is dict and not isinstance(content, dict)
+        spread([key for key, _ in content] if pairs else content)
+        return make(content)
+
+    return build
+
+
+def _defaultdict(_: Any = None, content: Any = ()) -> Any:
+    return _of(dict)(content)
+
+
+def _fraction(*parts: Any) -> Fraction:
+    if any(isinstance(part, str) and re.search(r"[eE]|\d{5000}", part) for part in parts):
+        raise ValueError("Fraction: too large")
+    return Fraction(*parts)
+
+
+def _remainder(left: Any, right: Any) -> Any:
+    if isinstance(left, (str, bytes, bytearray)):
+        text = left if isinstance(left, str) else left.decode("latin-1")
+        if re.search(r"\d{4}|\*", text):  # a width
+            raise ValueError("format: too wide")
+    return left % right
 
 
 def _range(*bounds: int) -> range:
@@ -30,18 +55,21 @@ def _range(*bounds: int) -> range:
 
 PLAIN: dict[str, Callable[..., Any]] = {
     **{f.__name__: f for f in (abs, all, any, len, max, min, sorted, sum)},
-    **{f.__name__: f for f in (bool, complex, dict, float, frozenset, int, list, set, tuple)},
-    **{f.__name__: f for f in (Counter, Decimal, Fraction, OrderedDict, deque)},
+    **{f.__name__: f for f in (bool, complex, float, int, list, tuple, deque)},
+    **{f.__name__: _of(f) for f in (dict, frozenset, set, Counter, OrderedDict)},
+    "Decimal": bounded_decimal,
+    "Fraction": _fraction,
     "defaultdict": _defaultdict,
     "range": _range,
     "round": round,
     **{f"math.{name}": getattr(math, name) for name in ("isclose", "isnan", "isinf", "sqrt")},
     **{f"math.{name}": getattr(math, name) for name in ("floor", "ceil", "fabs", "log", "exp")},
     "isclose": math.isclose,
-    **{f"collections.{f.__name__}": f for f in (Counter, OrderedDict, deque)},
+    **{f"collections.{f.__name__}": _of(f) for f in (Counter, OrderedDict)},
+    "collections.deque": deque,
     "collections.defaultdict": _defaultdict,
-    "fractions.Fraction": Fraction,
-    "decimal.Decimal": Decimal,
+    "fractions.Fraction": _fraction,
+    "decimal.Decimal": bounded_decimal,
 }
 CONSTANTS = {f"math.{name}": getattr(math, name) for name in ("pi", "e", "inf", "nan", "tau")}
 TYPES: dict[str, type] = {
@@ -71,7 +99,7 @@ OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Mult: _product,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
+    ast.Mod: _remainder,
     ast.Pow: _power,
     ast.BitOr: operator.or_,
     ast.BitAnd: operator.and_,

@@ -69,7 +69,10 @@ def read_tests(metadata: Mapping[str, Any]) -> Cases | Asserts | None:
     Raises:
         Refused: there are tests that cannot decide anything.
     """
-    asserted = read_asserts(metadata)
+    try:
+        asserted = read_asserts(metadata)
+    except RecursionError:
+        raise Refused("tests cannot be read", "they are nested too deeply") from None
     if asserted is not None:
         return asserted
     found: list[tuple[Any, Any, bool]] = []
@@ -118,7 +121,11 @@ def _named(record: Mapping[str, Any]) -> str:
             if isinstance(place.get(key), str) and place[key].strip():
                 return str(place[key]).strip()
     starter = record.get("starter_code")
-    found = re.findall(r"^\s*def\s+(\w+)\s*\(", starter, re.M) if isinstance(starter, str) else []
+    found = (
+        re.findall(r"^[ \t]*def[ \t]+(\w+)[ \t]*\(", starter, re.M)
+        if isinstance(starter, str)
+        else []
+    )
     return found[-1] if found else ""
 
 

@@ -89,9 +89,9 @@ class Trials:
         asked.run = replace(asked.run, seconds=seconds)
         return asked
 
-    def available(self, program: str) -> frozenset[str] | None:
+    def available(self, *sources: str) -> frozenset[str] | None:
         """What can be imported in the sandbox; asked once, and only for who imports something."""
-        if not self._listed and packages.Imports(program).lines:
+        if not self._listed and any(packages.Imports(source).lines for source in sources):
             self._modules, self._listed = packages.modules(self.backend), True
         return self._modules
 
@@ -131,7 +131,9 @@ def failure(run: Run) -> Failed | None:
     if run.status != "done":
         return Failed(run.status)
     if run.code:
-        lines = re.findall(r'^  File "[^"\n]*", line (\d{1,9})', run.stderr, re.MULTILINE)
+        # the last frame that is the program's own
+        frames = r'^  File "(?!<|[^"\n]*/lib/python)[^"\n]*", line (\d{1,9})'
+        lines = re.findall(frames, run.stderr, re.MULTILINE)
         line = int(lines[-1]) if lines else 0
         detail = f"status {run.code}: {run.stderr[-200:]}"
         return Failed("program crashed", detail, run.stderr[-2000:], line)

@@ -18,6 +18,7 @@ from typing import Any
 
 SHORT = 5  # decimals from which on a wanted float is taken as rounded
 _NUMBER = re.compile(r"[-+]?\d{1,40}\.\d{1,40}(?:[eE][-+]?\d{1,3})?")
+LONG = 10_000  # digits of a fraction
 LARGEST = 10**6  # items of a range
 COLLISIONS = 64  # equal hashes in one set; more are an attack on whoever builds it
 
@@ -91,27 +92,27 @@ def _items(make: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 
 
 def _hashed(make: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
-    def build(values: list[Any]) -> Any:
-        _check_hashes(values)
-        return make(values)
-
-    return _items(build)
+    return _items(lambda values: make(spread(values)))
 
 
 def _pairs(make: Callable[[Any], Any]) -> Callable[[list[Any]], Any]:
     def build(parts: list[Any]) -> Any:
         both = [(_decode(key), _decode(value)) for key, value in parts]
-        _check_hashes([key for key, _ in both])
+        spread([key for key, _ in both])
         return make(dict(both))
 
     return build
 
 
-def _check_hashes(values: Iterable[Any]) -> None:
-    """Numbers that are equal modulo 2^61 - 1 have one hash, and a set of many takes for ever."""
-    different = Counter(map(hash, values))
-    if different and max(different.values()) > COLLISIONS:
-        raise Unreadable("the hashes of its values collide")
+def spread(values: Iterable[Any]) -> list[Any]:
+    """The values, when a set of them can be made: numbers that are equal modulo 2^61 - 1 have one
+    hash, and a set of many such takes for ever."""
+    listed = list(values)
+    if len(listed) > COLLISIONS:
+        different = Counter(hash(value) for value in {repr(v): v for v in listed}.values())
+        if max(different.values()) > COLLISIONS:
+            raise Unreadable("the hashes of its values collide")
+    return listed
 
 
 def _range(*parts: Any) -> Any:
@@ -119,11 +120,18 @@ def _range(*parts: Any) -> Any:
     return made if len(made) <= LARGEST else Opaque("range", repr(made))
 
 
-def _decimal(text: str) -> Any:
+def _fraction(top: str, bottom: str) -> Fraction:
+    if len(top) + len(bottom) > LONG:
+        raise Unreadable("a fraction of too many digits")
+    return Fraction(int(top, 16), int(bottom, 16))
+
+
+def bounded_decimal(text: Any = 0) -> Any:
+    """A Decimal; one whose exponent is huge equals nothing."""
     made = Decimal(text)
     # as an integer it would not fit into memory
     small = not made.is_finite() or abs(made.adjusted()) < 10_000
-    return made if small else Opaque("Decimal", text[:80])
+    return made if small else Opaque("Decimal", str(made)[:80])
 
 
 _READERS: dict[str, Callable[..., Any]] = {
@@ -141,8 +149,8 @@ _READERS: dict[str, Callable[..., Any]] = {
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
     "range": _range,
-    "Fraction": lambda top, bottom: Fraction(int(top, 16), int(bottom, 16)),
-    "Decimal": _decimal,
+    "Fraction": _fraction,
+    "Decimal": bounded_decimal,
     "datetime": datetime.datetime.fromisoformat,
     "date": datetime.date.fromisoformat,
     "time": datetime.time.fromisoformat,
