@@ -268,6 +268,13 @@ def test_a_cgroup_that_cannot_be_used_is_named_and_not_used(tmp_path, monkeypatc
     assert sandbox("print(1)").stdout == "1\n"
 
 
+@needs_sandbox
+@pytest.mark.parametrize("small", [{"seconds": 0.01}, {"memory": 10 * 2**20}, {"output": 10}])
+def test_limits_too_small_for_python_are_named(small):
+    with pytest.raises(SandboxClosed, match="too small for Python itself"):
+        Bubblewrap(Limits(**small))
+
+
 @pytest.mark.parametrize("field", ["seconds", "memory", "disk", "output", "processes", "files"])
 def test_limits_must_be_positive(field):
     with pytest.raises(ValueError, match=f"{field} must be above 0, got 0"):

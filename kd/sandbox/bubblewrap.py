@@ -202,9 +202,13 @@ class Bubblewrap:
         try:
             escaped = json.loads(run.stdout)
         except ValueError:
+            if run.status == "sandbox error":
+                fix = "Unprivileged user namespaces may be switched off here; use a remote backend."
+            else:
+                fix = f"The limits may be too small for Python itself: {self.limits}."
+            said = run.stderr[-300:].strip() or "nothing on stderr"
             raise SandboxClosed(
-                f"Bubblewrap: the probe must run, got {run.status}: {run.stderr[-300:].strip()}. "
-                "Unprivileged user namespaces may be switched off here; use a remote backend."
+                f"Bubblewrap: the probe must run, got {run.status}: {said}. {fix}"
             ) from None
         if escaped != {"sum": 5050, "escaped": []}:
             raise SandboxClosed(
