@@ -247,6 +247,16 @@ def test_texts_need_no_chat_template_and_begin_once(tmp_path):
         )
 
 
+def test_ids_alone_need_no_template_that_works(one, tmp_path):
+    """A template of images and text, say, that takes no plain text."""
+    byte_tokenizer("{{ messages[0]['content'][0].text.nothing }}").save_pretrained(
+        tmp_path / "model"
+    )
+    assert one("ids.jsonl", [{"input_ids": A}, {"input_ids": B + C, "lengths": [2, 4]}]) == 0
+    assert len(TeacherCache(one.cache)) == 3
+    assert one("a.jsonl", asked(1), "--append") == 1
+
+
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs datasets")
 def test_a_saved_dataset_is_read_row_by_row(folder):
     from datasets import Dataset

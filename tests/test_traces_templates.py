@@ -87,6 +87,30 @@ def test_a_dropped_turn_is_seen_however_short_it_is(content):
     assert text_of(renderer(CHATML), trace).count("<|im_start|>") == 5
 
 
+@pytest.mark.parametrize(
+    "order, how",
+    [
+        ("messages[:1] + messages[1:-1] | reverse | list + messages[-1:]", "moves it"),
+        ("messages | reverse", "moves it"),
+        ("messages + messages[-1:]", "writes it twice"),
+    ],
+)
+def test_turns_in_another_order_or_twice_are_named(order, how):
+    template = CHATML.replace("in messages %}", f"in {order} %}}", 1)
+    with pytest.raises(RenderError, match=how):
+        renderer(template)(TRACE.replace(metadata={"history": HISTORY * 2}))
+    # the system message may stand where the template likes: Mistral has it in the last question
+    last = CHATML.replace("in messages %}", "in messages[1:] + messages[:1] %}", 1)
+    assert renderer(last)(FULL.replace(metadata={}))
+
+
+@pytest.mark.parametrize("history", [["text"], [{"role": "user"}], [{"content": "x"}], [None]])
+def test_a_history_that_is_none_is_counted(history):
+    with pytest.raises(RenderError, match=r"history\[0\] must be") as caught:
+        renderer(CHATML)(TRACE.replace(metadata={"history": history}))
+    assert caught.value.reason == "earlier turn without role or content"
+
+
 def test_a_tool_or_a_call_that_is_left_out_is_named():
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     tools = "{% if tools %}<tools>{{ tools | tojson }}</tools>\n{% endif %}"

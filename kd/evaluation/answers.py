@@ -26,6 +26,7 @@ class Evaluation:
         samples: (prompt, completion, right) of the first sample of each problem.
         reasons: why verdicts are missing, to how often.
         missed: the first 50 samples that were not found right.
+        sampling: what was sent to the model with every problem.
     """
 
     right: tuple[tuple[bool, ...], ...]
@@ -35,6 +36,7 @@ class Evaluation:
     samples: tuple[tuple[str, str, bool], ...] = field(default=(), repr=False)
     reasons: Mapping[str, int] = field(default_factory=dict, hash=False)
     missed: tuple[Trace, ...] = field(default=(), repr=False)
+    sampling: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     @property
     def accuracy(self) -> float:
@@ -71,6 +73,7 @@ class Evaluation:
             "tokens": self.tokens,
             "undecided": self.undecided,
             "reasons": dict(self.reasons),
+            "sampling": dict(self.sampling),
         }
 
 
@@ -163,8 +166,10 @@ def judged(problems: Sequence[Trace], verdicts: Any, n: int) -> Evaluation:
     tokens: list[int] = []
     reasons: Counter[str] = Counter()
     missed: list[Trace] = []
+    sampling: dict[str, Any] = {}
     for trace, verdict in verdicts:
         number = trace.metadata["number"]
+        sampling = sampling or dict(trace.metadata.get("sampling", {}))
         right[number].append(verdict.correct)
         cut += trace.metadata.get("finish") == "length"
         if verdict.status in ("unknown", "error"):
@@ -186,4 +191,5 @@ def judged(problems: Sequence[Trace], verdicts: Any, n: int) -> Evaluation:
         tuple(samples[i] for i in sorted(samples)),
         dict(reasons.most_common()),
         tuple(missed),
+        sampling,
     )

@@ -43,9 +43,11 @@ class AnyRenderer:
         return self._made
 
     def facts(self) -> dict[str, Any]:
-        """Those of the ``Renderer``; none where there is no chat template."""
-        templated = getattr(self.tokenizer, "chat_template", None)
-        return self.full.facts() if templated or "chat_template" in self._options else {}
+        """Those of the ``Renderer``; none where there is no chat template that can be used."""
+        try:
+            return self.full.facts()
+        except ValueError:  # a trace will raise it again, a text needs no template
+            return {}
 
     def remarks(self) -> list[str]:
         """What the chat template added to the traces, in words."""

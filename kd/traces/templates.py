@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from kd.traces.clock import DATE, clock
@@ -190,9 +191,14 @@ class ChatTemplate:
         found = _PROBE.split(text)
         header, lead = self._before_answer(shape, text, tools)
         frame = Frame(found[::2], list(map(int, found[1::2])), header, lead)
-        for i, name in enumerate(names_of(conversation)):
+        names = names_of(conversation)
+        for i, name in enumerate(names):
             if i not in frame.order:
                 raise lost(name, "leaves it out")
+        turns = [i for i in frame.order if names[i] != "system"]  # which may stand anywhere
+        for before, after in pairwise(turns):
+            if before >= after:
+                raise lost(names[after], "writes it twice" if before == after else "moves it")
         own = "".join(frame.parts)
         for called in function_names([conversation, tools]):
             if called not in own:
