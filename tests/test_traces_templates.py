@@ -328,6 +328,44 @@ def test_qwen3_thinks_or_not_as_its_options_say():
     assert off.facts() != on.facts()
 
 
+EMPTY = "<think>\n\n</think>\n\n"
+THINKS = (  # Qwen3 and its successors: an answer without a thought has an empty one
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ opened }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n", "<think>\n\n", EMPTY])
+@pytest.mark.parametrize("history", [[], HISTORY])
+def test_an_answer_without_a_thought_is_what_the_template_makes_of_it(opened, history):
+    """Independent of us: the template's own text of the whole conversation."""
+    made = renderer(THINKS, template_options={"opened": opened})
+    bare = TRACE.replace(think="", metadata={"history": history})
+    said = [*history, {"role": "user", "content": bare.prompt}]
+    said.append({"role": "assistant", "content": bare.answer})
+    whole = made.tokenizer.apply_chat_template(said, tokenize=False)
+    assert text_of(made, bare) == whole.strip()
+    assert made.seen["empty thoughts"] == (0 if opened == EMPTY else 1)
+    if opened == EMPTY:
+        with pytest.raises(RenderError, match="lets it think"):
+            made(TRACE)
+    else:
+        assert text_of(made, TRACE).count("</think>") == 1
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, CHATML_QWEN, CHATML.replace("{% if add_gen", "{% if 1 or add_gen")]
+)
+@pytest.mark.parametrize("trace", [TRACE, FULL, TRACE.replace(system="s")])
+def test_what_we_write_is_what_the_template_writes(template, trace):
+    made, bare = renderer(template), trace.replace(think="")
+    said = [{"role": "system", "content": bare.system}] if bare.system else []
+    said += [*bare.metadata.get("history", []), {"role": "user", "content": bare.prompt}]
+    said.append({"role": "assistant", "content": bare.answer})
+    assert made.tokenizer.apply_chat_template(said, tokenize=False).startswith(text_of(made, bare))
+
+
 @pytest.mark.parametrize("opened", ["<think>\n", "<think>", "<think>\n\n"])
 def test_an_opened_thought_is_opened_once(opened):
     made = renderer(

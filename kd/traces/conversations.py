@@ -29,7 +29,8 @@ class Frame(NamedTuple):
     parts: list[str]  # one more than messages; the text before, between and after them
     order: list[int]  # the messages in the order in which they are shown
     header: str  # what stands before an answer, where add_generation_prompt does not write it
-    lead: str  # what every answer begins with: a space, or a mark of its channel
+    lead: str  # what every completion begins with: a space, or a mark of its channel
+    bare: str  # what an answer without a thought begins with: that, and perhaps an empty thought
 
 
 def messages(trace: Trace) -> list[dict[str, Any]]:

@@ -41,7 +41,8 @@ class Renderer:
         date: the day, "YYYY-MM-DD", that a template is told which prints today's.
 
     Attributes:
-        seen: how many traces the template gave a "default system prompt" or "trimmed messages".
+        seen: how many traces the template gave a "default system prompt", "empty thoughts" or
+            "trimmed messages".
 
     Raises:
         ValueError: the tokenizer has no template or no end-of-sequence token, or the template
@@ -85,6 +86,11 @@ class Renderer:
                 f"the chat template adds a system prompt to {self.seen['default system prompt']:,} "
                 f"traces that have none: {told.default_system!r:.120}"
             )
+        if self.seen["empty thoughts"]:
+            found.append(
+                "the chat template puts an empty thought before answers that have none: "
+                f"{self.seen['empty thoughts']:,} traces"
+            )
         if self.seen["trimmed messages"]:
             found.append(
                 "the chat template takes white space off the ends of messages: "
@@ -127,7 +133,9 @@ class Renderer:
 
     def parse(self, prompt: str, completion: str, lead: str = "") -> tuple[str, str]:
         """Read (think, answer) back from a rendered text; ``lead`` is what answers begin with."""
-        text = completion.removesuffix(self.turn_end).lstrip().removeprefix(lead.strip())
+        text = completion.removesuffix(self.turn_end).lstrip()
+        if not opened_thought(prompt):
+            text = text.removeprefix(lead.strip())
         opened = self.tags.start.strip()
         middle = self.tags.middle.strip()
         if not opened_thought(prompt) and not text.lstrip().startswith(opened):
@@ -140,9 +148,11 @@ class Renderer:
     def _pieces(self, trace: Trace) -> tuple[list[Piece], list[Piece]]:
         """The prompt and the completion, each text with whose it is."""
         self._refuse_control(trace)
-        prompt, lead = self.template.prompt(trace)
+        prompt, frame = self.template.prompt(trace)
         text, tags, start = _joined(prompt), self.tags, self.tags.start
         opened = opened_thought(text)
+        ours = opened or start.strip() in frame.bare or not closed_thought(frame.bare)
+        lead = frame.bare if not trace.think and ours else frame.lead
         if opened and opened != start.strip():
             raise RenderError(
                 "chat template opens a thought of another form",
@@ -172,8 +182,8 @@ class Renderer:
         if trace.think:
             thought = [Piece("", start), Piece("think", trace.think), Piece("", tags.middle)]
             answer = [*thought, *answer, Piece("", tags.end)]
-        elif opened:  # close the thought that the template has opened
-            answer = [Piece("", tags.middle.lstrip()), *answer]
+        elif opened:  # close the thought that the template has opened, as it does or as we do
+            lead = lead or tags.middle.lstrip()
         return prompt, [Piece("", lead), *answer, Piece("", self.turn_end)]
 
     def _refuse_control(self, trace: Trace) -> None:
@@ -228,7 +238,7 @@ class Renderer:
                 if check:
                     self._check_round_trip(item, prompt, completion, whole, start)
                 outcomes[i] = Rendered(whole, [IGNORE] * start + whole[start:])
-                self._note(item, prompt)
+                self._note(item, prompt, completion[0].text)
             except RenderError as error:
                 outcomes[i] = error
         for item, made in zip(items, outcomes, strict=True):
@@ -261,7 +271,9 @@ class Renderer:
                 "other tags or check the tokenizer's vocabulary.",
             )
 
-    def _note(self, trace: Trace, prompt: Sequence[Piece]) -> None:
+    def _note(self, trace: Trace, prompt: Sequence[Piece], lead: str) -> None:
+        if closed_thought(lead):
+            self.seen["empty thoughts"] += 1
         if not trace.system and self.template.default_system:
             self.seen["default system prompt"] += 1
         shown = {piece.text for piece in prompt if piece.who}

@@ -79,8 +79,8 @@ class ChatTemplate:
             "options": self.options,
         }
 
-    def prompt(self, trace: Trace) -> tuple[list[Piece], str]:
-        """Everything before the answer, in pieces, and what the template has answers begin with.
+    def prompt(self, trace: Trace) -> tuple[list[Piece], Frame]:
+        """Everything before the completion, in pieces, and the conversation's frame.
 
         Raises:
             RenderError: the template refuses the conversation, or loses or changes a message.
@@ -93,8 +93,8 @@ class ChatTemplate:
         for shown in (contents, [content.strip() for content in contents]):  # many templates trim
             pieces = filled(frame, shown, names)
             if "".join(piece.text for piece in pieces) == text:
-                return pieces, frame.lead
-        return located(text, contents, names), frame.lead
+                return pieces, frame
+        return located(text, contents, names), frame
 
     def text(self, trace: Trace) -> str:
         """Everything before the answer."""
@@ -189,8 +189,8 @@ class ChatTemplate:
             return self._frames[key]
         text = self.apply(shape, tools=tools)
         found = _PROBE.split(text)
-        header, lead = self._before_answer(shape, text, tools)
-        frame = Frame(found[::2], list(map(int, found[1::2])), header, lead)
+        around = self._before_answer(shape, text, tools)
+        frame = Frame(found[::2], list(map(int, found[1::2])), *around)
         names = names_of(conversation)
         for i, name in enumerate(names):
             if i not in frame.order:
@@ -209,21 +209,28 @@ class ChatTemplate:
 
     def _before_answer(
         self, shape: list[dict[str, Any]], prompt: str, tools: Any
-    ) -> tuple[str, str]:
-        """What an answered conversation has between the prompt and the answer: (the header that
-        the prompt lacks, what the answer begins with). Thoughts are not taken: we write them."""
+    ) -> tuple[str, str, str]:
+        """(header, lead, bare) of a frame, from the conversation with an answer."""
         try:
             ignored = self.apply(shape, False, tools) == prompt
             answered = self.apply([*shape, _turn("assistant", _ANSWER)], False, tools)
         except RenderError:  # it refuses what only asks
-            return "", ""
+            answered = ""
         before, answer, _ = answered.partition(_PROBES.format(_ANSWER))
         if not answer or not before.startswith(prompt):
-            return "", ""
-        rest = before[len(prompt) :]
-        thoughts = [rest.index(start) for start, *_ in MARKS if start in rest]
-        rest = rest[: min(thoughts)] if thoughts else rest
-        return (rest, "") if ignored and rest.strip() else ("", rest)
+            try:  # as after one question alone
+                plain = self._frame([_turn("user", 0)], None) if len(shape) > 1 else None
+            except RenderError:
+                plain = None
+            return ("", plain.lead, plain.bare) if plain else ("", "", "")
+        bare = before[len(prompt) :]
+        marks = [bare.index(mark) for pair in MARKS for mark in pair[:2] if mark in bare]
+        lead = bare[: min(marks)] if marks else bare  # thoughts are ours to write
+        if opened_thought(prompt):
+            return "", "", bare if marks else ""
+        if ignored and lead.strip():
+            return lead, "", bare[len(lead) :]
+        return "", lead, bare
 
 
 def opened_thought(text: str) -> str:
