@@ -174,7 +174,7 @@ def test_a_server_is_asked_and_its_answers_are_kept(problems, tmp_path, capsys):
     class Answer(BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            content = "<think>\nhm\n</think>\n\nThe answer is 2."
+            content = "<think>\nhm\n</think>\n\n1 + 1 = 2."  # no bare answer
             body = json.dumps(
                 {"choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
             ).encode()
@@ -193,6 +193,10 @@ def test_a_server_is_asked_and_its_answers_are_kept(problems, tmp_path, capsys):
     for _ in range(2):  # the second time nothing is asked again
         assert main(["evaluate", *map(str, arguments)]) == 0
         assert "50.0 %" in capsys.readouterr().out
+    assert main(["evaluate", *map(str, arguments), "--verifier", "choice"]) == 0
+    printed = capsys.readouterr().out
+    assert "undecided, counted as wrong: 2 unknown: reference is not a letter" in printed
+    assert "--verifier maths finds 1 of them correct" in printed
     server.shutdown()
     assert len(asked) == 2 and {request["model"] for request in asked} == {"tiny"}
 

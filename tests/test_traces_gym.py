@@ -41,4 +41,9 @@ def test_reasoning_gym_items_are_scored_by_their_own_scorer():
     kept, report = verify(right + wrong, ReasoningGym(), report=Yield())
     assert [t.answer for t in kept] == [t.answer for t in right]
     assert report["verify"].dropped == {"wrong: scored below 1": 4}
+    (grid,) = gym_problems("mini_sudoku", 1, seed=1)
+    solved = f"It is solved:\n\n{grid.reference}"
+    assert "\n" in grid.reference
+    assert ReasoningGym()(grid.replace(answer=grid.reference)).correct
+    assert not ReasoningGym()(grid.replace(answer=solved.replace("4", "3"))).correct
     assert ReasoningGym()(Trace("q", "t", "a")).label() == "unknown: not a reasoning-gym item"

@@ -61,6 +61,9 @@ def add_parser(subparsers: Any) -> None:
         default=[DEFAULT],
         help=f"several are compared with one another; default: {DEFAULT}",
     )
+    needs = "\n".join(f"  {name:<9}{VERIFIERS[name].needs}" for name in NAMES)
+    verify.epilog = f"what each verifier needs of a trace:\n{needs}"
+    verify.formatter_class = argparse.RawDescriptionHelpFormatter
     _deciding(verify)
     judge = verb("judge", "let a language model compare answers with their references")
     judge.add_argument("--model", required=True, help="the server's name of the judge")

@@ -150,8 +150,9 @@ class ReasoningGym:
         if not item:
             return Verdict(UNKNOWN, "not a reasoning-gym item")
         request = {"task": "gym", "dataset": item["dataset"], "entry": item["entry"]}
-        answer = final_answer(trace.answer[-20_000:])
-        return self._threads.worker.ask({**request, "answer": answer}, self.seconds)
+        whole = trace.answer[-20_000:].strip()
+        answers = list(dict.fromkeys((final_answer(whole), whole)))  # grids take several lines
+        return self._threads.worker.ask({**request, "answers": answers}, self.seconds)
 
 
 def gym_problems(dataset: str, size: int, seed: int = 0, **options: Any) -> list[Trace]:

@@ -15,13 +15,17 @@ MEMORY = 4 * 2**30
 
 
 def gym(request):
-    """reasoning-gym's own scorer for one of its items; anything below 1 is wrong."""
+    """reasoning-gym's own scorer for one of its items; anything below 1 is wrong.
+
+    An answer may come in several forms (its last statement, the whole text): the best one counts.
+    """
     import reasoning_gym
 
     name = request["dataset"]
     if name not in _GYM:
         _GYM[name] = reasoning_gym.create_dataset(name, size=1, seed=0)
-    score = float(_GYM[name].score_answer(request["answer"], request["entry"]))
+    scorer = _GYM[name].score_answer
+    score = max(float(scorer(answer, request["entry"])) for answer in request["answers"])
     status = "correct" if score >= 1.0 else "wrong"
     return [status, "" if status == "correct" else "scored below 1", f"score {score:g}"]
 
