@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd.traces import Trace, Yield, verify
+from kd.traces import Trace, Yield, verifier, verify
 from kd.traces.verifiers.process import ReasoningGym, Worker, gym_problems
 
 
@@ -47,3 +47,33 @@ def test_reasoning_gym_items_are_scored_by_their_own_scorer():
     assert ReasoningGym()(grid.replace(answer=grid.reference)).correct
     assert not ReasoningGym()(grid.replace(answer=solved.replace("4", "3"))).correct
     assert ReasoningGym()(Trace("q", "t", "a")).label() == "unknown: not a reasoning-gym item"
+
+
+FAMILIES = (
+    "chain_sum", "basic_arithmetic", "fraction_simplification", "gcd", "decimal_arithmetic",
+    "complex_arithmetic", "calendar_arithmetic", "letter_counting", "number_sorting",
+    "base_conversion", "simple_equations", "leg_counting", "caesar_cipher", "syllogism", "prime_factorization",
+)  # fmt: skip
+
+
+def test_verdicts_are_those_of_reasoning_gyms_own_scorers():
+    """Right answers in four styles, and the answers to other problems of the family."""
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    styles = ("%s", "The answer is %s.", r"\boxed{%s}", "**Answer:** %s\n\nHope this helps!")
+    counts = {"same": 0, "unknown": 0}
+    for family in FAMILIES:
+        scorer = reasoning_gym.create_dataset(family, size=6, seed=3)
+        items = [scorer[i] for i in range(6)]
+        for item, other in zip(items, items[1:] + items[:1], strict=True):
+            answers = [style.replace("%s", str(item["answer"])) for style in styles]
+            for text, given in [(a, item["answer"]) for a in answers] + [
+                (str(other["answer"]), other["answer"])
+            ]:
+                right = float(scorer.score_answer(str(given), item)) >= 1.0
+                found = verifier("maths")(Trace("q", "t", text, reference=str(item["answer"])))
+                if found.status == "unknown":
+                    counts["unknown"] += 1
+                    continue
+                assert found.correct == right, (family, item["answer"], text, found)
+                counts["same"] += 1
+    assert counts["same"] > 400 and counts["unknown"] < 15

@@ -33,9 +33,10 @@ _SOLVED = re.compile(  # "Solution:" may open the work as well as close it
 _CHINESE = re.compile(r"(?:答案|答え|结果|結果|选项|解)\s*(?:应该|应当|就)?(?:是|为|為|は|：|:)")
 _HEADING = re.compile(rf"[#>*_\s]*(?:final\s+)?(?:{_NAMES})[*_\s]*", re.IGNORECASE)
 _EMPTY = re.compile(
-    r"(?:clear|correct|right|wrong|obvious|as\s+follows|below|above|found|known|consistent|verified"
-    r"|confirmed|unique|reasonable|unchanged|in\s+the|not(?!\s.*\bbut\b))\b",
-    re.IGNORECASE,
+    r"(?:(?:clear|correct|right|wrong|obvious|as\s+follows|below|above|found|known|consistent|verified"
+    r"|confirmed|unique|reasonable|unchanged)\b(?=\s*(?:[.,;:!*]|$|and|because|since|with|for))"
+    r"|in\s+the\b|not\b(?!\s.*\bbut\b))",
+    re.IGNORECASE | re.MULTILINE,
 )
 _FAREWELL = re.compile(
     r"\W*(?:let\s+me\s+know|i\s+hope|hope\s+(?:this|that|it)|feel\s+free|if\s+you|would\s+you|do\s+you"

@@ -28,6 +28,9 @@ _HEDGED = re.compile(
 _SMALL_WORDS = set(
     "of in on to per and ways for at as is if by a an the was are all out day men".split()
 )
+_WORKED = re.compile(
+    r"(?<![\w.=<>])\\?[-$€£(\d][\d\s+\-*/×÷().,$€£%\\]*=[^=]+$"
+)  # 5 + 10 = 15 dollars
 _A_NUMBER = re.compile(
     r"(?:\\?[$€£]\s?)?(?<![\w.\\^_{])-?\d[\d,]*(?:\.\d+)?(?!\w)(?:\s*/\s*\d+)?(?:\s?\\?%)?"
 )
@@ -62,12 +65,15 @@ def candidates(text: str) -> Iterator[str]:
         ):
             first -= 1
         yield ", ".join(inside.strip() for _, _, inside in formulas[first:])
+    worked = _WORKED.search(text)
+    if worked and worked.start() and not formulas and not _HEDGED.search(text):
+        yield worked.group()
     numbers = _A_NUMBER.findall(text)
     prose = re.search(r"[A-Za-z]{2}", text) and not re.search(
         r"[\\^*=+{}\[\]_!|<>≤≥]", text.replace("\\$", "")
     )
     if len(numbers) == 1 and prose and not formulas and not _HEDGED.search(text):
-        after = re.match(r"\s*([A-Za-z]+)", text.partition(numbers[0])[2])
+        after = re.match(r"\s*([^\W\d_]+)", text.partition(numbers[0])[2])
         if not after or len(after[1]) > 3 or after[1].lower() in _SMALL_WORDS:
             yield numbers[0]
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from kd.traces.verifiers.maths.codes import congruent
-from kd.traces.verifiers.maths.equations import equations, same_equation
+from kd.traces.verifiers.maths.equations import equations, proportion, same_equation
 from kd.traces.verifiers.maths.evaluating import close, numbers, same_expression, value
 from kd.traces.verifiers.maths.expressions import Node, has, symbols
 from kd.traces.verifiers.maths.units import Unit
@@ -194,13 +194,14 @@ def _same_inequality(reference: Value, answer: Value) -> bool | None:
     if not (isinstance(reference, Relation) and isinstance(answer, Relation)):
         return None
     flip = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne", "=": "="}
-    sides = [reference.left, reference.right, answer.left, answer.right]
-    first = ("add", sides[0], ("neg", sides[1]))
-    second = ("add", sides[2], ("neg", sides[3]))
-    if reference.sign == answer.sign and same_expression(first, second):
-        return True
-    if flip[reference.sign] == answer.sign and same_expression(first, ("neg", second)):
-        return True
+    first = ("add", reference.left, ("neg", reference.right))
+    second = ("add", answer.left, ("neg", answer.right))
+    factor = proportion(first, second)
+    if factor is not None:
+        return reference.sign == (answer.sign if factor > 0 else flip[answer.sign])
+    solved = reference.left[0] == "sym" and reference.left == answer.left
+    if solved and reference.sign == answer.sign:
+        return same_expression(reference.right, answer.right)
     return None
 
 
@@ -236,6 +237,8 @@ def _rename(node: Node, old: str, new: str) -> Node:
 def _same_code(reference: Value, answer: Value) -> bool | None:
     if not (isinstance(reference, Coded) and isinstance(answer, Coded)):
         return _code_and_number(reference, answer)
+    if {reference.kind, answer.kind} == {"clock", "ratio"}:
+        reference, answer = _as_ratio(reference), _as_ratio(answer)
     if reference.kind != answer.kind:
         return None
     left, right = reference.parts, answer.parts
@@ -262,6 +265,14 @@ def _same_code(reference: Value, answer: Value) -> bool | None:
     if not same_expression(nodes[1], others[1]):
         return False
     return congruent(nodes[0], others[0], nodes[1])
+
+
+def _as_ratio(code: Coded) -> Coded:
+    """5:12 is a time of day, or a ratio where it stands beside one."""
+    if code.kind == "ratio":
+        return code
+    hour, minute = code.parts[:2]
+    return Coded("ratio", (("num", Fraction(hour)), ("num", Fraction(minute))))  # type: ignore[call-overload]
 
 
 def _same_clock(left: Sequence[Any], right: Sequence[Any]) -> bool | None:

@@ -33,8 +33,18 @@ def same_equation(left: tuple[Node, Node], right: tuple[Node, Node]) -> bool | N
     first, second = (("add", a, ("neg", b)) for a, b in (left, right))
     if symbols(first) != symbols(second):
         return False if symbols(first) and symbols(second) else None
-    names = sorted(symbols(first))
-    ratios = []
+    if proportion(first, second) is not None:
+        return True
+    solved = left[0][0] == right[0][0] == "sym" and left[0] == right[0]
+    if solved and left[0][1] not in symbols(left[1]) | symbols(right[1]):
+        return same_expression(left[1], right[1])
+    return False if _different_roots(first, second, sorted(symbols(first))) else None
+
+
+def proportion(first: Node, second: Node) -> float | None:
+    """The constant that one term is of the other, as far as there is one."""
+    names = sorted(symbols(first) | symbols(second))
+    ratios: list[Any] = []
     for shift in range(1, 6):
         point = {
             name: Fraction(7 * shift + 3 * i + 1, 11 + shift + i) for i, name in enumerate(names)
@@ -43,16 +53,12 @@ def same_equation(left: tuple[Node, Node], right: tuple[Node, Node]) -> bool | N
             over, under = value(first, point), value(second, point)
         except Unreadable:
             continue
-        if not over or not under:
-            continue
-        exact = isinstance(over, Fraction) and isinstance(under, Fraction)
-        ratios.append(over / under if exact else _real(over) / _real(under))
-    if len(ratios) >= 3 and all(close(ratios[0], ratio) for ratio in ratios[1:]):
-        return True
-    solved = left[0][0] == right[0][0] == "sym" and left[0] == right[0]
-    if solved and left[0][1] not in symbols(left[1]) | symbols(right[1]):
-        return same_expression(left[1], right[1])
-    return False if _different_roots(first, second, names) else None
+        if over and under:
+            exact = isinstance(over, Fraction) and isinstance(under, Fraction)
+            ratios.append(over / under if exact else _real(over) / _real(under))
+    if len(ratios) < 3 or not all(close(ratios[0], ratio) for ratio in ratios[1:]):
+        return None
+    return float(ratios[0]) if not getattr(ratios[0], "imag", 0) else None
 
 
 def _real(number: Any) -> Any:

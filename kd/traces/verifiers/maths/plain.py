@@ -161,4 +161,5 @@ def _latex(text: str) -> str:
         if not changed:
             break
     text = _WRAPPED.sub(_unwrapped, re.sub(r"\\text\s*\{\s*\}", "", text))
+    text = re.sub(r"\\text\s*\{\s*([A-Za-z]{1,3})\s*\}(?=\s*_)", r"\1", text)
     return _LETTER_IN_TEXT.sub(r" \1", text)

@@ -23,16 +23,17 @@ from kd.traces.verifiers.maths.several import (
     read_matrix,
     read_union,
 )
-from kd.traces.verifiers.maths.units import read_unit
+from kd.traces.verifiers.maths.units import Unit, read_unit
 from kd.traces.verifiers.maths.values import PERCENT, Expression, Value, Word
 
+_CJK = "\u3040-\u30ff\u4e00-\u9fff"
 _HEDGE = re.compile(
     r"^(?:approximately|about|around|roughly|nearly|ca\.|environ|etwa|\\approx|=)\s*", re.IGNORECASE
 )
 _NOT_A_LABEL = re.compile(
     r"\b(?:or|and|more|less|than|not|least|most|over|under|times|half|dozen|hundred|thousand|million|billion"
     r"|trillion|plus|minus|squared|cubed|factorial|base|mod|percent|to|between|through|negative|if|"
-    r"sin|cos|tan|ln|log|sqrt|pi|choose|modulo|points?|remainder|out|k|e|i|th|st|nd|rd)\b",
+    r"sin|cos|tan|ln|log|sqrt|pi|choose|modulo|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|points?|remainder|out|k|e|i|th|st|nd|rd)\b",
     re.IGNORECASE,
 )
 _SCALES = {
@@ -43,7 +44,8 @@ _SCALE = re.compile(rf"^(-?[\d.]+) ({'|'.join(_SCALES)})\b(.*)", re.IGNORECASE)
 _STEP = re.compile(r"(\d+(?:\.\d+)?) ?([A-Za-z]+),?(?: and)?(?: |$)")
 _LETTERS = r"((?:\\text\s*\{[^{}]*\}|[A-Za-z])(?:\s*\^\s*\d)?)"
 _TAIL = re.compile(
-    r"(.*?[\d)}\]!]|.*?\\pi)\s*((?:\\text\s*\{[^{}]*\}|\\deg|[A-Za-z¤€£]).*)", re.DOTALL
+    r"(.*?[\d)}\]!]|.*?\\pi)(?![eE][-+]?\d)\s*((?:\\text\s*\{[^{}]*\}|\\deg|[A-Za-z¤€£]).*)",
+    re.DOTALL,
 )
 
 
@@ -72,6 +74,7 @@ def _read(text: str) -> tuple[Value, ...]:
         tidy = whole.group(1).strip()
     if not tidy:
         raise Unreadable("empty")
+    tidy = re.sub(rf"(?<=[\d}}])\s*(?![^\d]*[万亿億千百十分半])[{_CJK}]{{1,6}}$", "", tidy)
     tidy = re.sub(r"^(\d+) ?(?:st|nd|rd|th|\\text\s*\{\s*(?:st|nd|rd|th)\s*\})$", r"\1", tidy)
     readings = [_one(ungrouped(tidy))]
     decimal = with_points(tidy)
@@ -116,9 +119,12 @@ def _quantity(text: str, one: One) -> Value | None:
         rest = text.replace(text.lstrip("- ")[0], "", 1).strip()
         amount = one(rest)
         if isinstance(amount, Expression):
-            if amount.unit is not None and unit is not None and amount.unit.of != unit.of:
-                raise Unreadable("two currencies")
-            return Expression(amount.node, amount.decimals, unit, "")
+            behind = re.sub(r"^-?[\d.,]+\s*|\\text|[{}]", "", rest).strip()
+            if amount.unit is not None and amount.unit.of != (unit and unit.of):
+                if _money(amount.unit):
+                    raise Unreadable("two currencies")
+            label = behind if amount.label or amount.unit not in (None, unit) else ""
+            return Expression(amount.node, amount.decimals, unit, label)
         return None
     percent = re.fullmatch(
         r"(.*\S)\s*(?:%|\\text\s*\{\s*(?:%|percent)\s*\}|percent|per cent|Prozent|pour cent)", text
@@ -126,6 +132,7 @@ def _quantity(text: str, one: One) -> Value | None:
     if percent:
         return Expression(parse(percent[1]), _decimals(percent[1]), PERCENT)
     given, text = text, _SCALE.sub(lambda m: f"{m[1]}*{_SCALES[m[2].lower()]}{m[3]}", text)
+    text = re.sub(r"\\mu\s*(?=[A-Za-z]\b)", " u", text)
     text = re.sub(r"\\deg\s*(?:\\text\s*\{)?\s*([CF])\b\}?", r" deg\1", text)
     text = re.sub(rf"(?<=\d)\s*\\frac\s*\{{{_LETTERS}\}}\s*\{{{_LETTERS}\}}", r" \1/\2", text)
     match = _TAIL.fullmatch(text)
@@ -134,6 +141,12 @@ def _quantity(text: str, one: One) -> Value | None:
     head, tail = match.group(1).strip(), match.group(2).strip()
     if not tail.startswith("\\") and len(tail) == 1 and not text[:-1].endswith(" "):
         return None  # 5m is five times m
+    if tail.startswith("\\deg") and re.search(r"sin|cos|tan|cot|sec|csc", head):
+        return None  # the degrees are the function's
+    rate = re.fullmatch(r"(\\text\s*\{\s*)?(\w+) (per .*|an? .*?|/ .*?)\}?", tail)
+    paid = read_unit(rate[2]) if rate else None
+    if rate and paid is not None and _money(paid):
+        return Expression(parse(head), _decimals(head), paid, rate[3])
     unit = read_unit(tail)
     label = ""
     if unit is None:
@@ -152,6 +165,10 @@ def _quantity(text: str, one: One) -> Value | None:
     if unit is not None and not unit.of:
         unit = None
     return Expression(node, _decimals(head), unit, label)
+
+
+def _money(unit: Unit) -> bool:
+    return len(unit.of) == 1 and unit.of[0] in {(name, 1) for name in ("USD", "EUR", "GBP")}
 
 
 def _compound(text: str, one: One) -> Value | None:

@@ -19,7 +19,7 @@ from kd.traces.verifiers.maths.values import (
     all_but,
 )
 
-_NAME = r"(?:\\?[A-Za-z]+|\\[a-z]+\{\w+\})"
+_NAME = r"(?:\\?[A-Za-z]+|\\frac\{d\w?\}\{d\w\}|\\[a-z]+\{\w+\})"
 _SIGNS = re.compile(r"\\(?:le|ge|ne|approx|in)(?![A-Za-z])|[<>=]")
 
 
@@ -30,11 +30,22 @@ def read_relation(text: str, one: One) -> Value | None:
     parts = [part.strip() for part in _SIGNS.split(text)]
     if signs[0] == "\\in" and len(signs) == 1 and re.fullmatch(r"\w|\([\w, ]+\)", parts[0]):
         return one(parts[1])
-    if set(signs) <= {"=", "\\approx"}:
+    if "\\approx" in signs:
+        return _about(text, one)
+    if set(signs) == {"="}:
         return _equation(parts, one)
-    if "=" in signs or "\\approx" in signs or "\\in" in signs or "" in parts:
+    if "=" in signs or "\\in" in signs or "" in parts:
         raise Unreadable("signs of several kinds")
     return _bound(signs, [parse(part) for part in parts])
+
+
+def _about(text: str, one: One) -> Value:
+    """1/6 ≈ 0.17 states 1/6; x ≈ 0.17 has nothing better than 0.17."""
+    exact, _, rounded = (part.strip() for part in text.partition("\\approx"))
+    if re.fullmatch(rf"{_NAME}(?:_\{{?\w+\}}?)?(?:\([^()]*\))?", exact.replace(" ", "")):
+        return Named(exact, one(rounded))
+    one(rounded)
+    return one(exact)
 
 
 def _equation(parts: list[str], one: One) -> Value:
@@ -91,6 +102,8 @@ def _unknowns(value: Value) -> bool:
 
 def _bound(signs: list[str], nodes: list[Node]) -> Value:
     """Inequalities: a region of one unknown where the other sides are constant."""
+    if len(nodes) == 2 and nodes[0][0] == "abs" and signs[0] in ("<", "\\le"):  # |x| < 1
+        nodes, signs = [("neg", nodes[1]), nodes[0][1], nodes[1]], 2 * signs
     middle = [node for node in nodes if symbols(node)]
     if len(middle) != 1 or middle[0][0] != "sym":
         if len(signs) == 1:

@@ -161,8 +161,10 @@ def read_union(text: str, one: One) -> Value | None:
     if "\\cup" not in text:
         return None
     spans: list[tuple[Node, Node, bool, bool]] = []
-    for part in text.split("\\cup"):
-        found = one(part.strip())
+    found_parts = [one(part.strip()) for part in text.split("\\cup")]
+    if all(isinstance(found, Several) and found.form == "{}" for found in found_parts):
+        return Several(tuple(item for part in found_parts for item in part.items), "{}")  # type: ignore[union-attr]
+    for found in found_parts:
         if isinstance(found, Several) and found.form == "()" and len(found.items) == 2:
             found = as_interval(found) or found
         if not isinstance(found, Region):

@@ -125,6 +125,7 @@ def read_unit(text: str) -> Unit | None:
     words = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text)
     words = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", words)
     words = re.sub(r"\b(?:degrees?|deg) (?=Celsius|Fahrenheit)", "", words)
+    words = re.sub(r"/\s*\(([^()]*)\)", lambda m: "/" + "/".join(m[1].split()), words)
     words = re.sub(r"\bper\b", "/", words).replace("µ", "u").strip()
     factor, powers, sign, pending, last = Fraction(1), dict[str, int](), 1, 1, ""
     at = 0

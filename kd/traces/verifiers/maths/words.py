@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _SUBJECT = re.compile(r"^(?:it|this|that|the \w+)(?: (?:is|are|was))? (?!not\b)", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:the|an?)\s+(?=\w{2})", re.IGNORECASE)
 _OPPOSITES = ({"yes", "no"}, {"true", "false"}, {"even", "odd"}, {"left", "right"})
 
 
@@ -12,7 +13,7 @@ def same_words(left: str, right: str) -> bool | None:
     """Words, of which case and small differences of form do not count; symbols' case does."""
     if bool(_SUBJECT.match(left)) != bool(_SUBJECT.match(right)):
         left, right = (_SUBJECT.sub("", side) or side for side in (left, right))
-    first, second = (re.findall(r"[\w']+", side) for side in (left, right))
+    first, second = (re.findall(r"[\w']+", _ARTICLE.sub("", side)) for side in (left, right))
     if first == second:
         return True
     if len(first) == len(second) and all(map(_same_word, first, second)):
