@@ -52,7 +52,8 @@ def test_reasoning_gym_items_are_scored_by_their_own_scorer():
 FAMILIES = (
     "chain_sum", "basic_arithmetic", "fraction_simplification", "gcd", "decimal_arithmetic",
     "complex_arithmetic", "calendar_arithmetic", "letter_counting", "number_sorting",
-    "base_conversion", "simple_equations", "leg_counting", "caesar_cipher", "syllogism", "prime_factorization",
+    "base_conversion", "simple_equations", "leg_counting", "caesar_cipher", "syllogism",
+    "prime_factorization",
 )  # fmt: skip
 
 
