@@ -11,6 +11,8 @@ only look like them, and prints for each kind how many were found and how many w
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -131,20 +133,39 @@ def near_rows() -> Iterable[Row]:
     yield from _templates()
 
 
+PUZZLES = (
+    "ab",
+    "acre",
+    "bf",
+    "emoji_mystery",
+    "figlet_font",
+    "isomorphic_strings",
+    "modulo_grid",
+    "n_queens",
+    "ransom_note",
+    "rectangle_count",
+    "string_insertion",
+    "word_ladder",
+)
+
+
 def _templates() -> Iterable[Row]:
-    """Real problems of a hundred templates, whose questions all differ."""
+    """Real problems of one template each, whose questions all differ."""
     try:
         import reasoning_gym
     except ModuleNotFoundError:
         return
-    items = reasoning_gym.create_dataset("gsm_symbolic", size=1500, seed=1)
-    asked = {item["question"]: item["metadata"]["answer_cot"] for item in items}
-    traces = [Trace(question, thought, "Done.") for question, thought in asked.items()]
-    report = Yield()
-    kept = sum(1 for _ in near_duplicates(traces, report=report))
-    yield Row(
-        "near duplicates", "gsm_symbolic, all different", False, len(traces), len(traces) - kept
-    )
+    sets = {"gsm_symbolic, all different": [("gsm_symbolic", 1500)]}
+    sets["twelve families of puzzles, all different"] = [(name, 40) for name in PUZZLES]
+    for kind, families in sets.items():
+        asked: dict[str, str] = {}
+        for name, size in families:
+            with contextlib.redirect_stdout(io.StringIO()):  # one of them prints dots
+                items = list(reasoning_gym.create_dataset(name, size=size, seed=1))
+            asked |= {x["question"]: x["metadata"].get("answer_cot", PROSE) for x in items}
+        traces = [Trace(question, thought, "Done.") for question, thought in asked.items()]
+        kept = sum(1 for _ in near_duplicates(traces, report=Yield()))
+        yield Row("near duplicates", kind, False, len(traces), len(traces) - kept)
 
 
 BOILER = " Put your final answer within \\boxed{}. Think step by step before you answer."

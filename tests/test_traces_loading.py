@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.traces import Trace, Yield, load, write_traces
+from kd.traces import Lint, Trace, Yield, load, write_traces
 from kd.traces.columns import ShapeError
 from kd.traces.loading import to_dataset
 from kd.traces.shapes import normalise, problem
@@ -302,6 +302,188 @@ def test_your_own_column_names_can_be_given():
     columns = {"my_question": "prompt", "my_reply": "response"}
     traces = list(load([{"my_question": "q", "my_reply": "a"}], columns=columns))
     assert traces[0].prompt == "q"
+
+
+T = "t."
+ASK, SAY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+PAIR = {"prompt": "q", "response": "a"}
+LABELS = ["off", "on", True, False, 1, 0, "high", "None", "enabled", "no_think", "/no_think"]
+LABELS += ["detailed thinking off", "thinking on", {"type": "enabled"}, "N/A", "v2", "o3-mini"]
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("column", ["reasoning", "thinking", "think", "Reasoning"])
+def test_a_label_is_no_thought_in_any_shape(label, column):
+    rows = [
+        {**PAIR, column: label},
+        {"prompt": "q", "answer": "a", column: label},
+        {"messages": [ASK, SAY], column: label},
+        {"messages": [ASK], "response": "a", column: label},
+        {"messages": [ASK, {**SAY, column: label}]},
+        {"input": [ASK], "output": "a", column: label},
+    ]
+    for row in rows:
+        trace = normalise(row)
+        assert (trace.prompt, trace.think, trace.answer) == ("q", "", "a"), row
+    assert column.lower() not in normalise(rows[0]).think
+
+
+@pytest.mark.parametrize("thought", ["Five.", "so and", "x = 4, then", "Okay. ", "\u5148\u52a0"])
+def test_a_short_thought_is_a_thought(thought):
+    assert normalise({**PAIR, "reasoning": thought}).think == thought.strip()
+    assert normalise({"messages": [ASK, {**SAY, "reasoning": thought}]}).think == thought.strip()
+
+
+@pytest.mark.parametrize("value, text", [(0, "0"), (0.0, "0.0"), (False, "False"), (True, "True")])
+def test_values_that_python_calls_empty_are_answers_and_references(value, text):
+    assert normalise({"question": "q", "response": "a", "answer": value}).reference == text
+    assert normalise({"question": "q", "answer": value}).answer == text
+    assert normalise({"question": value, "answer": "a"}).prompt == text
+    assert normalise({"messages": [ASK, SAY], "ground_truth": value}).reference == text
+    assert normalise({"messages": [ASK, {"role": "assistant", "content": value}]}).answer == text
+    assert normalise({**PAIR, "reward_model": {"ground_truth": value}}).reference == text
+    assert problem({"question": "q", "answer": value}).reference == text
+    nested = {"prompt": [ASK], "reward_model": {"ground_truth": value}, "data_source": "x"}
+    assert (problem(nested).reference, problem(nested).source) == (text, "x")
+    for absent in (None, "", " ", float("nan"), [], {}):
+        assert normalise({"question": "q", "response": "a", "answer": absent}).reference == ""
+        assert normalise({"question": "q", "response": absent, "output": value}).answer == text
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        ({"prompt": [ASK], "response": "<think>t</think>a"}, ("q", "t", "a")),
+        ({"prompt": [ASK], "response": "a", "reasoning_content": "t."}, ("q", "t.", "a")),
+        ({"prompt": {"role": ["user"], "content": ["q"]}, "output": "a"}, ("q", "", "a")),
+        ({"prompt": "q", "completion": [SAY]}, ("q", "", "a")),
+        ({"prompt": "q", "response": {**SAY, "reasoning_content": "t."}}, ("q", "t.", "a")),
+        ({"prompt": "q", "response": {"content": "a"}}, ("q", "", "a")),
+        ({"input": json.dumps([ASK]), "output": "a"}, ("q", "", "a")),
+        ({"conversation": [ASK, SAY], "turn": 1}, ("q", "", "a")),
+        ({"turns": 2, **PAIR}, ("q", "", "a")),
+        ({"dialogue": "two speak", **PAIR}, ("q", "", "a")),
+        ({"instruction": "i", "context": "c", "response": "a"}, ("i\n\nc", "", "a")),
+        (
+            {"prompt": '{"content": "no turn"}', "response": "a"},
+            ('{"content": "no turn"}', "", "a"),
+        ),
+        ({"prompt": "[1, 2] sorted?", "response": "[1, 2]"}, ("[1, 2] sorted?", "", "[1, 2]")),
+        ({"prompt": "q", "response": json.dumps([SAY])}, ("q", "", json.dumps([SAY]))),
+        ({"messages": [{"role": "\u7528\u6237", "content": "q"}, SAY]}, ("q", "", "a")),
+        ({"messages": [ASK, {"role": "ai", "parts": [{"text": "a"}]}]}, ("q", "", "a")),
+        ({"messages": [ASK, {**SAY, "content": {"type": "text", "text": "a"}}]}, ("q", "", "a")),
+        (
+            {
+                "messages": [
+                    ASK,
+                    {**SAY, "reasoning_details": [{"type": "reasoning.text", "text": T}]},
+                ]
+            },
+            ("q", "t.", "a"),
+        ),
+        ({"messages": [ASK, {**SAY, "reasoning": "<think>t.</think>"}]}, ("q", "t.", "a")),
+        (
+            {"messages": [ASK, {**SAY, "content": f"<think>{T}</think>a", "think": T}]},
+            ("q", T, "a"),
+        ),
+        ({"messages": [ASK, {**SAY, "reasoning": {"content": "t."}}]}, ("q", "t.", "a")),
+        ({"row_idx": 0, "row": PAIR}, ("q", "", "a")),
+    ],
+)
+def test_turns_and_texts_are_told_apart(record, expected):
+    trace = normalise(record)
+    assert (trace.prompt, trace.think, trace.answer) == expected
+
+
+@pytest.mark.parametrize(
+    "text, think",
+    [
+        ("<THINK>t</THINK>\na", "t"),
+        ("<Thought>t</Thought>\n<Output>a</Output>", "t"),
+        ("<think>t</think>\n<response>\na\n</response>", "t"),
+        ("<think>t</think><ANSWER>a</ANSWER>", "t"),
+        ("[THINK]t, [x] and <b>[/THINK]a", "t, [x] and <b>"),
+        ("\u25c1think\u25b7\u25c1/think\u25b7a", ""),
+        ("Here is my thought process:\nt\nHere is my response:\na", "t"),
+        ("Here are my reasoning steps:\nt\n[BEGIN FINAL RESPONSE]\na\n[END FINAL RESPONSE]", "t"),
+        ("<unused94>thought\nt<unused95>a", "t"),
+        ("<|channel|>final<|message|>a<|return|>", ""),
+        (
+            "<|channel|>analysis<|message|>t<|end|><|start|>assistant<|channel|>analysis<|message|>"
+            "u<|end|><|start|>assistant<|channel|>final<|message|>a",
+            "t\n\nu",
+        ),
+        ("<seed:think>\nt\n</seed:think>\na", "t"),
+    ],
+)
+def test_thoughts_of_other_families_are_split_and_pass_the_lint(text, think):
+    trace = normalise({"prompt": "q", "response": text})
+    assert (trace.think, trace.answer) == (think, "a")
+    assert Lint()(trace) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<|channel|>commentary to=functions.f<|message|>{}<|call|>",
+        "<scratchpad>t</scratchpad>a",
+        "<|thinking|>t<|/thinking|>a",
+        "<think>t</think>a</seed:think>",
+        "<think>t</think>a [/THINK] b",
+        "\u25c1think\u25b7 a \u25c1think\u25b7",
+        "<|channel>thought\nt<channel|>a",
+        "<rationale>t</rationale>a",
+    ],
+)
+def test_marks_that_nobody_has_understood_do_not_pass_as_plain_answers(answer):
+    trace = normalise({"prompt": "q", "response": answer})
+    reason = Lint()(trace.replace(answer=trace.answer or "a"))
+    assert reason == "nested or second think tag"
+
+
+def test_lost_parts_and_called_tools_are_counted_by_name_and_do_not_pass_the_lint():
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    call = {"function": {"name": "look_up", "arguments": "{}"}}
+    tool = {"role": "tool", "name": "look_up", "content": "4"}
+    rows = [
+        {"messages": [{"role": "user", "content": [picture, picture, "q"]}, SAY]},
+        {"messages": [{"role": "user", "content": "<image>\nq"}, SAY], "image": "x.jpg"},
+        {"messages": [ASK, {**SAY, "tool_calls": [call]}]},
+        {"messages": [ASK, {**SAY, "function_call": {"name": "add"}}]},
+        {"messages": [ASK, {**SAY, "content": [{"type": "tool_use", "name": "add"}, "a"]}]},
+        {"messages": [ASK, {**SAY, "tool_calls": [call]}, tool, SAY]},
+        {"messages": [ASK, {**SAY, "content": None, "tool_calls": json.dumps([call])}]},
+        {"messages": [ASK, {**SAY, "tool_calls": []}]},
+        {"messages": [ASK, {**SAY, "tool_calls": None}]},
+    ]
+    report = Yield()
+    kept = list(load(rows, report=report))
+    reasons = ["parts that are not text"] * 2 + ["tool call"] * 3 + [None] * 2
+    assert [Lint()(trace) for trace in kept] == reasons
+    tally = report["load"]
+    assert tally.dropped == {"tool turns": 1, "tool call without an answer": 1}
+    assert tally.notes["tools"] == {"look_up": 3, "add": 2}
+    assert tally.notes["lost_parts"] == {"image_url": 2, "image, video or audio": 1}
+
+
+def test_folders_that_datasets_saved_are_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list([PAIR] * 3).save_to_disk(tmp_path / "one")
+    DatasetDict({"a": Dataset.from_list([PAIR]), "b": Dataset.from_list([PAIR])}).save_to_disk(
+        tmp_path / "two"
+    )
+    assert [trace.source for trace in load(tmp_path / "one")] == ["one"] * 3
+    assert [trace.prompt for trace in load(tmp_path / "two")] == ["q", "q"]
+
+
+def test_records_by_their_names_and_api_errors(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps({"id1": PAIR, "id2": PAIR}, indent=1))
+    assert len(list(load(tmp_path / "x.json"))) == 2
+    failed = {"response": {"status_code": 429, "body": {"error": {"message": "slow down"}}}}
+    with pytest.raises(ShapeError, match="teacher failed: .*slow down"):
+        normalise({"custom_id": "1", **failed})
 
 
 def test_problems_come_from_any_record_with_a_question():

@@ -16,7 +16,7 @@ from kd.traces.words import OPERATORS, plain, tokens, words
 from kd.traces.yields import Yield
 
 KEY = 4  # words that lead from a text to a question
-STRIDE = 8  # words from one look at a thought to the next
+STRIDE = 5  # words from one look at a thought to the next
 COMMON = 32  # a key of more questions leads to none, but for the rarest of each question
 PHRASE = 5  # words that several questions share are a phrase, and no question's own
 SMALL = 8  # own pairs of the shortest question that has look-alikes

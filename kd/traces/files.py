@@ -103,6 +103,12 @@ class _Lines:
         return flat
 
 
+def table_rows(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows as a table can hold them: dicts as JSON text, no lone surrogates."""
+    lines = _Lines()
+    return (lines.flat(row) for row in rows)
+
+
 def whole_text(text: str) -> str:
     """A text whose halves of surrogate pairs are joined, and those without another U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

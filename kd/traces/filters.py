@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kd.traces.loops import loops
 from kd.traces.trace import Trace, has_marks
 from kd.traces.yields import Yield
 
@@ -46,11 +46,10 @@ _CODE = re.compile(r"^\s{0,3}(`{3,}|~{3,}).*?(?:^\s{0,3}\1|\Z)|`[^`\n]*`", re.MU
 _COMMENT = re.compile(
     r"(?:^|(?<=\s)|(?<=;))//.*$|(?<=\S)[ \t]+#.*$|/\*.*?\*/", re.MULTILINE | re.DOTALL
 )
-_CYCLE = 4  # lines in turn
-_WORD = re.compile(r"[^\W\d_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]")
-_COMMAND = re.compile(r"\\[a-zA-Z]+(?:\{[a-z]*\})?")
-# rows: of Markdown, LaTeX, lists of lists, cells between tabs
-_ROW = re.compile(r"^\||\|$|&.*\\\\|\t|^[\[{].*[\]}],?$")
+_STATEMENT = re.compile(
+    r"^\s*(?:def |class |import |from \w+ import|for .*:$|if .*:$|\w+ = \w|return )", re.MULTILINE
+)
+_LINE = re.compile(r"^[ \t]*#[^\n]*", re.MULTILINE)
 _FENCE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.MULTILINE)
 
 
@@ -110,82 +109,6 @@ class Lint:
         return None
 
 
-def loops(text: str, repeats: int = 12) -> bool:
-    """Whether a text goes round in circles: a line, or up to four lines in turn, again and again;
-    a period at its end; or so little in it that it packs to a thirtieth. Linear in the text.
-
-    Rows of tables and matrices, and digits, may be equal: ten times as many count, and digits in
-    a row from 10,000 characters.
-    """
-    runs, recent = [0] * _CYCLE, [""] * _CYCLE
-    for line in text.split("\n"):
-        line = line.strip()
-        if not line:
-            continue
-        for back in range(_CYCLE):
-            if line != recent[-1 - back]:
-                runs[back] = 0
-                continue
-            runs[back] += 1
-            if runs[back] >= (repeats - 1) * (back + 1) and len(line) > 2:
-                cycle = "\n".join(recent[-1 - back :])
-                if runs[back] >= (repeats * _patience(cycle) - 1) * (back + 1):
-                    return True
-        recent = [*recent[1:], line]
-    # of a text that ends in circles, the last few letters come again and again
-    if len(text) >= 200 and text[-2000:].count(text[-16:]) >= 6 and _circles(text, repeats):
-        return True
-    if len(text) >= 4000:
-        sample = text[-100_000:].encode("utf-8", "replace")
-        if len(zlib.compress(sample, 1)) * 30 < len(sample):
-            prose = "\n".join(line for line in text.split("\n") if _patience(line) < 10)
-            return len(prose) >= 4000
-    return False
-
-
-def _bare(text: str) -> bool:
-    """Whether there are no words and no equations in it: digits, signs, LaTeX."""
-    return "=" not in text and _WORD.search(_COMMAND.sub("", text)) is None
-
-
-def _patience(cycle: str) -> int:
-    """How much longer than prose a cycle may go on: rows are equal by nature, words often."""
-    lines = cycle.strip().split("\n")
-    if _bare(cycle) or all(_ROW.search(line.strip()) for line in lines):
-        return 10
-    return 4 if all(line.strip().isalnum() and line.isascii() for line in lines) else 1
-
-
-def _circles(text: str, repeats: int) -> bool:
-    """Whether a text of 200 characters or more ends in one period, ``repeats`` times in a row."""
-    period = _period(text[-2000:], repeats)
-    if not period:
-        return False
-    cycle = text[-period:]
-    if not _bare(cycle):
-        need = max(200, repeats * _patience(cycle) * period)
-    else:
-        need = 10_000
-    return len(text) >= need and text[-need:-period] == text[-need + period :]
-
-
-def _period(text: str, repeats: int) -> int:
-    """The period in which a text ends, 200 characters or ``repeats`` times long; 0 for none
-    (found from the end by the borders of its prefixes, as Knuth, Morris and Pratt do)."""
-    backwards = text[::-1]
-    border = [0] * len(text)
-    k = 0
-    for i in range(1, len(backwards)):
-        while k and backwards[i] != backwards[k]:
-            k = border[k - 1]
-        k += backwards[i] == backwards[k]
-        border[i] = k
-        period = i + 1 - k
-        if i + 1 >= 200 and period > 2 and i + 1 >= repeats * period:
-            return period
-    return 0
-
-
 @dataclass(frozen=True)
 class Tokens:
     """Bounds on the length of thought and answer in the student's tokens.
@@ -238,7 +161,8 @@ class OneLanguage:
             if not found:
                 continue
             if asked is None:
-                asked = _asked(f"{trace.system}\n{trace.prompt}")
+                said = [str(turn.get("content")) for turn in trace.metadata.get("history", ())]
+                asked = _asked("\n".join([trace.system, *said, trace.prompt]))
             total = sum(found.values()) + len(_LATIN.findall(text))
             foreign = sum(count for name, count in found.items() if name not in asked)
             if foreign > max(2, self.share * total):
@@ -260,7 +184,11 @@ def _prose(text: str) -> str:
     """A text without its code: fenced, between backquotes, or a comment behind a statement."""
     if "`" in text:
         text = _CODE.sub(" ", text)
-    return _COMMENT.sub(" ", text) if "#" in text or "//" in text or "/*" in text else text
+    if "#" in text or "//" in text or "/*" in text:
+        text = _COMMENT.sub(" ", text)
+        if _STATEMENT.search(text):  # else "# ..." is a heading
+            text = _LINE.sub(" ", text)
+    return text
 
 
 def scripts(text: str) -> dict[str, int]:

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kd.traces.columns import ShapeError, call_names
+from kd.traces.columns import ShapeError
+from kd.traces.files import table_rows
 from kd.traces.records import BadRecord, expand, read_records
 from kd.traces.shapes import every_sample, normalise, problem
 from kd.traces.trace import Trace
+from kd.traces.turns import call_names
 from kd.traces.yields import Tally, Yield, metered
 
 _HUB = re.compile(r"^[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:@[\w.\[\]:%-]+)?$")
@@ -128,19 +130,33 @@ def _records(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, str, int
             for index, record in enumerate(_hub(source)):
                 yield source, source, index, record
             return
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            yield from _saved(path)
+            return
         files = expand(path)
         for file in files:
             name = file.name.partition(".")[0]
+            place = file.name if file == path else file.relative_to(path)
             try:
                 for index, record in enumerate(read_records(file)):
-                    yield file.name, name, index, record
+                    yield str(place), name, index, record
             except ValueError as error:
                 if files == [path]:
                     raise
-                yield file.name, name, 0, BadRecord("file not read", str(error))
+                yield str(place), name, 0, BadRecord("file not read", str(error))
         return
     for index, record in enumerate(source):
         yield "", "", index, record
+
+
+def _saved(folder: Path) -> Iterator[tuple[str, str, int, Any]]:
+    """The records of a folder that ``datasets`` saved, of all its splits."""
+    from datasets import load_from_disk
+
+    found = load_from_disk(str(folder))
+    for split, rows in found.items() if isinstance(found, dict) else [("", found)]:
+        for index, record in enumerate(rows):
+            yield split or folder.name, folder.name, index, record
 
 
 def _hub(address: str) -> Iterable[Any]:
@@ -156,9 +172,6 @@ def _hub(address: str) -> Iterable[Any]:
 
 def to_dataset(traces: Iterable[Trace]) -> Any:
     """A ``datasets.Dataset`` of the traces; metadata becomes JSON text."""
-    import json
-
     from datasets import Dataset
 
-    rows = [trace.to_dict() for trace in traces]
-    return Dataset.from_list([{**row, "metadata": json.dumps(row["metadata"])} for row in rows])
+    return Dataset.from_list(list(table_rows(trace.to_dict() for trace in traces)))

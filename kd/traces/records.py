@@ -10,12 +10,13 @@ import codecs
 import io
 import json
 import re
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from kd.traces.columns import QUESTIONS, TURNS, are_turns
+from kd.traces.columns import KNOWN, QUESTIONS, TURNS
+from kd.traces.streams import BLOCK, Stream, blocks
+from kd.traces.turns import are_turns
 
 LONGEST_LINE = 256 * 2**20
 PLAIN = (".jsonl", ".ndjson", ".json")
@@ -34,9 +35,10 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
     (b"{\0", "utf-16-le"),
+    (b"[\0", "utf-16-le"),
     (b'\0{\0"', "utf-16-be"),
+    (b"\0[\0{", "utf-16-be"),
 )
-_BLOCK = 1 << 16
 _ROWS = 256
 _SHAPED = {*QUESTIONS, *TURNS}
 _GAP = re.compile(r"[\s,]*")
@@ -91,8 +93,8 @@ def read_records(path: str | Path) -> Iterator[Any]:
         if magic == b"PAR1" or _named(path, (".parquet",)):
             yield from _parquet_records(path)
             return
-        stream = _Stream(_blocks(file, magic))
-        yield from _text_records(io.BufferedReader(stream, _BLOCK), stream)
+        stream = Stream(blocks(file, magic))
+        yield from _text_records(io.BufferedReader(stream, BLOCK), stream)
 
 
 def is_lines(path: str | Path) -> bool:
@@ -104,78 +106,7 @@ def is_lines(path: str | Path) -> bool:
         return file.read(2) == b'{"'
 
 
-class _Cut(Exception):
-    """Packed data break off."""
-
-
-class _Stream(io.RawIOBase):
-    """The unpacked bytes of a file; where packed data break off it ends, and ``cut`` says how."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks = blocks
-        self._rest = memoryview(b"")
-        self.cut = ""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            try:
-                self._rest = memoryview(next(self._blocks))
-            except StopIteration:
-                return 0
-            except _Cut as error:
-                self.cut = str(error)
-                return 0
-        size = min(len(buffer), len(self._rest))
-        buffer[:size] = self._rest[:size]
-        self._rest = self._rest[size:]
-        return size
-
-
-def _blocks(file: IO[bytes], magic: bytes) -> Iterator[bytes]:
-    if magic.startswith(b"\x1f\x8b"):
-        yield from _gunzipped(file)
-    elif magic == b"\x28\xb5\x2f\xfd":
-        import pyarrow
-
-        packed = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
-        try:
-            while block := packed.read(_BLOCK):
-                yield block
-        except OSError as error:
-            raise _Cut(str(error)) from None
-    else:
-        while block := file.read(_BLOCK):
-            yield block
-
-
-def _gunzipped(file: IO[bytes]) -> Iterator[bytes]:
-    """All members of a gzip file; what comes before a fault is kept (``gzip`` would lose it)."""
-    unpacker, inside = zlib.decompressobj(31), False
-    while block := file.read(_BLOCK):
-        while block:
-            before = unpacker.copy()
-            try:
-                data, inside = unpacker.decompress(block), True
-            except zlib.error as error:
-                for i in range(len(block)):
-                    try:
-                        yield before.decompress(block[i : i + 1])
-                    except zlib.error:
-                        break
-                raise _Cut(str(error)) from None
-            yield data
-            block = b""
-            if unpacker.eof:
-                block = unpacker.unused_data.lstrip(b"\0")
-                unpacker, inside = zlib.decompressobj(31), False
-    if inside:
-        raise _Cut("the packed data end early")
-
-
-def _text_records(file: io.BufferedReader, stream: _Stream) -> Iterator[Any]:
+def _text_records(file: io.BufferedReader, stream: Stream) -> Iterator[Any]:
     lines, first = _lines(file), True
     for line in lines:
         if isinstance(line, BadRecord):
@@ -322,11 +253,18 @@ def _unwrapped(value: Any) -> Iterator[Any]:
         if isinstance(inner, list) and inner and not are_turns(inner):
             yield from inner
             return
+        if value and value.keys().isdisjoint(KNOWN) and _all_mappings(value.values()):
+            yield from value.values()  # records by their names
+            return
     elif isinstance(value, list) and value and not are_turns(value):
         if any(isinstance(row, Mapping) or are_turns(row) for row in value):
             yield from value
             return
     yield value
+
+
+def _all_mappings(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, Mapping) and value.keys() & _SHAPED for value in values)
 
 
 def _parquet_records(path: Path) -> Iterator[Any]:

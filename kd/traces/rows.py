@@ -7,7 +7,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from kd.traces.columns import ANSWERS, QUESTIONS, TURNS, ShapeError, are_turns
+from kd.traces.columns import ANSWERS, QUESTIONS, TURNS, ShapeError
 from kd.traces.conversations import RenderError
 from kd.traces.documents import documents
 from kd.traces.loading import _records
@@ -16,6 +16,7 @@ from kd.traces.rendering import Renderer
 from kd.traces.shapes import normalise
 from kd.traces.tokens import IGNORE, Rendered, plain
 from kd.traces.trace import Trace
+from kd.traces.turns import are_turns
 from kd.traces.yields import Tally, Yield, metered
 
 _BATCH = 256
@@ -195,10 +196,6 @@ def _outcomes(
 
 def _items(source: str | Path | Iterable[Any]) -> Iterator[tuple[Any, Item]]:
     """Every record with what is to be rendered of it."""
-    if isinstance(source, (str, Path)) and (Path(source) / "state.json").is_file():
-        from datasets import load_from_disk
-
-        source = load_from_disk(str(source))
     for file, _, index, record in _records(source):
         where = f"record {index} of {file or 'the data'}"
         record = {"messages": record} if are_turns(record) else record

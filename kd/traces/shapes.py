@@ -30,22 +30,20 @@ from kd.traces.columns import (
     SYSTEMS,
     TURNS,
     ShapeError,
-    are_turns,
-    conversation,
     first,
     given,
     is_label,
     make,
     reference_of,
     rest_of,
-    role_of,
     split_answer,
     stored,
     text_of,
     thought_of,
-    turns_of,
 )
+from kd.traces.responses import body_of, curator, response
 from kd.traces.trace import TEXT_FIELDS, Trace, split_completion
+from kd.traces.turns import are_turns, conversation, role_of, turns_of
 
 _CHATML = re.compile(
     r"<\|im_start\|>(\w+)\n?(.*?)(?:<\|im_end\|>|(?=<\|im_start\|>)|\Z)", re.DOTALL
@@ -127,8 +125,11 @@ def _plain(record: Any) -> Mapping[str, Any]:
 def _unknown(record: Mapping[str, Any]) -> ShapeError:
     """Why a record is of no shape, in the words that help to mend it."""
     keys = f"keys {', '.join(map(str, record))}"[:300]
-    if record.get("error"):
-        return ShapeError("teacher failed", str(record["error"])[:200])
+    said = record.get("response")
+    body = said.get("body") if isinstance(said, Mapping) else None
+    failed = record.get("error") or (body.get("error") if isinstance(body, Mapping) else None)
+    if failed:
+        return ShapeError("teacher failed", str(failed)[:200])
     known = [key for key in (*QUESTIONS, *ANSWERS) if key in record]
     if {"chosen", "rejected"} <= record.keys():
         return ShapeError("preference pair", f"{keys}; name the column to learn from as response")
@@ -159,7 +160,7 @@ def every_sample(record: Any) -> list[Any]:
             }
             rows.append({**kept, **flags, "reference": reference, "response": text, "sample": i})
         return rows
-    body = _body(record)
+    body = body_of(record)
     choices = body.get("choices") if body else None
     if isinstance(choices, list) and len(choices) > 1:
         return [{**record, "choices": [choice], "sample": i} for i, choice in enumerate(choices)]
@@ -176,51 +177,6 @@ def _kd(record: Mapping[str, Any]) -> Trace:
         return Trace.from_dict({**record, **texts})
     except (TypeError, ValueError) as error:
         raise ShapeError("bad metadata", str(error)) from None
-
-
-def _response(record: Mapping[str, Any]) -> Trace:
-    body = _body(record)
-    assert body is not None
-    choices = body["choices"]
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
-        raise ShapeError("response without choices", f"choices is {choices!r:.80}")
-    message = choices[0].get("message")
-    if not isinstance(message, Mapping):
-        raise ShapeError("response without a message", f"choice has {', '.join(choices[0])}")
-    asked = stored(first(record, ("messages", "request", *QUESTIONS)) or body.get("messages"))
-    if isinstance(asked, Mapping):
-        asked = asked.get("body", asked).get("messages")
-    rest = rest_of(record, "choices", "response", "messages", "request", "object", *QUESTIONS)
-    rest["finish"] = choices[0].get("finish_reason")
-    usage = body.get("usage")
-    if isinstance(usage, Mapping):
-        rest |= {k: usage[k] for k in ("prompt_tokens", "completion_tokens") if k in usage}
-    turn = {**message, "role": "assistant"}
-    if isinstance(asked, list):
-        trace = conversation({**record, "messages": [*asked, turn]}, "messages")
-        return trace.replace(metadata={**trace.metadata, **rest})
-    if not asked:
-        raise ShapeError("response without its prompt", f"keys {', '.join(map(str, record))}")
-    turns = [{"role": "user", "content": asked}, turn]
-    trace = conversation({**record, "messages": turns}, "messages")
-    return trace.replace(metadata={**trace.metadata, **rest})
-
-
-def _curator(record: Mapping[str, Any]) -> Trace:
-    """A line of Curator's response cache."""
-    request = record["generic_request"]
-    asked = request.get("messages") if isinstance(request, Mapping) else None
-    if not isinstance(asked, list):
-        raise ShapeError("response without its prompt", "generic_request has no messages")
-    if record.get("response_errors"):
-        raise ShapeError("teacher failed", str(record["response_errors"])[:200])
-    said = record["response_message"]
-    turn = said if isinstance(said, Mapping) else {"content": said}
-    row = request.get("original_row")
-    row = {k: v for k, v in row.items() if k not in QUESTIONS} if isinstance(row, Mapping) else {}
-    row["messages"] = [*asked, {**turn, "role": "assistant"}]
-    trace = conversation(row, "messages")
-    return trace.note(finish=record.get("finish_reason"))
 
 
 def _s1(record: Mapping[str, Any]) -> Trace:
@@ -268,21 +224,18 @@ def _pair(record: Mapping[str, Any]) -> Trace:
     if isinstance(value, list) and len(value) > 1 and _texts(value):
         raise ShapeError("several answers", f"{key} holds {len(value)}; ask for all samples")
     column, thought = thought_of(record)
-    spoken = stored(record[asked])
-    if _speaks(spoken) or _speaks(stored(value)):
+    spoken = _turns_in(record[asked])
+    said = _turns_in(value) if spoken or not isinstance(value, str) else []
+    if spoken or said:
         # a list of turns on one side or on both (verl, TRL, Nemotron)
-        turns = (
-            turns_of(spoken, asked) if _speaks(spoken) else [{"role": "user", "content": spoken}]
-        )
-        said = stored(value)
-        if not _speaks(said):
-            said = {"role": "assistant", "content": value, "reasoning_content": thought}
+        turns = spoken or [{"role": "user", "content": record[asked]}]
+        alone = {"role": "assistant", "content": value, "reasoning_content": thought}
         kept = {k: v for k, v in record.items() if k not in (asked, key, column)}
-        more = [said] if isinstance(said, Mapping) else said
-        return conversation({**kept, "messages": [*turns, *more]}, "messages")
+        return conversation({**kept, "messages": [*turns, *(said or [alone])]}, "messages")
     prompt = text_of(record[asked], asked)
-    if asked == "instruction" and given(record.get("input")):
-        prompt = f"{prompt}\n\n{text_of(record['input'], 'input')}"
+    more = next((key for key in ("input", "context") if given(record.get(key))), "")
+    if asked == "instruction" and more:  # Alpaca, Dolly
+        prompt = f"{prompt}\n\n{text_of(record[more], more)}"
     think, answer = split_answer(text_of(value, key), thought)
     used, reference = reference_of(record, *(("answer",) if key != "answer" else ()))
     rest = rest_of(record, *SYSTEMS, column, asked, key, used)
@@ -290,31 +243,16 @@ def _pair(record: Mapping[str, Any]) -> Trace:
     return make(record, prompt, think, answer, rest, system=system, reference=reference)
 
 
-def _speaks(value: Any) -> bool:
-    """Whether a column holds turns, or one: not text, and not the parts of one message."""
-    if isinstance(value, Mapping):
-        return bool({"role", "from", "content"} & value.keys())
-    return are_turns(value)
-
-
-def _body(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The API response inside a record: the record itself, its ``response`` or that one's body."""
-    for found in (record, stored(record.get("response"))):
-        if isinstance(found, Mapping):
-            body = found.get("body", found)
-            if isinstance(body, Mapping) and _choices(body):
-                return body
-    return None
-
-
-def _choices(body: Mapping[str, Any]) -> bool:
-    """Whether these are an API's choices, not those of a multiple-choice question."""
-    choices = body.get("choices")
-    if not isinstance(choices, list):
-        return False
-    if not choices:
-        return body.get("object") == "chat.completion"
-    return isinstance(choices[0], Mapping) and "message" in choices[0]
+def _turns_in(value: Any) -> list[Any]:
+    """The turns that a column holds instead of a text: a list of them, or one; else none."""
+    held = stored(value)
+    if isinstance(held, Mapping) and isinstance(first(held, ("role", "from")), list):
+        held = turns_of(held, "turns")
+    elif isinstance(held, Mapping) and "content" in held and not isinstance(value, str):
+        held = [{"role": "assistant", **held}]
+    elif isinstance(held, Mapping):
+        held = [held]
+    return held if are_turns(held) and all(map(role_of, held)) else []
 
 
 def _is_pair(record: Mapping[str, Any]) -> bool:
@@ -348,7 +286,7 @@ def problem(record: Any) -> Trace:
     record = {**record, **body} if isinstance(body, Mapping) and "messages" in body else record
     column = _turn_column(record)
     asked = next((key for key in QUESTIONS if given(record.get(key))), "")
-    if not column and asked and _speaks(stored(record[asked])):
+    if not column and asked and _turns_in(record[asked]):
         column = asked
     if column:
         turns = turns_of(record[column], column)
@@ -389,8 +327,8 @@ SHAPES = (
         ),
         _kd,
     ),
-    Shape("response", lambda r: _body(r) is not None, _response),
-    Shape("curator", lambda r: {"response_message", "generic_request"} <= r.keys(), _curator),
+    Shape("response", lambda r: body_of(r) is not None, response),
+    Shape("curator", lambda r: {"response_message", "generic_request"} <= r.keys(), curator),
     *map(_of_turns, TURNS),
     Shape(
         "s1",

@@ -126,20 +126,27 @@ MARKS = (
     ("<seed:think>", "</seed:think>"),
     ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<unused94>thought", "<unused95>"),
+    ("Here is my thought process:", "Here is my response:"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
 # what may enclose the answer after a thought
 ENCLOSURES = (
     ("<|begin_of_solution|>", "<|end_of_solution|>"),
     ("<answer>", "</answer>"),
     ("<output>", "</output>"),
+    ("<response>", "</response>"),
+    ("<solution>", "</solution>"),
     ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ("", "[END FINAL RESPONSE]"),
 )
 CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
 _ENDS = re.compile(r"<\|(?:end|return|start)\|>(?:assistant)?")
 # any of these in a text that has been split is a mark that nobody has understood
 _LEFT = re.compile(
-    r"</?(?:[a-z]+[:_])*(?:think(?:ing)?|thoughts?|reasoning|scratchpad|reflection|answer)>"
-    r"|<\|/?(?:[a-z]+_)*(?:think(?:ing)?|thoughts?|solution|response|channel)\|>"
+    r"</?(?:[a-z]+[:_])*(?:think(?:ing)?|thoughts?|reasoning|rationale|scratch_?pad|monologue"
+    r"|reflection|answer)>|<\|?/?(?:[a-z]+_)*(?:channel|unused9[45])\|?>"
+    r"|<\|/?(?:[a-z]+_)*(?:think(?:ing)?|thoughts?|solution|response)\|>"
     "|\\[/?think\\]|\u25c1/?think\u25b7",
     re.IGNORECASE,
 )
@@ -197,7 +204,7 @@ def split_completion(text: str, *, prefilled: bool = False) -> tuple[str, str]:
 
 def _candidates(text: str) -> Iterable[tuple[str, str]]:
     """The families of tags that may come first in a text."""
-    if "<" not in text and "[" not in text and "\u25c1" not in text:
+    if "<" not in text and "[" not in text and "\u25c1" not in text and "Here " not in text[:8]:
         return ()
     begins = next((marks for marks in MARKS if text.startswith(marks[0])), None)
     return MARKS if begins is None else (begins,)
@@ -206,8 +213,10 @@ def _candidates(text: str) -> Iterable[tuple[str, str]]:
 def _opened(answer: str) -> str:
     """An answer without the tags around it."""
     for start, end in ENCLOSURES:
-        if answer.startswith(start):
-            return answer[len(start) :].removesuffix(end).strip()
+        if answer[: len(start)].lower() == start.lower():
+            inner = answer[len(start) :]
+            ends = inner.lower().endswith(end.lower())
+            return inner[: len(inner) - len(end)].strip() if ends else inner.strip()
     return answer
 
 

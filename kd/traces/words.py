@@ -20,10 +20,10 @@ _TOKENS = re.compile(rf"[{_ALONE}]|[^\W\d_{_ALONE}]+|\d+|[{re.escape(OPERATORS)}
 # how a formula looks, not what it says
 _LOOK = re.compile(
     r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle|text(?:bf|it|rm)?|math[a-z]+|mbox|hbox"
-    r"|operatorname|quad|qquad|boxed|times|cdot|ast|div|leq?|geq?|lt|gt)(?![a-zA-Z])"
-    r"|\\[dt](?=frac)|\\[,;:! ]"
+    r"|operatorname|quad|qquad|boxed|times|cdot|ast|div|leq?|geq?|lt|gt|[dtc]?frac)(?![a-zA-Z])"
+    r"|\\[,;:! ]"
 )
-_FRACTION = re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)")
+_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|(\d))\s*(?:\{([^{}\\]*)\}|(\d))")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))")
 _SIGNS = {
     **dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63"), "-"),
@@ -31,13 +31,13 @@ _SIGNS = {
     **dict.fromkeys(map(ord, "\u00f7\u2215\u2044"), "/"),
     ord("\u2264"): "<=",
     ord("\u2265"): ">=",
+    **dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x2060, 0x2065), 0xFEFF)),  # unseen
 }
-_COMMANDS = re.compile(r"\\(times|cdot|ast|div|leq?|geq?|lt|gt|dfrac|tfrac)(?![a-zA-Z])")
+_COMMANDS = re.compile(r"\\(times|cdot|ast|div|leq?|geq?|lt|gt)(?![a-zA-Z])")
 _MEANS = {
     **dict.fromkeys(("times", "cdot", "ast"), "*"),
     **dict.fromkeys(("le", "leq"), "<="),
     **dict.fromkeys(("ge", "geq"), ">="),
-    **dict.fromkeys(("dfrac", "tfrac"), "\\frac"),
     "div": "/",
     "lt": "<",
     "gt": ">",
@@ -52,7 +52,7 @@ def plain(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
     if "\\" in text:
-        text = _FRACTION.sub(r"\\frac{\1}{\2}", text)
+        text = _FRACTION.sub(r"\1\2/\3\4", text)
         text = _COMMANDS.sub(lambda found: _MEANS[found[1]], _THOUSANDS.sub("", text))
         text = _LOOK.sub(" ", text)
     elif "," in text:
@@ -70,7 +70,7 @@ def words(text: str) -> list[str]:
             if digit in text:
                 text = text.replace(digit, f" {digit} ")
         return text.split()
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).casefold()
     return (_ANY if _SINGLE.search(text) else _SPACED).findall(text)
 
 
@@ -96,7 +96,8 @@ _TURNS = frozenset(
     "odd positive negative prime composite sum difference product quotient remainder ratio mean "
     "median mode range area perimeter volume circumference radius diameter sine cosine tangent "
     "sin cos tan log ln union intersection left right up down east west north south clockwise "
-    "true false add subtract multiply divide plus minus times divided squared cubed root half "
+    "only exactly neither nor none cannot or true false "
+    "add subtract multiply divide plus minus times divided squared cubed root half "
     "double twice triple thrice zero one two three four five six seven eight nine ten eleven "
     "twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty "
     "fifty sixty seventy eighty ninety hundred thousand million billion dozen second third fourth "
@@ -112,10 +113,15 @@ _STARTS = frozenset(
     "use using explain note hint here now also however after before while since because add "
     "implement create define describe choose select complete convert estimate problem".split()
 )
-_CARRIED = re.compile(
-    rf"\\[a-zA-Z]+|\d+(?:\.\d+)?|(?<=[\d)\]}}])\s*[-/]|[-/]\s*(?=[\d(\\])|(?<=\b[A-Za-z])\s*[-/]"
-    rf"\s*(?=[A-Za-z]\b)|[+*=<>^%]|[A-Za-z]+|[^\W\d_{_ALONE}]+|[{_ALONE}]"
+_ENGLISH = frozenset(
+    "the a an of is are to in and what how many much if for that with find on be it his her".split()
 )
+_CARRIED = re.compile(
+    rf"\\[a-zA-Z]+|\d+(?:\.\d+)?(?:\s?[A-Za-z\u00b0]+)?|(?<=[\d)\]}}])\s*[-/]|[-/]\s*(?=[\d(\\])|(?<=\b[A-Za-z])\s*[-/]"
+    rf"\s*(?=[A-Za-z]\b)|[^\w\s.,;:!?'\"`´\u2018-\u201f()\[\]{{}}$\\/*_~-]|\*(?!\*)|/|[A-Za-z]+|[^\W\d_{_ALONE}]+|[{_ALONE}]"
+)
+_STOPS = ".?!:;,。？！：；，"
+_DRESS = re.compile(r"^[ \t]*#+[ \t]|\*\*|\$|\\[()\[\]]", re.MULTILINE)  # headings, bold, formulas
 _NUMBERED = re.compile(
     r"\s*(?:(?:problem|question|exercise|q)\W{0,2})?\d+\s*[.):]\s+", re.IGNORECASE
 )
@@ -126,23 +132,28 @@ _CHINESE = frozenset(
 
 
 def carried(text: str) -> list[str]:
-    """What makes a problem this one and no other: its numbers, signs and variables, names, and
-    words such as "not" or "largest"; in order. A number in front of the problem is not its own."""
-    text = plain(text)
+    """What makes a problem this one and no other, in order: its numbers and their units, signs and
+    variables, names, and words such as "not" or "largest"; of a language other than English (and
+    Chinese, in part) every word; and whole lines that are no sentences: data, code, grids. A
+    number in front of the problem is not its own."""
+    text = _DRESS.sub("", plain(text))
     numbered = _NUMBERED.match(text)
-    found: list[str] = []
-    for match in _CARRIED.finditer(text, numbered.end() if numbered else 0):
-        word = match[0].strip()
-        if not word.isalpha():
-            found.append(word)
-        elif len(word) == 1 and not word.isascii():
-            if word in _CHINESE:
-                found.append(word)
-        elif len(word) == 1:
-            if word not in "aAI":
-                found.append(word)
-        elif (lower := word.lower()) in _TURNS:
-            found.append(lower)
-        elif word[0].isupper() and lower not in _STARTS:
-            found.append(lower)
-    return found
+    begin = numbered.end() if numbered else 0
+    found = [match[0].strip() for match in _CARRIED.finditer(text, begin)]
+    letters = [word.lower() for word in found if len(word) > 1 and word.isalpha()]
+    foreign = len(letters) >= 8 and 10 * sum(map(_ENGLISH.__contains__, letters)) < len(letters)
+    marks = [mark for word in found if (mark := _mark(word, foreign))]
+    lines = [line.rstrip() for line in text.split("\n")] if "\n" in text else []
+    return marks + [line for line in lines if line and line[-1] not in _STOPS]
+
+
+def _mark(word: str, foreign: bool) -> str:
+    """A word as far as it makes a problem, else nothing."""
+    lower = word.lower()
+    if not word.isalpha():
+        return lower.replace(" ", "")
+    if len(word) == 1:
+        return word if (word not in "aAI" if word.isascii() else word in _CHINESE) else ""
+    if lower in _TURNS or (word[0].isupper() and lower not in _STARTS):
+        return lower
+    return lower if foreign else ""
