@@ -306,7 +306,10 @@ def one(tmp_path):
 
 
 def asked(*numbers):
-    return [{"prompt": f"{i}+{i}?", "think": "hm", "answer": str(2 * i)} for i in numbers]
+    return [
+        {"prompt": f"{i}+{i}?", "think": "Let me see: one more.", "answer": str(2 * i)}
+        for i in numbers
+    ]
 
 
 def test_other_data_is_added_only_when_told_and_both_are_named(one, capsys):
@@ -366,6 +369,28 @@ def test_another_date_is_another_rendering_and_is_shown(one, capsys):
     assert "1 of 1" in capsys.readouterr().out  # rendered with the cache's own date
     assert one("a.jsonl", None, "--date", "26.11.2026") == 1
     assert "date must be a day like 2026-01-31, got '26.11.2026'" in capsys.readouterr().err
+
+
+def test_tags_and_template_options_are_recorded_and_found_again(one, tmp_path, capsys):
+    """Qwen3 with its switch: what is captured with options is found by doctor and training."""
+    template = CHATML_QWEN.replace(
+        "assistant\n{% endif %}", "assistant\n{{ '<think></think>' if not thinks }}{% endif %}"
+    )
+    byte_tokenizer(template).save_pretrained(tmp_path / "model")
+    assert one("a.jsonl", asked(1, 2)) == 1
+    assert "chat template closes the thought" in capsys.readouterr().out
+    options = ["--template-option", "thinks=true", "--tags", "compact"]
+    assert one("a.jsonl", None, *options) == 0
+    cache, data, folder = one.cache, tmp_path / "a.jsonl", tmp_path / "model"
+    assert kd("cache", "doctor", cache, "--teacher", folder, "--data", data) in (0, 1)
+    assert "2 of 2" in capsys.readouterr().out
+    out = tmp_path / "rows.jsonl"
+    assert kd("traces", "render", data, "-o", out, "--tokenizer", folder, *options) == 0
+    assert all(row["input_ids"] in TeacherCache(cache) for row in rows_of(out))
+    assert one("a.jsonl", None, "--template-option", "thinks=true") == 1
+    assert "rendered otherwise" in capsys.readouterr().err
+    assert one("a.jsonl", None, "--template-option", "thinks") == 1
+    assert "must be NAME=VALUE" in capsys.readouterr().err
 
 
 def test_tomorrow_finds_what_today_captured(one, tmp_path, monkeypatch):

@@ -66,10 +66,10 @@ class Manifest:
     sources: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def date(self) -> str | None:
-        """The day that the chat template of everything captured was told, where it prints one."""
-        dates = {(entry.get("rendering") or {}).get("date") for entry in self.sources}
-        return dates.pop() if len(dates) == 1 else None
+    def rendering(self) -> dict[str, Any]:
+        """How everything that was captured was rendered, where that is one way; else {}."""
+        ways = [entry.get("rendering") or {} for entry in self.sources]
+        return ways[0] if ways and all(way == ways[0] for way in ways) else {}
 
     def to_bytes(self) -> bytes:
         body = {

@@ -269,7 +269,8 @@ class CacheWriter:
         self._check_meta(present)
         kept = {rank for rank in present.open_writers if rank < self.world_size}
         present.open_writers = sorted(kept | {self.rank})
-        present.sources += [entry for entry in self.sources if entry not in present.sources]
+        known = present.sources if present.shards else []  # nothing came of earlier ones
+        present.sources = known + [entry for entry in self.sources if entry not in known]
         return present
 
     def _check_meta(self, present: Manifest) -> None:

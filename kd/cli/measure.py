@@ -64,7 +64,7 @@ def measure(label: str, name: str, args: argparse.Namespace) -> Measured:
         from kd.cache import TeacherCache
 
         cache = TeacherCache(args.cache)
-        rows = _rendered(args.traces, tokenizer, args.limit, cache.manifest.date)
+        rows = _rendered(args.traces, tokenizer, args.limit, cache.manifest.rendering)
         with Progress(f"{label}: beside the teacher", len(rows)) as bar, mixed_precision():
             found.traces, found.teacher = closeness(model, cache, rows, progress=bar.to)
     return found
@@ -120,12 +120,11 @@ def _same_tokenizer(tokenizer: Any, path: Path) -> None:
         )
 
 
-def _rendered(path: Path, tokenizer: Any, limit: int, date: str | None) -> list[dict[str, Any]]:
-    from kd.traces import AnyRenderer, Yield, render_rows
+def _rendered(path: Path, tokenizer: Any, limit: int, way: dict[str, Any]) -> list[dict[str, Any]]:
+    from kd.traces import AnyRenderer, Yield, as_recorded, render_rows
 
     report = Yield()
-    options = {} if date is None else {"date": date}
-    rows = render_rows(path, AnyRenderer(tokenizer, **options), report=report)
+    rows = render_rows(path, AnyRenderer(tokenizer, **as_recorded(way)), report=report)
     found = [row._asdict() for row in islice(rows, limit or None)]
     if not found:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from kd.cache import cli as cache_cli
 from kd.models import load_model, load_tokenizer
-from kd.traces.cli import DATE, DATE_HELP
+from kd.traces.cli import add_rendering, rendering_options
 
 DATA = "a file, folder or hub data set of traces, messages, text or input_ids (packs too)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -69,7 +69,7 @@ def _build(verbs: Any) -> None:
         action="store_true",
         help="add other data to a cache (the same data always continues where it was stopped)",
     )
-    verb.add_argument("--date", default=DATE, help=DATE_HELP)
+    add_rendering(verb)
     verb.set_defaults(run=run_build)
 
 
@@ -91,7 +91,7 @@ def run_build(args: argparse.Namespace) -> int:
     from kd.teachers.selection import Selection
 
     model, tokenizer = load_teacher(args)
-    data = TrainingData(args.data, tokenizer, date=args.date, limit=args.limit)
+    data = TrainingData(args.data, tokenizer, limit=args.limit, **rendering_options(args))
     if not args.append:
         data.refuse_if_other(args.output)
     cache = build_cache(
@@ -132,6 +132,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     from kd.cache import TeacherCache
     from kd.teachers.data import TrainingData
     from kd.teachers.doctor import diagnose
+    from kd.traces import as_recorded
 
     model, tokenizer = load_teacher(args)
     cache = TeacherCache(args.cache, partial=True, duplicates="first")
@@ -139,7 +140,9 @@ def run_doctor(args: argparse.Namespace) -> int:
         cache,
         model,
         tokenizer=tokenizer,
-        sequences=TrainingData(args.data, tokenizer, date=cache.manifest.date) if args.data else (),
+        sequences=TrainingData(args.data, tokenizer, **as_recorded(cache.manifest.rendering))
+        if args.data
+        else (),
         samples=args.samples,
     )
     print(found.text())

@@ -36,17 +36,16 @@ class TrainingData:
         path: what ``kd.traces.load`` reads, or a folder saved by ``datasets``; rows are traces,
             ``messages``, ``text``, or ``input_ids`` (padded and packed ones are taken apart).
         tokenizer: of teacher and student; None where the rows are ids.
-        date: told to a chat template that prints today's.
         limit: only the first so many sequences.
+        **options: of ``kd.traces.Renderer``: date, tags, template_options.
 
     Attributes:
         report: what the last reading kept and dropped, by reason.
     """
 
     def __init__(
-        self, path: str, tokenizer: Any, *, date: str | None = None, limit: int | None = None
+        self, path: str, tokenizer: Any, *, limit: int | None = None, **options: Any
     ) -> None:
-        options = {} if date is None else {"date": date}
         self.path, self.limit, self.report = path, limit, Yield()
         self.renderer = None if tokenizer is None else AnyRenderer(tokenizer, **options)
 

@@ -19,12 +19,12 @@ from kd.traces.loading import load, to_dataset
 from kd.traces.mixing import JsonlTraces, Source, mix
 from kd.traces.packing import Pack, best_fit, collate_packs, efficiency, isolates_documents, pack
 from kd.traces.rendering import CHATML, Renderer
-from kd.traces.rows import AnyRenderer, render, render_rows, render_stream
+from kd.traces.rows import AnyRenderer, as_recorded, render, render_rows, render_stream
 from kd.traces.sampling import Sampling, overridden
 from kd.traces.selecting import best_of_n, by_difficulty, diverse, pass_rate
 from kd.traces.server import Server, generate_server
 from kd.traces.tokens import Rendered
-from kd.traces.trace import COMPACT, R1, SKY_T1, Tags, Trace, split_completion
+from kd.traces.trace import COMPACT, R1, SKY_T1, TAGS, Tags, Trace, split_completion
 from kd.traces.verification import judge_all, verify, verify_stream
 from kd.traces.verifiers import (
     VERIFIERS,
@@ -47,6 +47,7 @@ __all__ = [
     "COMPACT",
     "R1",
     "SKY_T1",
+    "TAGS",
     "VERIFIERS",
     "AnyRenderer",
     "Choice",
@@ -74,6 +75,7 @@ __all__ = [
     "Verifier",
     "Yield",
     "advice",
+    "as_recorded",
     "best_fit",
     "best_of_n",
     "by_difficulty",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any
 
 from kd.traces.clock import DATE
+from kd.traces.trace import TAGS
 from kd.traces.verifiers import VERIFIERS
 from kd.traces.verifiers.registry import DEFAULT
 from kd.traces.verifiers.verdict import STATUSES
 
 NAMES = tuple(name for name in VERIFIERS if name != "judge")  # that is a verb of its own
-DATE_HELP = (
-    "YYYY-MM-DD, told to a chat template that prints today's date; give the same to `kd cache "
-    "build` and to serving (default: %(default)s, on every day)"
-)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -103,7 +101,7 @@ def add_parser(subparsers: Any) -> None:
     mixing.add_argument("--seed", type=int, default=0)
     render = verb("render", "token ids for a student, packed or one trace a row")
     render.add_argument("--tokenizer", required=True, help="the student's: folder or hub id")
-    render.add_argument("--date", default=DATE, help=DATE_HELP)
+    add_rendering(render)
     render.add_argument("--max-tokens", type=int)
     render.add_argument("--pack", type=int, help="tokens a row; documents stay apart")
     report = verb("report", "an HTML page of the counts and samples", inputs="*")
@@ -123,6 +121,41 @@ def _column(verb: Any) -> None:
         metavar="MINE=KNOWN",
         help="your column's name and a known one, such as my_q=prompt; may be repeated",
     )
+
+
+def add_rendering(verb: Any) -> None:
+    """The options on which a rendering depends: the same for what is captured and trained on."""
+    verb.add_argument(
+        "--date",
+        default=DATE,
+        help="YYYY-MM-DD, told to a chat template that prints today's date (default: %(default)s, "
+        "on every day)",
+    )
+    verb.add_argument("--tags", choices=sorted(TAGS), default="r1", help="how a thought is written")
+    verb.add_argument(
+        "--template-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for the chat template, such as enable_thinking=true; may be given again",
+    )
+
+
+def rendering_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_rendering`` read, for a ``Renderer``."""
+    options = {}
+    for given in args.template_option:
+        name, found, value = given.partition("=")
+        if not found or not name.isidentifier():
+            raise ValueError(
+                "--template-option must be NAME=VALUE, such as enable_thinking=true, got "
+                f"{given!r}."
+            )
+        try:
+            options[name] = json.loads(value)
+        except ValueError:  # a word
+            options[name] = value
+    return {"date": args.date, "tags": TAGS[args.tags], "template_options": options}
 
 
 def _serving(verb: Any, required: bool = False) -> None:

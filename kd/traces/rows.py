@@ -15,7 +15,7 @@ from kd.traces.records import BadRecord
 from kd.traces.rendering import Renderer
 from kd.traces.shapes import normalise
 from kd.traces.tokens import IGNORE, Rendered, plain
-from kd.traces.trace import Trace
+from kd.traces.trace import Tags, Trace
 from kd.traces.turns import are_turns
 from kd.traces.yields import Tally, Yield, metered
 
@@ -67,6 +67,22 @@ class AnyRenderer:
                     yield text, plain(self.tokenizer, str(text))
                 except RenderError as error:
                     yield text, error
+
+
+def as_recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a ``Renderer`` that make the texts of another one again.
+
+    Args:
+        facts: what ``Renderer.facts`` said, as a cache's manifest or a report holds it; or {}.
+    """
+    options: dict[str, Any] = {}
+    if facts.get("date"):
+        options["date"] = facts["date"]
+    if facts.get("tags"):
+        options["tags"] = Tags(*facts["tags"])
+    if facts.get("options"):
+        options["template_options"] = facts["options"]
+    return options
 
 
 def render(trace: Trace, tokenizer: Any, **options: Any) -> Rendered:

@@ -115,6 +115,7 @@ SKY_T1 = Tags(
     "\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n",
     "\n\n<|end_of_solution|>",
 )
+TAGS = {"r1": R1, "compact": COMPACT, "sky_t1": SKY_T1}
 # (opens a thought, closes it); what a lone tag of another family means is for lint to say
 MARKS = (
     ("<think>", "</think>"),

@@ -342,13 +342,14 @@ def _source(given: str, report: Yield) -> Any:
 
 
 def run_render(args: argparse.Namespace) -> int:
+    from kd.traces.cli import rendering_options
     from kd.traces.files import write_rows
     from kd.traces.packing import pack
     from kd.traces.rows import AnyRenderer, render_rows
 
     report = _counts(args)
     most = min((n for n in (args.max_tokens, args.pack) if n), default=None)
-    renderer = AnyRenderer(load_tokenizer(args.tokenizer), date=args.date)
+    renderer = AnyRenderer(load_tokenizer(args.tokenizer), **rendering_options(args))
     date = {"date": args.date} if renderer.facts().get("date") else {}
 
     def rendered() -> Iterator[Any]:

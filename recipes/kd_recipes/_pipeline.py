@@ -175,14 +175,13 @@ def render_rows(
     """Every trace in the student's template and, where there is one, in the teacher's."""
     from datasets import Dataset
 
-    from kd.traces import COMPACT, R1, SKY_T1, Renderer, Yield, load
+    from kd.traces import TAGS, Renderer, Yield, load
 
-    forms = {"r1": R1, "compact": COMPACT, "sky_t1": SKY_T1}
-    if tags not in forms:
-        raise ValueError(f"recipe: tags must be one of {', '.join(forms)}, got {tags!r}.")
-    student = Renderer(load_tokenizer(models.result["student"]), tags=forms[tags])
+    if tags not in TAGS:
+        raise ValueError(f"recipe: tags must be one of {', '.join(TAGS)}, got {tags!r}.")
+    student = Renderer(load_tokenizer(models.result["student"]), tags=TAGS[tags])
     teacher_path = models.result["teacher"]
-    teacher = Renderer(load_tokenizer(teacher_path), tags=forms[tags]) if teacher_path else None
+    teacher = Renderer(load_tokenizer(teacher_path), tags=TAGS[tags]) if teacher_path else None
     report, totals = Yield(), {"rows": 0, "tokens": 0, "trained": 0}
 
     def rows() -> Any:
