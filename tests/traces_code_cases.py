@@ -185,6 +185,31 @@ EXTRACTION = [
 
 MORE_EXTRACTION = [
     (
+        "an outline after the program",
+        fence(F) + "\nIts shape:\n" + fence("def f(x):\n    ..."),
+        SQUARE,
+        "correct",
+    ),
+    (
+        "an outline before the program",
+        fence('def f(x):\n    """Square."""\n    raise NotImplementedError') + "\n" + fence(F),
+        SQUARE,
+        "correct",
+    ),
+    (
+        "an outline of the class after it",
+        fence(TOTAL) + "\n" + fence("class Solution:\n    def total(self, xs, y):\n        pass"),
+        LCB,
+        "correct",
+    ),
+    (
+        "one line again after the program",
+        fence(F) + "\n" + fence("return x * x"),
+        SQUARE,
+        "correct",
+    ),
+    ("an outline alone", fence("def f(x):\n    pass"), SQUARE, ("wrong", "wrong result")),
+    (
         "a session after the program",
         f"{fence(F)}\n{fence('>>> f(2)' + chr(10) + '4')}",
         SQUARE,
@@ -768,6 +793,12 @@ VALUES = [
 ]
 
 PACKAGES = [
+    (
+        "missing, suppressed",
+        fence("import contextlib\nwith contextlib.suppress(ImportError):\n    import numpy\n" + G),
+        SQUARE,
+        ("wrong", "wrong result"),
+    ),
     (
         "missing",
         fence("import numpy as np\na, b = map(int, input().split())\nprint(np.add(a, b))"),

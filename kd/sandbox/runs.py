@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LOOK = 0.1  # seconds between two looks at what a run holds
+PATIENCE = 3  # on a busy machine a run may take so many times its seconds longer
 GONE = 2.0  # seconds that killed processes may take to go
 HELD = ("RssAnon", "RssShmem", "VmSwap", "VmPTE")
 
@@ -21,7 +22,9 @@ class Limits:
     """What one run may use.
 
     Attributes:
-        seconds: of wall clock; the processor gets one second more.
+        seconds: of wall clock, without the time that it was ready and waited for a processor that
+            others used (of that, at most ``PATIENCE`` times as much is granted); the processor gets
+            one second more.
         memory: bytes of the program: its address space and, where there is a cgroup, all that it
             makes the kernel hold.
         disk: bytes of one file, and of the whole tmpfs.
@@ -99,7 +102,7 @@ def _converse(
     watch: bool,
 ) -> str:
     """Talk until it has ended or must end; the status. What it wrote is added to the parts."""
-    until = time.monotonic() + limits.seconds
+    until = until_quiet = time.monotonic() + limits.seconds
     pipes: dict[str, IO[bytes]] = {"stdout": process.stdout, "stderr": process.stderr}  # type: ignore[dict-item]
     feed = memoryview(stdin)
     next_look = time.monotonic() + LOOK
@@ -112,7 +115,11 @@ def _converse(
         while selector.get_map() or process.poll() is None:
             now = time.monotonic()
             if now >= until:
-                return "time limit"
+                waited = starved(process.pid)
+                granted = until_quiet + min(waited, PATIENCE * limits.seconds)
+                if now >= granted:
+                    return "time limit"
+                until = granted
             if watch and now >= next_look:
                 next_look = now + LOOK
                 if held(process.pid) > limits.memory + limits.disk:
@@ -156,6 +163,18 @@ def held(pid: int) -> int:
             continue
         total += sum(int(fields.get(name, "0").split()[0]) for name in HELD) * 1024
     return total
+
+
+def starved(pid: int) -> float:
+    """Seconds that a process and its descendants were ready to run and did not; 0 where the
+    kernel does not count them."""
+    total = 0
+    for member in _family(pid):
+        try:
+            total += int(Path(f"/proc/{member}/schedstat").read_text().split()[1])
+        except (OSError, IndexError):  # it has ended, or nothing is counted
+            continue
+    return total / 1e9
 
 
 def _family(pid: int) -> list[int]:

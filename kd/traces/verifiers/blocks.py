@@ -18,7 +18,8 @@ _OPEN = re.compile(
     r"[ \t]*(?P<info>[^`\n]*)$"
 )
 PYTHON = {"python", "py", "ipython"}
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_DEFINITIONS = (*_FUNCTIONS, ast.ClassDef)
 _IMPORTS = (ast.Import, ast.ImportFrom)
 _ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
 _OUTPUT = (  # what printed text may parse as
@@ -47,11 +48,15 @@ class Block:
 
     @cached_property
     def makes(self) -> set[str]:
-        """What it defines by itself; an example of use may import the same name."""
+        """What it defines by itself, with a body: an example of use may import the same name,
+        and an outline may leave it open."""
         if self.tree is None:
             return self.defines
         own = [item for item in self.tree.body if not isinstance(item, _IMPORTS)]
-        return defined(ast.Module(own, []))
+        inner = [i for item in own if isinstance(item, ast.ClassDef) for i in item.body]
+        written = [i for i in [*own, *inner] if isinstance(i, _FUNCTIONS)]
+        left_open = {item.name for item in written if _is_open(item)}
+        return defined(ast.Module(own, [])) - left_open
 
     @property
     def reads(self) -> bool:
@@ -212,6 +217,16 @@ def _is_output(item: ast.stmt) -> bool:
     if isinstance(item, ast.AnnAssign):
         return item.value is None
     return isinstance(item, ast.Expr) and isinstance(item.value, _OUTPUT)
+
+
+def _is_open(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether its body is left out: a docstring, ``...``, ``pass``, or "not implemented"."""
+    return all(
+        isinstance(item, ast.Pass)
+        or (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant))
+        or (isinstance(item, ast.Raise) and "NotImplemented" in ast.dump(item)[:200])
+        for item in function.body
+    )
 
 
 def _names(tree: ast.Module) -> tuple[set[str], set[str]]:

@@ -85,11 +85,10 @@ class _Planner:
             return self._compared(node)
         if isinstance(node, ast.BoolOp):
             return ast.BoolOp(node.op, [self.planned(part) for part in node.values])
-        if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-            kind: Any = ast.Set if isinstance(node, ast.Set) else type(node)
-            context = [] if kind is ast.Set else [node.ctx]  # type: ignore[union-attr]
-            made: ast.expr = kind([self.planned(part) for part in node.elts], *context)
-            return made
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return type(node)([self.planned(part) for part in node.elts], node.ctx)
+        if isinstance(node, ast.Set):
+            return ast.Set([self.planned(part) for part in node.elts])
         if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
             return ast.UnaryOp(node.op, self.planned(node.operand))
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:

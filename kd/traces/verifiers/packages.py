@@ -7,6 +7,7 @@ standard library or one that nobody knows, is its own failure.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import secrets
@@ -71,8 +72,8 @@ class Imports:
     def _top(self, item: ast.stmt, guarded: bool) -> None:
         if isinstance(item, (ast.Import, ast.ImportFrom)) and not guarded:
             self.certain += [n for n in _imported(item) if n in self.lines]
-        elif isinstance(item, (ast.Try, ast.With)):
-            caught = isinstance(item, ast.Try) and any(map(_guards, item.handlers))
+        elif isinstance(item, ast.Try):
+            caught = any(map(_guards, item.handlers))
             for part in item.body:
                 self._top(part, guarded or caught)
 
@@ -85,7 +86,7 @@ def lost(source: str, available: frozenset[str] | None, *, known: bool = True) -
         available: what can be imported where it runs; None: not known, and nothing is missed.
         known: only packages that are known to exist, since a program may invent one.
     """
-    missed = set(Imports(source).certain) - (available or set()) if available else set()
+    missed = set() if available is None else set(Imports(source).certain) - available
     return next((name for name in sorted(missed) if _known(name) or not known), "")
 
 
@@ -110,14 +111,9 @@ def _known(name: str) -> bool:
     return name in KNOWN or name in _installed()
 
 
+@functools.cache
 def _installed() -> Mapping[str, list[str]]:
-    global _installed_here
-    if _installed_here is None:
-        _installed_here = packages_distributions()
-    return _installed_here
-
-
-_installed_here: Mapping[str, list[str]] | None = None
+    return packages_distributions()
 
 
 def _imported(node: ast.AST) -> list[str]:
