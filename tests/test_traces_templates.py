@@ -133,6 +133,25 @@ def test_a_tool_or_a_call_that_is_left_out_is_named():
     assert '"add"' in text_of(renderer(calls), trace)
 
 
+@pytest.mark.parametrize("tools", ["search, add", ["add"], {"name": "add"}, [1], "[1]", '{"a": 1}'])
+def test_tools_that_are_none_are_counted(tools):
+    with pytest.raises(RenderError, match="must be a list of functions") as caught:
+        renderer(CHATML)(TRACE.replace(metadata={"tools": tools}))
+    assert caught.value.reason == "tools that are no functions"
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]", "null"])
+def test_no_tools_are_no_tools(tools):
+    assert renderer(CHATML)(TRACE.replace(metadata={"tools": tools})) == renderer(CHATML)(TRACE)
+
+
+def test_tools_may_be_stored_as_text():
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    made = renderer("{% for t in tools or [] %}{{ t.function.name }}! {% endfor %}" + CHATML)
+    for tools in ([tool], json.dumps([tool])):
+        assert text_of(made, TRACE.replace(metadata={"tools": tools})).startswith("add! ")
+
+
 def test_white_space_and_default_prompts_are_counted_and_said():
     trims = renderer(CHATML.replace("['content'] }}", "['content'] | trim }}"))
     traces = [TRACE, TRACE.replace(prompt="  indented\n"), TRACE.replace(system="s ")]

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kd
+from kd.recipe.translate import places_of
 from kd.vocab import (
     R1_TO_QWEN,
     Aligner,
@@ -172,6 +173,36 @@ def test_completions_of_other_texts_are_refused_where_they_part(theirs, ours, at
     assert align(student(ours).input_ids, student(ours).input_ids).tolist() == list(
         range(len(student(ours).input_ids))
     )
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("hm</think>42", "<think>\nhm</think>42"),  # R1's template opens the thought itself
+        ("42", "<think>\n\n</think>\n\n42"),  # Qwen3's puts an empty one before an answer
+        ("</think>\n\n42", "42"),
+        ("42", "42"),
+    ],
+)
+def test_what_one_template_opens_by_itself_is_left_out(theirs, ours):
+    tokenizer = small("<e>", "<think>", "</think>")
+    align = Aligner(tokenizer, tokenizer, vocabulary_contract(tokenizer, tokenizer))
+    a, b = tokenizer(theirs).input_ids, tokenizer(ours).input_ids
+    places = places_of(align, a, b).tolist()
+    assert [(a[i], i) for i in places if i >= 0] == [
+        (token, i) for token, i in zip(b, places, strict=True) if i >= 0
+    ]
+    shared = min(len(a), len(b))
+    assert places == [-1] * (len(b) - shared) + list(range(len(a) - shared, len(a)))
+
+
+@pytest.mark.parametrize("ours", ["so 42", "42.", "<think>\nhm</think>42", "4", "43"])
+def test_other_openings_are_other_texts(ours):
+    tokenizer = small("<e>", "<think>", "</think>")
+    align = Aligner(tokenizer, tokenizer, vocabulary_contract(tokenizer, tokenizer))
+    for pair in (("42", ours), (ours, "42")):
+        with pytest.raises(ValueError, match="must be the same text"):
+            places_of(align, *(tokenizer(text).input_ids for text in pair))
 
 
 @pytest.mark.parametrize("starts", [(0, 0), (0, 3), (2, 0), (1, 1)], ids=str)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from kd.cache import CacheWriter, TeacherCache
 from kd.vocab import Aligner, VocabularyContract, place_rows, tokenizer_fingerprint
@@ -20,6 +22,44 @@ class Pair(NamedTuple):
     teacher_start: int
     student_ids: Any
     student_start: int
+
+
+# What one side's chat template writes before a completion, and the other's leaves to the model.
+_OPENING = re.compile(rb"(?:\s|</?think>)+")
+
+
+def places_of(align: Aligner, theirs: Sequence[int], ours: Sequence[int]) -> Tensor:
+    """``Aligner`` for completions of which one may have the opening of a thought, or an empty one,
+    before what both have: that is in the other's prompt, or nowhere.
+
+    Args:
+        align: of the two tokenizers.
+        theirs: the teacher's completion.
+        ours: the student's.
+
+    Returns:
+        [len(ours)] int64 places in ``theirs``, -1 where there is none.
+
+    Raises:
+        ValueError: the completions differ in anything else.
+    """
+    a, b = b"".join(align.teacher[i] for i in theirs), b"".join(align.student[i] for i in ours)
+    skipped = _tokens(theirs, align.teacher, a, b), _tokens(ours, align.student, b, a)
+    found = align(theirs[skipped[0] :], ours[skipped[1] :])
+    opening = torch.full((skipped[1],), -1, dtype=torch.long)
+    return torch.cat([opening, torch.where(found >= 0, found + skipped[0], found)])
+
+
+def _tokens(ids: Sequence[int], table: Mapping[int, bytes], text: bytes, other: bytes) -> int:
+    """Tokens of the opening that ``text`` has before ``other``."""
+    opening = text[: len(text) - len(other)]
+    if not text.endswith(other) or not _OPENING.fullmatch(opening):
+        return 0
+    count = size = 0
+    while size < len(opening):
+        size += len(table[ids[count]])
+        count += 1
+    return count if size == len(opening) else 0
 
 
 def translate_cache(
@@ -65,7 +105,7 @@ def translate_cache(
     with CacheWriter(path, meta) as writer:
         for pair in pairs:
             theirs, ours = list(map(int, pair.teacher_ids)), list(map(int, pair.student_ids))
-            places = align(theirs[pair.teacher_start :], ours[pair.student_start :])
+            places = places_of(align, theirs[pair.teacher_start :], ours[pair.student_start :])
             found = cache.lookup(torch.tensor(theirs))
             rows = contract.translate(found.ids, found.logprobs)
             ids, logprobs = place_rows(*rows, places, pair.teacher_start, pair.student_start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,27 @@ def messages(trace: Trace) -> list[dict[str, Any]]:
             )
         made.append({**turn, "role": str(turn["role"]), "content": str(turn["content"] or "")})
     return [*made, {"role": "user", "content": trace.prompt}]
+
+
+def tools_of(trace: Trace) -> list[Any] | None:
+    """The functions that a trace's conversation may call, as templates take them.
+
+    Raises:
+        RenderError: ``metadata["tools"]`` is something else.
+    """
+    tools = trace.metadata.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            tools = [tools]  # refused below, with what it is
+    if tools and not (isinstance(tools, list) and all(isinstance(one, Mapping) for one in tools)):
+        raise RenderError(
+            "tools that are no functions",
+            "render: metadata['tools'] must be a list of functions (JSON schemas), got "
+            f"{tools!r:.80}. Give them so, or call the column otherwise.",
+        )
+    return list(tools) if tools else None
 
 
 def names_of(conversation: Sequence[Mapping[str, Any]]) -> list[str]:

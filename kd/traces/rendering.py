@@ -10,7 +10,7 @@ from typing import Any
 
 from kd.traces.clock import DATE
 from kd.traces.control import ControlTokens, special
-from kd.traces.conversations import Piece, RenderError, messages
+from kd.traces.conversations import Piece, RenderError, messages, tools_of
 from kd.traces.templates import ChatTemplate, closed_thought, opened_thought
 from kd.traces.tokens import AS_IS, IGNORE, Rendered, border, encode, plain
 from kd.traces.trace import R1, Tags, Trace
@@ -196,9 +196,7 @@ class Renderer:
             rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
             said.append((f"the {turn['role']} message {i}", str(turn["content"])))
             said.append((f"the rest of message {i}", json.dumps(rest, ensure_ascii=False)))
-        if trace.metadata.get("tools"):
-            tools = json.dumps(trace.metadata["tools"], ensure_ascii=False)
-            said.append(("tools", tools))
+        said.append(("tools", json.dumps(tools_of(trace), ensure_ascii=False)))
         for name, text in said:
             if not text.isascii():
                 try:

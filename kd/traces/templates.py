@@ -21,6 +21,7 @@ from kd.traces.conversations import (
     lost,
     messages,
     names_of,
+    tools_of,
 )
 from kd.traces.trace import MARKS, Trace
 
@@ -85,7 +86,7 @@ class ChatTemplate:
         Raises:
             RenderError: the template refuses the conversation, or loses or changes a message.
         """
-        conversation, tools = messages(trace), trace.metadata.get("tools") or None
+        conversation, tools = messages(trace), tools_of(trace)
         frame = self._frame(conversation, tools)
         text = self.apply(conversation, tools=tools) + frame.header
         contents = [str(turn["content"]) for turn in conversation]
