@@ -31,13 +31,15 @@ _PERCENT = re.compile(r"percent|%|per cent|pourcent|prozent|porcentaje|百分", 
 
 
 def _against(trace: Trace) -> Verdict | None:
-    """What is said without looking: no reference, one that is too long, or no answer."""
+    """What is said without reading: nothing to compare, or the reference word by word."""
     if not trace.reference.strip():
         return Verdict(UNKNOWN, "no reference")
     if len(trace.reference) > LONGEST_REFERENCE:
         return Verdict(UNKNOWN, "reference too long", detail=f"{len(trace.reference)} characters")
     if not trace.answer.strip():
         return Verdict(WRONG, "no answer")
+    if trace.answer.strip() == trace.reference.strip():
+        return Verdict(CORRECT)
     return None
 
 

@@ -115,7 +115,7 @@ def last_sentence(text: str) -> str:
         ):  # fmt: skip
             sentences.pop()
         return trimmed(sentences[-1])
-    return ""
+    return text.strip().rpartition("\n")[2][-LONGEST:]
 
 
 def _sentences(line: str) -> list[str]:

@@ -39,6 +39,12 @@ def numbers() -> Any:
     return _LAZY.context
 
 
+_NO_VALUE = (
+    ArithmeticError, ValueError, TypeError, RecursionError,
+    KeyError,  # an unknown without a value
+)  # fmt: skip
+
+
 def value(node: Node, names: dict[str, Fraction], base: str = "e") -> Any:
     """A tree's value: a ``Fraction`` where it is exact, else a number of mpmath.
 
@@ -55,7 +61,7 @@ def value(node: Node, names: dict[str, Fraction], base: str = "e") -> Any:
         if isinstance(found, Fraction) or not found or numbers().mag(found) > -150:
             return found
         return _zero_or_small(node, names, base, found)
-    except (ZeroDivisionError, OverflowError, ValueError, TypeError, RecursionError) as error:
+    except _NO_VALUE as error:
         raise Unreadable(str(error)[:60] or "no value") from None
 
 

@@ -19,6 +19,7 @@ from kd.traces.verifiers.maths.values import (
     as_interval,
 )
 
+_EITHER = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 One = Callable[[str], Value]  # reads a part of a text
 _CONNECTIVE = re.compile(
     r"\\text\s*\{\s*,?\s*(and|or|und|oder|et|ou|y|o)\s*\}|\\(lor|land)\b|,?\s\b(and|or|und|oder|et|ou|(?<=\d\s)[yo](?=\s[-\d\\]|\s[a-z]\s*=))\b\s"
@@ -78,11 +79,12 @@ def read_connected(text: str, one: One) -> Value | None:
 
 
 def _plus_minus(text: str, one: One) -> Value | None:
-    if "\\pm" not in text and "\\mp" not in text:
-        return None
-    if len(re.findall(r"\\[pm]{2}(?![a-z])", text)) > 1:
+    count = len(_EITHER.findall(text))
+    if count > 1:
         raise Unreadable("several signs")
-    signs = [re.sub(r"\\[pm]{2}(?![a-z])", sign, text) for sign in "+-"]
+    if not count:
+        return None
+    signs = [_EITHER.sub(sign, text) for sign in "+-"]
     name = re.match(r"[^=]*=", signs[0])
     sides = [re.sub(r"^[^=]*=\s*", "", side) if name else side for side in signs]
     items = tuple(one(side.strip().removeprefix("+")) for side in sides)
