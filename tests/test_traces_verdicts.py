@@ -1,6 +1,7 @@
 """Answers and references are read wholly: labelled pairs, hostile texts, journals, advice."""
 
 import importlib.util
+import random
 import threading
 import time
 from pathlib import Path
@@ -325,3 +326,18 @@ def test_an_ambiguous_number_has_both_readings():
     assert status("maths", "1, 2", "2,1") == "correct"
     assert status("maths", "2,1", "1,2") == "unknown"
     assert status("maths", "3", "2,1") == "wrong"
+
+
+def test_random_texts_raise_nothing_and_an_answer_that_is_its_reference_is_right():
+    rng = random.Random(0)
+    pieces = [*"0123456789+-*/^_(){}[]|!%',.:;=<>&~$ \n", "\\frac", "\\sqrt", "\\boxed{", "\\pm",
+              "\\text{", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "\\pmod", "½", "²", "≤", "°",
+              "答案是", "The answer is ", "**", "not ", " and ", "mod", "log", "x", "n", "C", "km",
+              "\\overline{3}", "1,234", "3:30", "€", "\u202e", "\ud800", "0.(3)"]  # fmt: skip
+    judges = bench.ours()
+    for _ in range(1_500):
+        answer, other = ("".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(2))
+        for name, judge_one in judges.items():
+            judge_one(Trace("q", "t", answer, reference=other))
+            own = judge_one(Trace("q", "t", answer, reference=answer))
+            assert own.correct or name in ("numeric", "choice") or not answer.strip(), (answer, own)

@@ -1,8 +1,10 @@
 """Verifiers: each is called with a trace and returns a ``Verdict``; ``VERIFIERS`` names them."""
 
 from kd.traces.verifiers.answers import final_answer, last_boxed
+from kd.traces.verifiers.choices import Choice
 from kd.traces.verifiers.code import Code
-from kd.traces.verifiers.matching import Choice, Exact, Maths, Numeric
+from kd.traces.verifiers.exact import Exact
+from kd.traces.verifiers.matching import Maths, Numeric
 from kd.traces.verifiers.process import ReasoningGym, gym_problems
 from kd.traces.verifiers.registry import VERIFIERS, advice, verifier
 from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, WRONG, Verdict, Verifier

@@ -37,7 +37,7 @@ class Statement:
         boxed: it stood in a box.
         wider: readings that take in more (every box, not the last one alone); they can only cast
             doubt on "wrong".
-    later: a statement behind the box; where it says something else, nothing is decided.
+        later: a statement behind the box; where it says something else, nothing is decided.
         exclaimed: it is part of a sentence and ends on "!", which may be a factorial.
     """
 

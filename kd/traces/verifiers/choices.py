@@ -1,12 +1,20 @@
-"""Which letter of a multiple choice an answer settles on."""
+"""The verifier of multiple choice: which letter an answer settles on."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import ClassVar
 
+from kd.traces.trace import Trace
+from kd.traces.verifiers.answers import final_statement
+from kd.traces.verifiers.judging import against, different, doubted, reference_of
 from kd.traces.verifiers.maths.plain import plain
+from kd.traces.verifiers.phrases import last_sentence
+from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, Verdict
 
 LETTERS = "ABCDEFGHIJ"
+NO_LETTER = "no letter in the answer"
 _LONGEST = 600  # characters of a statement that names a letter
 _UNWRAP = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WHOLE = re.compile(r"[\s\"'(\[*{]*([A-Za-z])[\s)\].:\"'*!,}]*")
@@ -64,3 +72,38 @@ def chosen(statement: str, letters: str = LETTERS) -> str | None:
 def _only(named: set[str], letters: str) -> str | None:
     letter = named.pop() if len(named) == 1 else ""
     return letter if letter and letter in letters else None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The letter the answer settles on must be the reference's letter.
+
+    A reference is a letter, alone, in brackets, or before its option's text (``C. Paris``).
+
+    Attributes:
+        letters: the letters of the choices.
+    """
+
+    letters: str = LETTERS
+    reads: ClassVar[tuple[str, ...]] = ()  # of metadata
+    version: ClassVar[int] = 2
+
+    def __call__(self, trace: Trace) -> Verdict:
+        said = against(trace)
+        if said is not None:
+            return said
+        wanted = reference_letter(reference_of(trace.reference), self.letters)
+        if wanted is None:
+            return Verdict(UNKNOWN, "reference is not a letter", detail=trace.reference[:120])
+        verdict = doubted(final_statement(trace.answer), lambda text: self.judge(text, wanted))
+        for other in (last_sentence(trace.answer), trace.answer.strip().split("\n")[0][:20]):
+            if verdict.reason == NO_LETTER:  # "An answer is hard to find. I pick E."
+                verdict = self.judge(other, wanted)
+        return verdict
+
+    def judge(self, text: str, wanted: str) -> Verdict:
+        """The verdict on a final statement."""
+        found = chosen(text, self.letters)
+        if found is None:
+            return Verdict(UNKNOWN, NO_LETTER, detail=text[:120])
+        return Verdict(CORRECT) if found == wanted else different(found, wanted, "letter")

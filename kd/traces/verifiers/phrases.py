@@ -13,12 +13,12 @@ _NAMES = (
     r"|resultado(?:\s+final)?|risposta|risultato|resposta|ответ"
 )
 _IS = (
-    r"is|are|was|must\s+be|should\s+be|would\s+be|will\s+be|can\s+only\s+be|comes\s+to|becomes|est|sont"
-    r"|ist|sind|lautet|lauten|es|son|è|é|="
+    r"is|are|was|must\s+be|should\s+be|would\s+be|will\s+be|can\s+only\s+be|comes\s+to|becomes"
+    r"|est|sont|ist|sind|lautet|lauten|es|son|è|é|="
 )
 _FILLER = re.compile(
-    r"(?:[\s:：*_`>]|(?:therefore|thus|hence|then|so|simply|just|indeed|clearly|actually|really|also|now"
-    r"|given\s+by|equal\s+to|exactly|donc|alors|also|somit|daher|entonces|por\s+tanto)\b)*",
+    r"(?:[\s:：*_`>]|(?:therefore|thus|hence|then|so|simply|just|indeed|clearly|actually|really"
+    r"|also|now|given\s+by|equal\s+to|exactly|donc|alors|also|somit|daher|entonces|por\s+tanto)\b)*",
     re.IGNORECASE,
 )
 _KEYS = re.compile(
@@ -33,14 +33,14 @@ _SOLVED = re.compile(  # "Solution:" may open the work as well as close it
 _CHINESE = re.compile(r"(?:答案|答え|结果|結果|选项|解)\s*(?:应该|应当|就)?(?:是|为|為|は|：|:)")
 _HEADING = re.compile(rf"[#>*_\s]*(?:final\s+)?(?:{_NAMES})[*_\s]*", re.IGNORECASE)
 _EMPTY = re.compile(
-    r"(?:(?:clear|correct|right|wrong|obvious|as\s+follows|below|above|found|known|consistent|verified"
-    r"|confirmed|unique|reasonable|unchanged)\b(?=\s*(?:[.,;:!*]|$|and|because|since|with|for))"
+    r"(?:(?:clear|correct|right|wrong|obvious|as\s+follows|below|above|found|known|consistent"
+    r"|verified|confirmed|unique|reasonable|unchanged)\b(?=\s*(?:[.,;:!*]|$|and|because|since|with|for))"
     r"|in\s+the\b|not\b(?!\s.*\bbut\b))",
     re.IGNORECASE | re.MULTILINE,
 )
 _FAREWELL = re.compile(
-    r"\W*(?:let\s+me\s+know|i\s+hope|hope\s+(?:this|that|it)|feel\s+free|if\s+you|would\s+you|do\s+you"
-    r"|please|thank|don't\s+hesitate|happy\s+to|just\s+ask|note\s+that|note:|remember|good\s+luck"
+    r"\W*(?:let\s+me\s+know|i\s+hope|hope\s+(?:this|that|it)|feel\s+free"
+    r"|if\s+you(?:\s+(?:have|need|want|would|are|like)|'d)\b|would\s+you|do\s+you|please|thank|don't\s+hesitate|happy\s+to|just\s+ask|note\s+that|note:|remember|good\s+luck"
     r"|n'h[ée]sit|dites|bonne\s+chance|wenn\s+sie|falls|ich\s+hoffe|espero|si\s+(?:tiene|vous)"
     r"|希望|如果你|如有|done\b|q\.?e\.?d|great|check(?:ing|\s+the)?\b[^=]*$)",
     re.IGNORECASE,
@@ -50,8 +50,8 @@ _FIRST_REASON = re.compile(
     re.IGNORECASE,
 )
 _BECAUSE = re.compile(
-    r",?\s+(?:because|since|which|so\s+that|where|given\s+that|considering|as\s+(?:the|it|we|they|this|a)"
-    r"|weil|parce\s+que|porque|puisque)\b|[,，]?\s*因为",
+    r",?\s+(?:because|since|which|so\s+that|where|given\s+that|considering"
+    r"|as\s+(?:the|it|we|they|this|a)|weil|parce\s+que|porque|puisque)\b|[,，]?\s*因为",
     re.IGNORECASE,
 )
 _NOT = re.compile(
@@ -61,6 +61,10 @@ _NOT = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _NOT_BUT = re.compile(r"^.*?\bnot\s.*?\bbut\s+(?:rather\s+)?", re.IGNORECASE | re.DOTALL)
+_ABBREVIATED = re.compile(
+    r"(?:^|\W)(?:i\.e|e\.g|[ap]\.m|approx|ca|No|resp|bzw|d\.h|Jan|Feb|Mar|Apr|Aug|Sept?|Oct|Nov"
+    r"|Dec)$"
+)
 _BULLET = re.compile(r"^\s*[-*•]\s+(?=\S)")
 
 
@@ -155,10 +159,7 @@ def _ends(line: str, at: int, dollars: int) -> bool:
     head = line[:at]
     if dollars % 2 and re.search(r"\$\S*\$|\\", line[at:]):
         return False
-    if re.search(
-        r"(?:^|\W)(?:i\.e|e\.g|[ap]\.m|approx|ca|No|resp|bzw|d\.h|Jan|Feb|Mar|Apr|Aug|Sept?|Oct|Nov|Dec)$",
-        head,
-    ):
+    if _ABBREVIATED.search(head):
         return False
     return not re.fullmatch(r"[\W_]*[A-Za-z]", head) or at == len(line.rstrip()) - 1
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd.traces.trace import Trace
-from kd.traces.verifiers.matching import Choice, Exact, Maths, Numeric
+from kd.traces.verifiers.choices import Choice
+from kd.traces.verifiers.exact import Exact
+from kd.traces.verifiers.matching import Maths, Numeric
 from kd.traces.verifiers.process import ReasoningGym
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict, Verifier
 

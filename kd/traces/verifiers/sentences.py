@@ -17,7 +17,8 @@ _OPENING = re.compile(
     re.IGNORECASE,
 )
 _COPULA = re.compile(
-    r"(?:\b(?:is|are|was|were|be|equals?|makes?|gives?|becomes|to|est|sont|ist|sind|es|son|lautet)\b(?!')|[:：]|是|为)"
+    r"(?:\b(?:is|are|was|were|be|equals?|makes?|gives?|becomes|to|est|sont|ist|sind|es|son|lautet)"
+    r"\b(?!')|[:：]|是|为)"
 )
 _HEDGED = re.compile(
     r"\b(?:at (?:least|most)|more|less|fewer|than|between|not|no|never|over|under|up to|above|below"

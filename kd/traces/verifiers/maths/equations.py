@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from kd.traces.verifiers.maths.evaluating import close, numbers, same_expression, value
+from kd.traces.verifiers.maths.evaluating import close, numbers, real, same_expression, value
 from kd.traces.verifiers.maths.expressions import Node, Unreadable, symbols
 from kd.traces.verifiers.maths.values import Expression, Named, Relation, Value
 
@@ -55,16 +55,10 @@ def proportion(first: Node, second: Node) -> float | None:
             continue
         if over and under:
             exact = isinstance(over, Fraction) and isinstance(under, Fraction)
-            ratios.append(over / under if exact else _real(over) / _real(under))
+            ratios.append(over / under if exact else real(over) / real(under))
     if len(ratios) < 3 or not all(close(ratios[0], ratio) for ratio in ratios[1:]):
         return None
     return float(ratios[0]) if not getattr(ratios[0], "imag", 0) else None
-
-
-def _real(number: Any) -> Any:
-    if isinstance(number, Fraction):
-        return numbers().mpf(number.numerator) / number.denominator
-    return number
 
 
 def _different_roots(first: Node, second: Node, names: list[str]) -> bool:
@@ -73,7 +67,7 @@ def _different_roots(first: Node, second: Node, names: list[str]) -> bool:
         point = {other: Fraction(5 + 2 * i, 7) for i, other in enumerate(names)}
 
         def at(x: Any, node: Node, point: dict[str, Any] = point, name: str = name) -> Any:
-            return _real(value(node, {**point, name: Fraction(float(x))}))
+            return real(value(node, {**point, name: Fraction(float(x))}))
 
         for node, other in ((first, second), (second, first)):
             try:

@@ -45,6 +45,13 @@ _NO_VALUE = (
 )  # fmt: skip
 
 
+def real(number: Any) -> Any:
+    """A number of mpmath, also where it was a fraction."""
+    if isinstance(number, Fraction):
+        return numbers().mpf(number.numerator) / number.denominator
+    return number
+
+
 def value(node: Node, names: dict[str, Fraction], base: str = "e") -> Any:
     """A tree's value: a ``Fraction`` where it is exact, else a number of mpmath.
 
@@ -92,18 +99,13 @@ class _Evaluation:
         operation: Any = getattr(self, kind, self.function)
         return self.bounded(operation(*parts, kind=kind))
 
-    def real(self, number: Any) -> Any:
-        if isinstance(number, Fraction):
-            return self.mp.mpf(number.numerator) / number.denominator
-        return number
-
     def bounded(self, number: Any) -> Any:
         """The number, refused when it is too large, and rounded when it is exact but long."""
         if isinstance(number, Fraction):
             bits = max(number.numerator.bit_length(), number.denominator.bit_length())
             if bits > LARGEST_BITS:
                 raise Unreadable("a value too large")
-            return number if bits <= EXACT_BITS else self.real(number)
+            return number if bits <= EXACT_BITS else real(number)
         if not self.mp.isfinite(number):
             if self.mp.isinf(number) and not isinstance(number, self.mp.mpc):
                 return number
@@ -120,15 +122,15 @@ class _Evaluation:
         return +{"pi": self.mp.pi, "e": self.mp.e, "inf": self.mp.inf}[name]
 
     def add(self, a: Any, b: Any, kind: str) -> Any:
-        return a + b if _exact(a, b) else self.real(a) + self.real(b)
+        return a + b if _exact(a, b) else real(a) + real(b)
 
     def mul(self, a: Any, b: Any, kind: str) -> Any:
-        return a * b if _exact(a, b) else self.real(a) * self.real(b)
+        return a * b if _exact(a, b) else real(a) * real(b)
 
     def div(self, a: Any, b: Any, kind: str) -> Any:
         if not b:
             raise ZeroDivisionError("division by zero")
-        return a / b if _exact(a, b) else self.real(a) / self.real(b)
+        return a / b if _exact(a, b) else real(a) / real(b)
 
     def neg(self, a: Any, kind: str) -> Any:
         return -a
@@ -142,7 +144,7 @@ class _Evaluation:
                 raise ZeroDivisionError("0 to the power of 0")
             if bits <= EXACT_BITS:
                 return a ** int(b)
-        base, exponent = self.real(a), self.real(b)
+        base, exponent = real(a), real(b)
         if base and abs(self.mp.mag(base)) + self.mp.mag(exponent or 1) > 60 + LARGEST_BITS:
             raise Unreadable("a value too large")
         if exponent and self.mp.mag(exponent) > 40:
@@ -159,21 +161,21 @@ class _Evaluation:
                     return Fraction(sides[0] or 0, sides[1] or 1)
             elif degree % 2:
                 return -self.root(degree, -a, kind="root")
-        return self.mp.root(self.real(a), int(degree))
+        return self.mp.root(real(a), int(degree))
 
     def fact(self, a: Any, kind: str) -> Any:
         if isinstance(a, Fraction) and a.denominator == 1 and 0 <= a <= 1_500:
             return Fraction(math.factorial(int(a)))
         if abs(a) > 10_000 or (isinstance(a, Fraction) and a.denominator == 1 and a < 0):
             raise Unreadable("a factorial out of bounds")
-        return self.mp.factorial(self.real(a))
+        return self.mp.factorial(real(a))
 
     def binom(self, a: Any, b: Any, kind: str) -> Any:
         if _exact(a, b) and a.denominator == b.denominator == 1 and 0 <= b and 0 <= a <= 1_500:
             return Fraction(math.comb(int(a), int(b)))
         if abs(a) > 10_000 or abs(b) > 10_000:
             raise Unreadable("a binomial out of bounds")
-        return self.mp.binomial(self.real(a), self.real(b))
+        return self.mp.binomial(real(a), real(b))
 
     def abs(self, a: Any, kind: str) -> Any:
         return abs(a)
@@ -187,10 +189,10 @@ class _Evaluation:
     def log(self, base: Any, a: Any, kind: str) -> Any:
         if not a or not base or base == 1:
             raise ZeroDivisionError("no logarithm")
-        return self.mp.log(self.real(a)) / self.mp.log(self.real(base))
+        return self.mp.log(real(a)) / self.mp.log(real(base))
 
     def function(self, a: Any, kind: str) -> Any:
-        number = self.real(a)
+        number = real(a)
         if kind in ("exp", "sinh", "cosh", "tanh") and abs(number) > 50_000:
             raise Unreadable("an argument too large")
         if number and self.mp.mag(number) > 4_000:
@@ -219,8 +221,7 @@ def close(a: Any, b: Any) -> bool | None:
     if _exact(a, b):
         return bool(a == b)
     mp = numbers()
-    left, right = (mp.mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
-                   for x in (a, b))  # fmt: skip
+    left, right = real(a), real(b)
     if mp.isinf(left) or mp.isinf(right):
         return bool(left == right)
     scale, apart = max(abs(left), abs(right)), abs(left - right)

@@ -20,9 +20,11 @@ from kd.traces.verifiers.maths.values import (
 )
 
 _EITHER = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+MOST = 200  # items of a list
 One = Callable[[str], Value]  # reads a part of a text
 _CONNECTIVE = re.compile(
-    r"\\text\s*\{\s*,?\s*(and|or|und|oder|et|ou|y|o)\s*\}|\\(lor|land)\b|,?\s\b(and|or|und|oder|et|ou|(?<=\d\s)[yo](?=\s[-\d\\]|\s[a-z]\s*=))\b\s"
+    r"\\text\s*\{\s*,?\s*(and|or|und|oder|et|ou|y|o)\s*\}|\\(lor|land)\b"
+    r"|,?\s\b(and|or|und|oder|et|ou|(?<=\d\s)[yo](?=\s[-\d\\]|\s[a-z]\s*=))\b\s"
     r"|,?\s*(和|或|以及)\s*"
 )
 
@@ -58,6 +60,8 @@ def read_connected(text: str, one: One) -> Value | None:
         return _plus_minus(text, one)
     if all(re.fullmatch(r"[A-Za-z '\-]+", part) for part in parts):
         return None  # words
+    if len(parts) > MOST:
+        raise Unreadable("a list too long")
     items = [one(part) for part in parts]
     if any(isinstance(item, Word) for item in items) and not all(
         isinstance(item, Word) for item in items
@@ -119,6 +123,8 @@ def read_bracketed(text: str, one: One) -> Value | None:
         return Region(((low, high, opened != "[", closed != "]"),))
     if "" in parts or opened + closed not in ("()", "[]", "{}"):
         raise Unreadable("a list with an empty place, or brackets that do not match")
+    if len(parts) > MOST:
+        raise Unreadable("a list too long")
     return Several(tuple(one(part) for part in parts), "{}" if opened == "{" else "()")
 
 
@@ -164,8 +170,9 @@ def read_union(text: str, one: One) -> Value | None:
         return None
     spans: list[tuple[Node, Node, bool, bool]] = []
     found_parts = [one(part.strip()) for part in text.split("\\cup")]
-    if all(isinstance(found, Several) and found.form == "{}" for found in found_parts):
-        return Several(tuple(item for part in found_parts for item in part.items), "{}")  # type: ignore[union-attr]
+    sets = [found for found in found_parts if isinstance(found, Several) and found.form == "{}"]
+    if len(sets) == len(found_parts):
+        return Several(tuple(item for part in sets for item in part.items), "{}")
     for found in found_parts:
         if isinstance(found, Several) and found.form == "()" and len(found.items) == 2:
             found = as_interval(found) or found
@@ -177,7 +184,8 @@ def read_union(text: str, one: One) -> Value | None:
 
 def read_matrix(text: str, one: One) -> Value | None:
     match = re.fullmatch(
-        r"[\[(|]?\s*\\begin\s*\{([a-z]*matrix|array)\}\s*(?:\{[^{}]*\})?(.*?)\\end\s*\{\1\}\s*[\])|]?",
+        r"[\[(|]?\s*\\begin\s*\{([a-z]*matrix|array)\}\s*(?:\{[^{}]*\})?(.*?)"
+        r"\\end\s*\{\1\}\s*[\])|]?",
         text,
         re.DOTALL,
     )
