@@ -14,7 +14,7 @@ LONGEST_REFERENCE = 4_000
 
 
 def against(trace: Trace, *, texts: bool = False) -> Verdict | None:
-    """What is said without reading: nothing to compare, or (of ``texts``) the reference word by word."""
+    """What needs no reading: nothing to compare, or (of ``texts``) the reference word by word."""
     if not trace.reference.strip():
         return Verdict(UNKNOWN, "no reference")
     if len(trace.reference) > LONGEST_REFERENCE:
