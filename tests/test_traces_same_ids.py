@@ -330,9 +330,11 @@ def test_other_data_is_added_only_when_told_and_both_are_named(one, capsys):
     assert "a.jsonl" in shown and "b.jsonl" in shown
 
 
-def test_a_part_of_what_is_cached_needs_no_word(one):
+def test_a_part_of_what_is_cached_needs_no_word(one, capsys):
     assert one("a.jsonl", asked(1, 2, 3)) == 0
+    capsys.readouterr()
     assert one("part.jsonl", asked(2)) == 0
+    assert "a system prompt to 1 traces" in capsys.readouterr().out  # though it was read twice
     assert one("shuffled.jsonl", asked(3, 1, 2)) == 0
     assert len(TeacherCache(one.cache)) == 3
 
@@ -369,6 +371,21 @@ def test_another_date_is_another_rendering_and_is_shown(one, capsys):
     assert "1 of 1" in capsys.readouterr().out  # rendered with the cache's own date
     assert one("a.jsonl", None, "--date", "26.11.2026") == 1
     assert "date must be a day like 2026-01-31, got '26.11.2026'" in capsys.readouterr().err
+
+
+def test_rows_say_themselves_which_day_they_were_told(one, tmp_path, capsys):
+    assert one("a.jsonl", asked(1, 2), "--date", "2026-11-26") == 0
+    folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    options = ["--tokenizer", folder, "--date", "2026-11-27"]
+    assert kd("traces", "render", tmp_path / "a.jsonl", "-o", rows, *options) == 0
+    capsys.readouterr()
+    assert one("rows.jsonl") == 1  # other ids than those of the day before
+    assert one("rows.jsonl", None, "--append") == 0
+    assert "told 2026" not in capsys.readouterr().out  # nothing was rendered
+    assert [entry["rendering"]["date"] for entry in TeacherCache(one.cache).manifest.sources] == [
+        "2026-11-26",
+        "2026-11-27",
+    ]
 
 
 def test_tags_and_template_options_are_recorded_and_found_again(one, tmp_path, capsys):

@@ -287,6 +287,7 @@ def test_dates_are_pinned_and_recorded(written, shown):
     assert made.facts()["date"] == "2026-11-26"
     other = renderer(f"Today: {written}.\n" + CHATML)
     assert other.facts()["date"] == "2026-01-01"
+    assert other.remarks() == [] and other(TRACE)
     assert "told 2026-01-01" in other.remarks()[0]
     assert renderer(CHATML, date="2026-11-26").facts()["date"] is None
 

@@ -11,6 +11,7 @@ from typing import Any
 from kd.cache import TeacherCache
 from kd.cache.manifest import NAME
 from kd.traces import AnyRenderer, Yield, render_rows
+from kd.traces.rows import rendered_before
 
 CHUNK = 1 << 22
 
@@ -51,6 +52,8 @@ class TrainingData:
 
     def __iter__(self) -> Iterator[list[int]]:
         self.report = Yield()
+        if self.renderer is not None:
+            self.renderer.forget()
         rows = render_rows(self.path, self.renderer, report=self.report)
         return (row.input_ids for row in islice(rows, self.limit))
 
@@ -65,11 +68,11 @@ class TrainingData:
                         state.update(part)
         if not path.exists():  # of the hub
             state.update(self.path.encode())
-        return {
-            "data": path.name,
-            "digest": state.hexdigest()[:32],
-            "rendering": {} if self.renderer is None else self.renderer.facts(),
-        }
+        way = rendered_before(self.path)
+        if way is None:
+            way = {} if self.renderer is None else self.renderer.facts()
+        name = path.name if path.exists() else self.path
+        return {"data": name, "digest": state.hexdigest()[:32], "rendering": way}
 
     def refuse_if_other(self, cache: str) -> None:
         """Refuse to add this to a cache of something else without being told to.

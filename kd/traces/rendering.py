@@ -43,6 +43,7 @@ class Renderer:
     Attributes:
         seen: how many traces the template gave a "default system prompt", "empty thoughts" or
             "trimmed messages".
+        rendered: how many traces there were.
 
     Raises:
         ValueError: the tokenizer has no template or no end-of-sequence token, or the template
@@ -71,6 +72,7 @@ class Renderer:
         self.turn_end = self.template.turn_end()
         self.control = ControlTokens(tokenizer, tags, self.template.words() + self.turn_end)
         self.seen: Counter[str] = Counter()
+        self.rendered = 0
 
     def facts(self) -> dict[str, Any]:
         """What ids depend on beside trace and tokenizer: the template's facts and the tags."""
@@ -79,7 +81,7 @@ class Renderer:
     def remarks(self) -> list[str]:
         """What a user should know of the texts, in words: what the template added to them."""
         told, found = self.template, []
-        if told.date:
+        if told.date and self.rendered:
             found.append(f"the chat template prints a date: it was told {told.date}")
         if self.seen["default system prompt"]:
             found.append(
@@ -270,6 +272,7 @@ class Renderer:
             )
 
     def _note(self, trace: Trace, prompt: Sequence[Piece], lead: str) -> None:
+        self.rendered += 1
         if closed_thought(lead):
             self.seen["empty thoughts"] += 1
         if not trace.system and self.template.default_system:

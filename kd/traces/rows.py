@@ -54,6 +54,12 @@ class AnyRenderer:
         """What the chat template added to the traces, in words."""
         return [] if self._made is None else self._made.remarks()
 
+    def forget(self) -> None:
+        """Start counting again what the chat template adds."""
+        if self._made is not None:
+            self._made.seen.clear()
+            self._made.rendered = 0
+
     def render_all(
         self, items: Iterable[Trace | str]
     ) -> Iterator[tuple[Trace | str, Rendered | RenderError]]:
@@ -67,6 +73,14 @@ class AnyRenderer:
                     yield text, plain(self.tokenizer, str(text))
                 except RenderError as error:
                     yield text, error
+
+
+def rendered_before(source: str | Path) -> dict[str, Any] | None:
+    """What the rows of a data set say of how they were rendered; None where they are to be."""
+    record = next((record for *_, record in _records(source)), None)
+    if not isinstance(record, Mapping) or record.get("input_ids") is None:
+        return None
+    return {"date": record["date"]} if record.get("date") else {}
 
 
 def as_recorded(facts: Mapping[str, Any]) -> dict[str, Any]:
