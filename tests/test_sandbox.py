@@ -61,7 +61,7 @@ def test_the_command_prints_the_table(monkeypatch, capsys):
 def test_nothing_outlives_a_run():
     if shutil.which("pgrep") is None:
         pytest.skip("pgrep is not installed")
-    mark = "kdmark4711"
+    mark = f"kdmark{os.getpid()}"  # another run of the tests may be beside this one
     run = QUICK(f"import ctypes, time\nctypes.CDLL(None).prctl(15, b'{mark}')\ntime.sleep(5)")
     assert run.status == "time limit"
     found = subprocess.run(["pgrep", mark], capture_output=True, text=True)
