@@ -3,13 +3,16 @@
 import dataclasses
 import types
 
+import datasets
 import pytest
 import torch
 import training_cases as cases
+from transformers import TrainingArguments
 
 import kd
 from kd.training import (
     DistillationCollator,
+    DistillationTrainer,
     Objective,
     Teacher,
     compute_loss,
@@ -17,6 +20,7 @@ from kd.training import (
     linear,
     prepare_student,
 )
+from kd.training.faults import check_domains
 from kd.training.objective import trained_weight
 from kd.training.teachers import Teachers
 
@@ -176,6 +180,36 @@ def test_a_domain_without_a_teacher_is_refused():
     row = {**cases.rows(1)[0], "domain": "poems"}
     with pytest.raises(ValueError, match=r"domain must be one of math, got 'poems'\. Add a Teach"):
         DistillationCollator(0, teachers)([row])
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "packs"])
+def test_a_teacher_of_domains_that_no_row_has_is_refused(kind):
+    """A misspelt domain: its rows would go to the other teacher, or to their labels, unseen."""
+    rows = [{**row, "domain": "math"} for row in cases.rows(3)]
+    if kind == "packs":
+        rows = [{**row, "domains": [row.pop("domain")], "lengths": [9]} for row in rows]
+    if kind == "dataset":
+        rows = datasets.Dataset.from_list([{"domain": row["domain"]} for row in rows])
+    members = [Teacher(with_meta()), Teacher(with_meta(), domains=("maths", "Math"))]
+    words = r"got domains=\('maths', 'Math'\) for rows whose domains are 'math' \(3\)"
+    with pytest.raises(ValueError, match=words):
+        check_domains(rows, Teachers.of(members))
+    check_domains(rows, Teachers.of([members[0], Teacher(with_meta(), domains=("maths", "math"))]))
+    check_domains(rows, Teachers.of(members[:1]))
+    bare = [{"input_ids": [1]}] if kind == "list" else datasets.Dataset.from_list([{"text": "a"}])
+    with pytest.raises(ValueError, match="rows whose domains are None|are none"):
+        check_domains(bare, Teachers.of(members))
+
+
+def test_the_trainer_looks_for_the_domains_first(tmp_path):
+    teachers = [Teacher(teacher_model()), Teacher(teacher_model(), domains=("poems",))]
+    made = DistillationTrainer(
+        model=cases.student(), args=TrainingArguments(str(tmp_path), report_to=[], max_steps=1),
+        objective=Objective(teacher=teachers),
+        train_dataset=[{**row, "domain": "math"} for row in cases.rows(4)],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a teacher must teach some rows"):
+        made.train()
 
 
 def test_schedules():

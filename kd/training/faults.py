@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -225,6 +226,39 @@ def check_coverage(rows: Any, teachers: Any) -> int:
                     )
                 missing += 1
     return missing
+
+
+def check_domains(rows: Any, teachers: Any) -> None:
+    """Refuse a teacher whose domains no row of a dataset has: it would never teach.
+
+    Raises:
+        ValueError: naming its domains and those of the rows.
+    """
+    if teachers is None or not teachers.domains or not hasattr(rows, "__len__"):
+        return
+    names = getattr(rows, "column_names", None)
+    if names is not None:  # a datasets.Dataset: the column, without the tokens beside it
+        listed = [name for name in ("domain", "domains") if name in names]
+        found = Counter(
+            item
+            for name in listed
+            for value in rows[name]
+            for item in (value if name == "domains" else [value])
+        )
+    else:
+        found = Counter(
+            item
+            for row in (rows[index] for index in range(len(rows)))
+            for item in (row["domains"] if "domains" in row else [row.get("domain")])
+        )
+    for member in teachers.members:
+        if member.domains is None or found.keys() & set(member.domains):
+            continue
+        there = ", ".join(f"{name!r} ({n})" for name, n in found.most_common(8)) or "none"
+        raise ValueError(
+            f"DistillationTrainer: a teacher must teach some rows, got domains={member.domains!r} "
+            f"for rows whose domains are {there}. Name one of theirs, or leave this teacher out."
+        )
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

@@ -349,6 +349,7 @@ class DistillationTrainer(Trainer):
             found = self._on_first_rank(lambda: last_complete_checkpoint(folder))
             resume_from_checkpoint = None if found is None else str(found)
         if self.objective.soft:
+            faults.check_domains(self.train_dataset, self.objective.teacher)
             missing = faults.check_coverage(self.train_dataset, self.objective.teacher)
             if missing:
                 print(f"{missing} sequences are not in the teacher cache; they have labels only")
