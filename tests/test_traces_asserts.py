@@ -152,6 +152,28 @@ def test_preparations_are_no_tests_and_their_variables_can_be_asked_for():
     ]
 
 
+@pytest.mark.parametrize(
+    ("tests", "inside"),
+    [
+        ("want = [1, 4]\nassert f(2) == want", False),
+        ("got = f(2)\nwant = 2 ** 2\nassert got == want", False),
+        ("def test_a():\n    want = 1\n    assert f(1) == want\n"
+         "def test_b():\n    want = 4\n    assert f(2) == want", False),
+        ("eps = 1e-6\nassert abs(f(2) - 4) < eps", False),
+        ("want = [1]\ng(want)\nassert f(2) == want", True),
+        ("want = [1]\nassert f(want) == want", True),
+        ("want = h(1)\nassert f(2) == want", True),
+        ("want = f(1) == 1\nassert want", True),
+        ("want = 1\nif f(1):\n    want = 2\nassert f(2) == want", True),
+        ("want, more = 1, 2\nassert f(2) == want", True),
+        ("ok = True\nfor i in range(2):\n    ok = ok and f(i) == i\nassert ok", True),
+    ],
+)  # fmt: skip
+def test_a_wanted_value_in_a_variable_stays_outside(tests, inside):
+    judged = [step for step in read_asserts({"tests": tests}).tests if step.source[:6] == "assert"]
+    assert judged[-1].inside is inside
+
+
 def test_helpers_of_the_tests_are_not_trusted():
     record = {"tests": ["assert near(f(1))"], "test_setup_code": "def near(x): return x == 1"}
     assert sources(record) == [("assert near(f(1))", True, True)]

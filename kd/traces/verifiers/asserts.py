@@ -14,7 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kd.traces.verifiers.blocks import defined, dotted, parsed
-from kd.traces.verifiers.expressions import Inside, Plan, called, decides, plan
+from kd.traces.verifiers.expressions import (
+    Inside,
+    Plan,
+    called,
+    constant,
+    decides,
+    handed_over,
+    plan,
+)
 from kd.traces.verifiers.plain import CONSTANTS, PLAIN
 
 LONGEST = 400_000  # characters of tests that are parsed
@@ -177,6 +185,8 @@ class _Reader:
         self.own = _functions(tests) | (_functions(before) if before else set())
         self.data: set[str] = set()
         self.objects: set[str] = set()
+        self.constants: dict[str, ast.expr] = {}
+        self.handed_over = handed_over(_flat(tests.body))
         known = set(dir(builtins)) | set(PLAIN) | set(CONSTANTS)
         self.names = called(tests, self.own) - known
         self.tested: set[str] = set()
@@ -218,19 +228,27 @@ class _Reader:
     def _assigned(self, item: ast.Assign | ast.AnnAssign | ast.AugAssign) -> None:
         """A variable that was given to the program, or that it gave, may be asked for; not one in
         which the test has decided something."""
-        names = defined(ast.Module([item], []))
+        self._forget(item)
         value = item.value
         if value is None or isinstance(item, ast.AugAssign) or decides(value, self.own):
-            self._forget(item)
             return
+        names = defined(ast.Module([item], []))
         self.data |= names
-        made = dotted(value.func) if isinstance(value, ast.Call) else ""
-        self.objects = self.objects | names if made[:1].isupper() else self.objects - names
+        if isinstance(value, ast.Call) and dotted(value.func)[:1].isupper():
+            self.objects |= names
+        known = constant(value)
+        targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+        if known is not None and all(isinstance(target, ast.Name) for target in targets):
+            self.constants |= {name: known for name in names - self.handed_over}
 
     def _forget(self, item: ast.stmt) -> None:
-        names = {n.id for n in ast.walk(item) if isinstance(n, ast.Name)}
+        """What a statement binds is not what it was."""
+        stores = (n for n in ast.walk(item) if isinstance(n, ast.Name))
+        names = {n.id for n in stores if isinstance(n.ctx, ast.Store)}
         self.data -= names
         self.objects -= names
+        for name in names & set(self.constants):
+            del self.constants[name]
 
     def _assertion(self, item: ast.Assert, source: str) -> list[Step]:
         if isinstance(item.test, ast.Constant) and item.test.value:
@@ -238,11 +256,28 @@ class _Reader:
         if isinstance(item.test, ast.Tuple) and item.test.elts:
             raise Refused("a test that is always true", source[:120])
         try:
-            names = {"data": self.data, "objects": self.objects}
-            made = plan(item.test, own=self.own, tested=self.tested, **names)
+            made = plan(
+                item.test,
+                own=self.own,
+                tested=self.tested,
+                data=self.data,
+                objects=self.objects,
+                constants=self.constants,
+            )
         except Inside:
             return [Step(source)]
         return [Step(source, made)]
+
+
+def _flat(statements: Iterable[ast.stmt]) -> list[ast.stmt]:
+    """The statements, those of test functions among them."""
+    found: list[ast.stmt] = []
+    for item in statements:
+        if isinstance(item, ast.FunctionDef) and item.name.startswith("test"):
+            found += item.body if _stand_alone(item.body) else [item]
+        else:
+            found.append(item)
+    return found
 
 
 def _functions(tree: ast.Module) -> set[str]:

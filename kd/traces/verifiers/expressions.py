@@ -8,7 +8,7 @@ operators and a list of plain functions. No code of the program or of the test i
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ def plan(
     tested: Collection[str] = (),
     data: Collection[str] = (),
     objects: Collection[str] = (),
+    constants: Mapping[str, ast.expr] | None = None,
 ) -> Plan:
     """Take an assertion apart.
 
@@ -58,13 +59,14 @@ def plan(
         tested: functions under test whose names are also plain ones (a task may ask for ``sum``).
         data: variables that the test assigned and the program was given, or gave.
         objects: those of them that are objects of the program's classes.
+        constants: variables that the program never gets hold of, with their values.
 
     Raises:
         Inside: it cannot be taken apart so that the program could not decide its verdict.
     """
     if isinstance(test, (ast.Tuple, ast.List, ast.Dict, ast.Constant)):
         raise Inside  # always true, or never
-    planner = _Planner(set(own), set(tested), set(data), set(objects))
+    planner = _Planner(set(own), set(tested), set(data), set(objects), constants or {})
     try:
         planned = planner.planned(test)
     except RecursionError:
@@ -75,8 +77,16 @@ def plan(
 
 
 class _Planner:
-    def __init__(self, own: set[str], tested: set[str], data: set[str], objects: set[str]) -> None:
+    def __init__(
+        self,
+        own: set[str],
+        tested: set[str],
+        data: set[str],
+        objects: set[str],
+        constants: Mapping[str, ast.expr],
+    ) -> None:
         self.own, self.tested, self.data, self.objects = own, tested, data, objects
+        self.constants = constants
         self.holes: list[str] = []
 
     def planned(self, node: ast.expr) -> ast.expr:
@@ -100,6 +110,8 @@ class _Planner:
             return ast.Subscript(self.planned(node.value), node.slice, node.ctx)
         if isinstance(node, ast.Constant) or dotted(node) in CONSTANTS:
             return node
+        if isinstance(node, ast.Name) and node.id in self.constants:
+            return self.constants[node.id]
         if isinstance(node, ast.Call) and self._is_plain(node):
             return self._call(node)
         if not self._fillable(node):
@@ -184,6 +196,31 @@ def decides(node: ast.expr, own: Collection[str]) -> bool:
         or (isinstance(part, ast.Name) and part.id in own)
         for part in ast.walk(node)
     )
+
+
+def constant(node: ast.expr) -> ast.expr | None:
+    """The value of an expression that needs no program; None for any other."""
+    planner = _Planner(set(), set(), set(), set(), {})
+    try:
+        planned = planner.planned(node)
+        return None if planner.holes else _folded(planned)
+    except (Inside, RecursionError):
+        return None
+
+
+def handed_over(statements: Iterable[ast.stmt]) -> set[str]:
+    """Variables that some statements use in anything but a comparison of their own."""
+    found: set[str] = set()
+    for item in statements:
+        if isinstance(item, ast.Assert):
+            calls = [n for n in ast.walk(item.test) if isinstance(n, ast.Call)]
+            inside: list[ast.AST] = [n for n in calls if dotted(n.func) not in PLAIN]
+        else:
+            inside = [item]
+        for part in inside:
+            loads = (n for n in ast.walk(part) if isinstance(n, ast.Name))
+            found |= {n.id for n in loads if isinstance(n.ctx, ast.Load)}
+    return found
 
 
 def _folded(node: ast.expr) -> ast.expr:
