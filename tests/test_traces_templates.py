@@ -156,7 +156,7 @@ def test_white_space_and_default_prompts_are_counted_and_said():
     trims = renderer(CHATML.replace("['content'] }}", "['content'] | trim }}"))
     traces = [TRACE, TRACE.replace(prompt="  indented\n"), TRACE.replace(system="s ")]
     assert all(not isinstance(made, RenderError) for _, made in trims.render_all(traces))
-    assert trims.seen == {"trimmed messages": 2}
+    assert trims.seen == {"trimmed messages": 2, "thoughts": 3}
     assert "white space" in trims.remarks()[0] and "2 traces" in trims.remarks()[0]
     for template, words in (
         (CHATML_QWEN, "You are a helpful assistant."),
@@ -174,7 +174,7 @@ def test_white_space_and_default_prompts_are_counted_and_said():
         told = renderer(template)
         assert told.facts()["default_system"] == words
         list(told.render_all([TRACE, TRACE.replace(system="Mine."), TRACE]))
-        assert told.seen == {"default system prompt": 2}
+        assert told.seen == {"default system prompt": 2, "thoughts": 3}
         assert repr(words) in told.remarks()[0]
     assert renderer(CHATML).facts()["default_system"] == ""
 
@@ -323,6 +323,50 @@ def test_a_clock_of_the_tokenizers_own_is_noticed():
 
 
 # --- thoughts -------------------------------------------------------------------------------------
+
+
+GLM = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['role'] == 'assistant' %}<think>"
+    "{{ (m.reasoning_content or '').strip() }}</think>\n{% endif %}{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{{ opened }}{% endif %}"
+)
+CHANNELS = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}"
+    "{% if m.reasoning_content %}<|channel|>analysis<|message|>{{ m.reasoning_content }}<|end|>"
+    "<|start|>assistant{% endif %}<|channel|>final{% endif %}<|message|>{{ m['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, options",
+    [
+        (GLM, {}),
+        (GLM, {"opened": "<think>"}),
+        (GLM.replace("<|assistant|>\n{{ opened }}", "<|assistant|>"), {}),
+        (CHANNELS, {}),
+    ],
+    ids=["glm", "glm-opened", "glm-lead", "channels"],
+)
+def test_a_thought_can_be_written_as_the_template_writes_it(template, options):
+    """Independent of us: the template's own text of a thought that it is given as one."""
+    made = renderer(template, tags=None, template_options=options)
+    said = {"role": "assistant", "content": TRACE.answer, "reasoning_content": TRACE.think}
+    whole = made.tokenizer.apply_chat_template(
+        [{"role": "user", "content": TRACE.prompt}, said], tokenize=False
+    )
+    assert text_of(made, TRACE) == whole + "<|im_end|>" and made.own_tags is None
+    assert not [remark for remark in made.remarks() if "itself writes" in remark]
+    if template != CHANNELS:
+        other = renderer(template, template_options=options)
+        assert other(TRACE) and "itself writes a thought as '<think>'" in other.remarks()[0]
+        assert Tags(*other.facts()["tags"]) == other.tags
+
+
+def test_a_template_without_thoughts_has_none_of_its_own():
+    for template in (CHATML, CHATML_QWEN, QWEN3):
+        made = renderer(template, tags=None)
+        assert made.own_tags is None and text_of(made, TRACE) == text_of(renderer(template), TRACE)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,12 @@ def add_rendering(verb: Any) -> None:
         help="YYYY-MM-DD, told to a chat template that prints today's date (default: %(default)s, "
         "on every day)",
     )
-    verb.add_argument("--tags", choices=sorted(TAGS), default="r1", help="how a thought is written")
+    verb.add_argument(
+        "--tags",
+        choices=[*sorted(TAGS), "template"],
+        default="r1",
+        help="how a thought is written; template: as the chat template does (default: %(default)s)",
+    )
     verb.add_argument(
         "--template-option",
         action="append",
@@ -155,7 +160,7 @@ def rendering_options(args: argparse.Namespace) -> dict[str, Any]:
             options[name] = json.loads(value)
         except ValueError:  # a word
             options[name] = value
-    return {"date": args.date, "tags": TAGS[args.tags], "template_options": options}
+    return {"date": args.date, "tags": TAGS.get(args.tags), "template_options": options}
 
 
 def _serving(verb: Any, required: bool = False) -> None:

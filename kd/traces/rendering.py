@@ -35,14 +35,15 @@ class Renderer:
     Args:
         tokenizer: the student's.
         tags: how a thought is written; ``R1`` (``<think>`` on lines of its own) by default,
-            ``COMPACT`` without newlines, ``SKY_T1``, or your own.
+            ``COMPACT`` without newlines, ``SKY_T1``, or your own. None: as the chat template
+            writes it, or ``R1`` where it takes no thought.
         chat_template: used in place of the tokenizer's own.
         template_options: more arguments for the template, such as ``{"enable_thinking": True}``.
         date: the day, "YYYY-MM-DD", that a template is told which prints today's.
 
     Attributes:
-        seen: how many traces the template gave a "default system prompt", "empty thoughts" or
-            "trimmed messages".
+        seen: how many traces had "thoughts", and how many the template gave a "default system
+            prompt", "empty thoughts" or "trimmed messages".
         rendered: how many traces there were.
 
     Raises:
@@ -54,23 +55,25 @@ class Renderer:
         self,
         tokenizer: Any,
         *,
-        tags: Tags = R1,
+        tags: Tags | None = R1,
         chat_template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
         date: str = DATE,
     ) -> None:
         self.tokenizer = tokenizer
-        self.tags = tags
         self.template = ChatTemplate(
             tokenizer, chat_template=chat_template, options=template_options, date=date
         )
+        own = self.template.tags()
+        self.tags = tags or own or R1
+        self.own_tags = own if own != self.tags else None
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "Renderer: tokenizer must have an end-of-sequence token, got None. "
                 "Set tokenizer.eos_token to the token that ends a turn."
             )
         self.turn_end = self.template.turn_end()
-        self.control = ControlTokens(tokenizer, tags, self.template.words() + self.turn_end)
+        self.control = ControlTokens(tokenizer, self.tags, self.template.words() + self.turn_end)
         self.seen: Counter[str] = Counter()
         self.rendered = 0
 
@@ -92,6 +95,12 @@ class Renderer:
             found.append(
                 "the chat template puts an empty thought before answers that have none: "
                 f"{self.seen['empty thoughts']:,} traces"
+            )
+        if self.own_tags is not None and self.seen["thoughts"]:
+            own, used = (f"{tags.start!r}...{tags.middle!r}" for tags in (self.own_tags, self.tags))
+            found.append(
+                f"the chat template itself writes a thought as {own}, and it was written as "
+                f"{used}; --tags template (tags=None) does as the template"
             )
         if self.seen["trimmed messages"]:
             found.append(
@@ -273,6 +282,7 @@ class Renderer:
 
     def _note(self, trace: Trace, prompt: Sequence[Piece], lead: str) -> None:
         self.rendered += 1
+        self.seen["thoughts"] += bool(trace.think)
         if closed_thought(lead):
             self.seen["empty thoughts"] += 1
         if not trace.system and self.template.default_system:

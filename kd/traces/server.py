@@ -207,7 +207,8 @@ def generate_server(
     def ask(trace: Trace, k: int) -> tuple[str, dict[str, Any]]:
         options = {**sampling.served(), "seed": sampling.seed + k}
         conversation = messages(trace)
-        request = json.dumps([server.model, conversation, options], sort_keys=True)
+        stated = {**BEYOND, **STANDARD, **options}  # answers sampled otherwise are other answers
+        request = json.dumps([server.model, conversation, stated], sort_keys=True)
         key = hashlib.blake2b(request.encode("utf-8", "replace"), digest_size=16).hexdigest()
         if key in known:
             return key, known[key]

@@ -23,7 +23,7 @@ from kd.traces.conversations import (
     names_of,
     tools_of,
 )
-from kd.traces.trace import MARKS, Trace
+from kd.traces.trace import MARKS, Tags, Trace
 
 # Digits: no template changes their case, cuts or strips them, and no template writes them itself.
 _PROBES = "9021{:06d}7043"
@@ -141,6 +141,25 @@ class ChatTemplate:
             mark = next((mark for mark in reversed(opening) if mark in tail), None)
             tail = tail.partition(mark)[0] if mark else tail
         return tail.rstrip() + eos
+
+    def tags(self) -> Tags | None:
+        """How the template itself writes the thought of an answer, where it takes one at all."""
+        asked: list[dict[str, Any]] = [_turn("user", 0)]
+        thought, answer = _PROBES.format(_ANSWER - 1), _PROBES.format(_ANSWER)
+        said = {**_turn("assistant", _ANSWER), "reasoning_content": thought}
+        try:
+            prompt = self.apply(asked)
+            whole = self.apply([*asked, said], generation=False)
+            lead = self._frame(asked, None).lead
+        except RenderError:
+            return None
+        before, found, rest = whole.partition(thought)
+        middle, answered, _ = rest.partition(answer)
+        opened = opened_thought(prompt)
+        base = prompt.rstrip().removesuffix(opened) if opened else prompt
+        if not found or not answered or not before.startswith(base):
+            return None
+        return Tags(before[len(base) :].removeprefix(lead), middle)
 
     def words(self) -> str:
         """Everything the template may write itself: its source, and a conversation in it."""
