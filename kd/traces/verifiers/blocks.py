@@ -12,7 +12,7 @@ from itertools import islice
 
 CLOSERS = 8  # lines tried as the end of a block
 MARKS = 400  # fences looked at, from the end
-BUDGET = 1_000_000  # characters parsed while looking for where blocks end
+BUDGET = 600_000  # characters parsed while looking for where blocks end
 _OPEN = re.compile(
     r"^(?P<before>[ \t]*(?:>[ \t]?)*(?:(?:[-*+]|\d+[.)])[ \t]+)?)(?P<fence>`{3,}|~{3,})"
     r"[ \t]*(?P<info>[^`\n]*)$"
@@ -183,7 +183,9 @@ def plain(text: str) -> Block | None:
             left -= len(block.source)
             if block.tree is not None and block.is_code:
                 return block
-            if block.tree is not None or left < 0:
+            if left < 0:
+                return None
+            if block.tree is not None:
                 break
     return None
 
