@@ -87,12 +87,12 @@ class Numeric:
 def read_number(text: str) -> tuple[Value, ...] | None:
     """The readings of a reference that is one number and nothing else, else None."""
     try:
-        found = read(text)
+        found = read(text) if "\n" not in text else ()
     except Unreadable:
         return None
     made = tuple(side.value if isinstance(side, Named) else side for side in found)
     numbers = all(isinstance(side, Expression) and not symbols(side.node) for side in made)
-    return made if numbers else None
+    return made if numbers and made else None
 
 
 def _asked_for_percent(answers: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -126,7 +126,7 @@ class Maths:
             references = read(wanted)
         except Unreadable:
             references = ()
-        letter = reference_letter(wanted)
+        letter = reference_letter(wanted) if re.search(r"[A-Z]|\(\w\)", wanted) else None
         percent = bool(_PERCENT.search(trace.prompt))
         return doubted(
             final_statement(trace.answer),
@@ -144,7 +144,10 @@ class Maths:
         if bare(text, ".") == bare(wanted, "."):
             return Verdict(CORRECT)
         if letter is not None:
-            return Choice().judge(text, letter)
+            chosen = Choice().judge(text, letter)
+            if chosen.correct and letter not in text and "(" not in wanted:
+                return Verdict(UNKNOWN, "differs in case", detail=text[:120])
+            return chosen
         if not references:
             return Verdict(UNKNOWN, "reference cannot be read", detail=wanted[:120])
         try:

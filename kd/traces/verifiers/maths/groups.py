@@ -41,7 +41,9 @@ def same_several(reference: Value, answer: Value, same: Same) -> bool | None:
     if named is not None:
         return named
     in_order = _all([same(a, b) for a, b in zip(left, right, strict=True)])
-    if in_order or (reference.form == answer.form == "()"):
+    names = [item.name for item in (*left, *right) if isinstance(item, Named)]
+    named_tuple = ordered and len(names) == len(left) and names == sorted(set(names))
+    if in_order or named_tuple or (reference.form == answer.form == "()"):
         return None if in_order and {reference.form, answer.form} == {"()", "{}"} else in_order
     matched = _matched(left, right, same)
     return None if matched and ordered else matched

@@ -23,6 +23,7 @@ _SIGNS = {
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ",
     "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ",
     "φ": r"\phi ", "ω": r"\omega ", "Δ": r"\Delta ", "Ω": r"\Omega ", "∨": r"\lor ",
+    "∴": r"\therefore ", "⇒": r"\Rightarrow ",
 }  # fmt: skip
 _SUPER, _SUB = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋"
 _RAISED = str.maketrans(_SUPER + _SUB, "0123456789+-n" + "0123456789+-")

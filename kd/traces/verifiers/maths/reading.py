@@ -35,7 +35,8 @@ from kd.traces.verifiers.maths.values import Expression, Value, Word
 
 _CJK = "\u3040-\u30ff\u4e00-\u9fff"
 _HEDGE = re.compile(
-    r"^(?:approximately|about|around|roughly|nearly|ca\.|environ|etwa|\\approx|=)\s*", re.IGNORECASE
+    r"^(?:approximately|about|around|roughly|nearly|ca\.|environ|etwa|\\approx|\\therefore|\\Rightarrow|=>|=)\s*",
+    re.IGNORECASE,
 )
 
 
@@ -111,6 +112,8 @@ def _word(text: str, one: One) -> Value | None:
     if count and count[1] in SMALL and not NOT_A_LABEL.search(count[2]):
         node: Node = ("num", Fraction(SMALL.index(count[1])))
         return Expression(node, 0, read_unit(count[2]), count[2])
+    if re.search(r"(?<!\w)\w-|-\w(?!\w)", text) and "\\text" not in text:
+        return None  # a - b
     if re.fullmatch(r"[^\W\d_][^\W\d_ '\-.&,]*(?:[ '\-.&,]+[^\W\d_]+)*\.?", words) and (
         len(words) > 2 or text.isupper() or text.istitle() or "\\text" in text or not text.isascii()
         or words.lower() in ("no", "up", "on", "or")

@@ -73,7 +73,7 @@ def _equation(parts: list[str], one: One) -> Value:
         first = parse(left)
     except Unreadable:
         value = one(right)  # \lim_{x \to 0} x = 0
-        if re.match(r"\\[A-Za-z]|m\\angle", left) and not _unknowns(value):
+        if re.match(r"\\[A-Za-z]|m\\angle|\d+ [a-z]+$", left) and not _unknowns(value):
             return Named("", value)
         raise
     value = one(right)

@@ -6,11 +6,15 @@ import re
 
 _SUBJECT = re.compile(r"^(?:it|this|that|the \w+)(?: (?:is|are|was))? (?!not\b)", re.IGNORECASE)
 _ARTICLE = re.compile(r"^(?:the|an?)\s+(?=\w{2})", re.IGNORECASE)
+_AND = re.compile(r"\s*(?:[,;&]|\band\b)\s*(?:and\s+)?")
 _OPPOSITES = ({"yes", "no"}, {"true", "false"}, {"even", "odd"}, {"left", "right"})
 
 
 def same_words(left: str, right: str) -> bool | None:
     """Words, of which case and small differences of form do not count; symbols' case does."""
+    lists = [_AND.split(side) for side in (left, right)]
+    if len(lists[0]) == len(lists[1]) > 1:
+        return _same_lists(*lists)
     if bool(_SUBJECT.match(left)) != bool(_SUBJECT.match(right)):
         left, right = (_SUBJECT.sub("", side) or side for side in (left, right))
     first, second = (re.findall(r"[\w']+", _ARTICLE.sub("", side)) for side in (left, right))
@@ -45,6 +49,21 @@ def same_words(left: str, right: str) -> bool | None:
     if prefix or min(map(len, joined)) < 3:
         return None
     return False
+
+
+def _same_lists(left: list[str], right: list[str]) -> bool | None:
+    """Several words in any order; what is left on both sides decides, where it is one each."""
+    rest = list(right)
+    missing = []
+    for word in left:
+        same = next((other for other in rest if same_words(word, other)), None)
+        if same is None:
+            missing.append(word)
+        else:
+            rest.remove(same)
+    if not missing:
+        return True
+    return same_words(missing[0], rest[0]) if len(missing) == 1 else None
 
 
 def _same_word(left: str, right: str) -> bool:
