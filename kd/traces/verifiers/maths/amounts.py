@@ -13,6 +13,7 @@ from kd.traces.verifiers.maths.values import PERCENT, Expression
 
 RADIANS = (("rad", 1),)
 DEGREES = (("deg", 1),)
+_LITTLE = {"a", "an", "at", "by", "in", "of", "on", "to"}
 
 
 def same_quantity(reference: Expression, answer: Expression) -> bool | None:
@@ -131,8 +132,8 @@ def _turned(reference: Expression, answer: Expression) -> bool | None:
 
 def _alike(left: str, right: str) -> bool:
     """Words behind numbers: the same, singular and plural, or one inside the other."""
-    words = [
-        {re.sub(r"(?:es|s)$", "", word) for word in re.findall(r"[a-z]+", side.lower())}
-        for side in (left, right)
-    ]
+    found = [re.findall(r"[a-z]+", side.lower()) for side in (left, right)]
+    if any(len(word) < 3 and word not in _LITTLE for side in found for word in side):
+        return "".join(left.split()) == "".join(right.split())  # a unit that is not known
+    words = [{re.sub(r"(?:es|s)$", "", word) for word in side} for side in found]
     return words[0] <= words[1] or words[1] <= words[0]
