@@ -5,7 +5,7 @@
     python benchmarks/verdict_table.py --peers    # beside math-verify alone, on the same pairs
     python benchmarks/verdict_table.py --show     # every pair that was not decided as labelled
 
-The pairs are tests/verdict_pairs.txt.
+The pairs are tests/verdict_pairs.txt, those held out tests/verdict_held_out.txt.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kd.traces import Trace, Verdict, verifier
 
 ROOT = Path(__file__).parents[1]
 PAIRS = ROOT / "tests" / "verdict_pairs.txt"
+HELD_OUT = ROOT / "tests" / "verdict_held_out.txt"
 README = ROOT / "kd" / "traces" / "README.md"
 BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 HEADER = "| verifier | pairs | decided | as labelled | false correct | false wrong | unknown |"
@@ -92,19 +93,28 @@ def rows(counts: dict[str, Counter[str]]) -> list[str]:
 
 
 def table() -> str:
-    """The table as Markdown."""
-    every = count(PAIRS, ours())
-    total = sum(every.values(), Counter())
-    return "\n".join([HEADER, "|" + "---|" * 7, *rows(every), *rows({"all": total})])
+    """The table as Markdown; its last line is the pairs that nothing was fitted to."""
+    every, apart = count(PAIRS, ours()), count(HELD_OUT, ours())
+    sums = {
+        "all": sum(every.values(), Counter()),
+        "held out": sum(apart.values(), Counter()),
+    }
+    return "\n".join([HEADER, "|" + "---|" * 7, *rows(every), *rows(sums)])
 
 
 def math_verify() -> Callable[[Trace], Verdict]:
-    """math-verify as its own README calls it: gold and answer parsed, then compared."""
+    """math-verify as its own README calls it: gold and answer parsed, then compared.
+
+    It reads LaTeX between dollars only, so that bare LaTeX is put there.
+    """
     from math_verify import parse, verify
 
+    def parsed(text: str) -> list[object]:
+        bare = "\\" in text and not any(mark in text for mark in ("$", "\\(", "\\[", "box"))
+        return (parse(f"${text}$") if bare else parse(text)) or parse(f"${text}$")
+
     def judge(trace: Trace) -> Verdict:
-        gold = parse(trace.reference) or parse(f"${trace.reference}$")
-        answer = parse(trace.answer)
+        gold, answer = parsed(trace.reference), parsed(trace.answer)
         if not gold or not answer:
             return Verdict("unknown", "nothing parsed")
         return Verdict("correct" if verify(gold, answer) else "wrong")

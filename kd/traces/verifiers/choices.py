@@ -30,8 +30,11 @@ _SUBJECT = re.compile(
 )
 _PARENTHESES = re.compile(r"(?<![\w'])\(([A-Za-z])\)(?![\w'])")
 _ALONE = re.compile(r"(?<![\w'=+\-*/^\\({\[$.&])([A-Z])(?![\w'({&])(?!\s*[=+\-*/^<>])")
+_ARTICLE = re.compile(r"\s+(?!(?:and|or|nor|und|oder|et|ou)\b)[a-z]")  # "A triangle", "I think"
 _DENIED = re.compile(
-    r"\b(?:not|isn't|cannot be|wrong|incorrect|false|except|neither|nor)\b", re.IGNORECASE
+    r"\b(?:not|isn't|cannot be|wrong|incorrect|false|except|neither|nor|anything|everything"
+    r"|nothing|other than|all but)\b",
+    re.IGNORECASE,
 )
 
 
@@ -63,7 +66,7 @@ def chosen(statement: str, letters: str = LETTERS) -> str | None:
     alone = {
         match.group(1)
         for match in _ALONE.finditer(text)
-        if match.group(1) not in "AI" or not re.match(r"\s+[a-z]", text[match.end() :])
+        if match.group(1) not in "AI" or not _ARTICLE.match(text, match.end())
     }
     last = re.search(r"([A-Z])[\s.!*\"')]*$", text)
     return _only(alone, letters) if last and alone == {last.group(1)} else None

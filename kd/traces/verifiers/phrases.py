@@ -82,7 +82,7 @@ def led(text: str) -> str:
         rest = text[filler.end() if filler else end :]
         if filler and "\n" in filler.group():
             rest = _BULLET.sub("", rest)
-        if not rest or _EMPTY.match(rest):
+        if not rest or (text[end - 1] not in ":：" and _EMPTY.match(rest)):
             continue
         said = trimmed(sentence_of(rest))
         if said:

@@ -31,6 +31,9 @@ def same_several(reference: Value, answer: Value, same: Same) -> bool | None:
         ordered = isinstance(several, Several) and several.form == "()"
         vector = isinstance(other, Expression) and (symbols(other.node) or _complex(other.node))
         return None if vector and ordered else False
+    for one, other in ((reference, answer), (answer, reference)):
+        if one.form == "{}" and len(one.items) == 1 and other.form == "()":  # {(1, 2)}
+            return same(one.items[0], other)
     left, right = list(reference.items), list(answer.items)
     ordered = "()" in (reference.form, answer.form)
     if "{}" in (reference.form, answer.form):
@@ -116,7 +119,7 @@ def same_region(reference: Value, answer: Value) -> bool | None:
         if len(nodes) < 2:
             several = reference if isinstance(reference, Several) else answer
             return False if isinstance(several, Several) and several.form == "{}" else None
-        return None
+        return _same_ends(nodes[0], nodes[1])
     spans = [_merged(left), _merged(right)]
     if len(spans[0]) != len(spans[1]):
         return False
@@ -126,6 +129,15 @@ def same_region(reference: Value, answer: Value) -> bool | None:
             for a, b in zip(*spans, strict=True)
         ]
     )
+
+
+def _same_ends(left: Sequence[Any], right: Sequence[Any]) -> bool | None:
+    """Intervals with letters for ends: one of each, end by end."""
+    if len(left) != 1 or len(right) != 1:
+        return None
+    (low, high, *opened), (other_low, other_high, *other_opened) = left[0], right[0]
+    ends = _all([same_expression(low, other_low), same_expression(high, other_high)])
+    return ends if opened == other_opened else False if ends else None
 
 
 def _merged(spans: list[Span]) -> list[Span]:

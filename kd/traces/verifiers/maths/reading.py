@@ -112,8 +112,9 @@ def _word(text: str, one: One) -> Value | None:
     if count and count[1] in SMALL and not NOT_A_LABEL.search(count[2]):
         node: Node = ("num", Fraction(SMALL.index(count[1])))
         return Expression(node, 0, read_unit(count[2]), count[2])
-    if re.search(r"(?<!\w)\w-|-\w(?!\w)", text) and "\\text" not in text:
-        return None  # a - b
+    letters = all(len(word) == 1 for word in re.findall(r"\w+", words))
+    if "\\text" not in text and (letters or re.search(r"(?<!\w)\w\s*-|-\s*\w(?!\w)", text)):
+        return None  # a - b, x y
     if re.fullmatch(r"[^\W\d_][^\W\d_ '\-.&,]*(?:[ '\-.&,]+[^\W\d_]+)*\.?", words) and (
         len(words) > 2 or text.isupper() or text.istitle() or "\\text" in text or not text.isascii()
         or words.lower() in ("no", "up", "on", "or")

@@ -104,6 +104,11 @@ def _bound(signs: list[str], nodes: list[Node]) -> Value:
     """Inequalities: a region of one unknown where the other sides are constant."""
     if len(nodes) == 2 and nodes[0][0] == "abs" and signs[0] in ("<", "\\le"):  # |x| < 1
         nodes, signs = [("neg", nodes[1]), nodes[0][1], nodes[1]], 2 * signs
+    elif len(nodes) == 2 and nodes[0][0] == "abs" and signs[0] in (">", "\\ge"):
+        if nodes[0][1][0] == "sym" and not symbols(nodes[1]):
+            is_open = signs[0] == ">"
+            below = (MINUS_INFINITE, ("neg", nodes[1]), True, is_open)
+            return Named(nodes[0][1][1], Region((below, (nodes[1], INFINITE, is_open, True))))
     middle = [node for node in nodes if symbols(node)]
     if len(middle) != 1 or middle[0][0] != "sym":
         if len(signs) == 1:
