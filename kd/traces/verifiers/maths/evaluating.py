@@ -96,6 +96,8 @@ class _Evaluation:
         if kind == "const":
             return self.constant(node[1])
         parts = [self.of(part) for part in node[1:]]
+        if kind != "neg" and any(self.mp.isinf(x) for x in parts if not isinstance(x, Fraction)):
+            raise Unreadable("infinity in a sum")
         operation: Any = getattr(self, kind, self.function)
         return self.bounded(operation(*parts, kind=kind))
 
