@@ -74,6 +74,17 @@ def test_problems_that_differ_in_two_numbers_of_a_hundred_words_are_all_kept():
         ("Let x > 0.", "Let y > 0.", False),
         ("两个数的和", "两个数的差", False),
         ("三个苹果", "五个苹果", False),
+        ("It is 5 km long.", "It is 5 miles long.", False),
+        ("It costs \u20ac180.", "It costs $180.", False),
+        ("Sort:\nfig plum", "Sort:\nplum fig", False),
+        ("The tokens are\n#A B#", "The tokens are\n#B A#", False),
+        (
+            "Quel est le plus grand nombre premier dans la liste?",
+            "Quel est le plus petit nombre premier dans la liste?",
+            False,
+        ),
+        ("**Add** $2$ and $3$.", "Add 2 and 3.", True),
+        ("### Question\nAdd 2.", "Question\nAdd 2.", True),
         ("It costs $1,000.", "It costs $1000.", True),
         ("$2 \\times 3$", "\\(2 \u00d7 3\\)", True),
         ("$\\dfrac12$", "$\\frac{1}{2}$", True),
@@ -91,6 +102,8 @@ def test_what_makes_a_problem(one, other, same):
 def test_words_are_the_same_in_any_width_case_and_latex():
     assert words("What IS $2x + \\frac{1}{2}\\,y$?") == words("what is \uff12 x + \\dfrac12 \\; y")
     assert words("x_1 = 10") == ["x", "1", "1", "0"]
+    assert words("na\u00efve pri\u00admes\u200b") == words("naive primes")
+    assert words("\\left( 1\\cdot x \\right)") == ["1", "x"]
     assert words("我有3只cat") == ["我", "有", "3", "只", "cat"]
     assert tokens("well-known: 7 - 2 \\times x") == ["well", "known", "7", "-", "2", "*", "x"]
 

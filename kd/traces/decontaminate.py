@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect, bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class Evaluations:
     _phrases: set[tuple[str, ...]] = field(default_factory=set)
     _pairs: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
     _sets: list[set[tuple[str, ...]]] = field(default_factory=list)
+    _sizes: list[int] = field(default_factory=list)
 
     def add(self, name: str, questions: Iterable[str]) -> Evaluations:
         """Index the questions of a set."""
@@ -100,6 +102,7 @@ class Evaluations:
         keys = Counter(key for said in different for key in set(_runs(said, KEY)))
         for at, question in enumerate(self._questions):
             self._index(at, question, keys)
+        self._sizes = sorted(len(pairs) for pairs in self._sets if len(pairs) >= SMALL)
 
     def _question(self, said: list[str]) -> _Question:
         shared = self._shared(said)
@@ -193,9 +196,12 @@ class Evaluations:
         if len(found) > 2000:
             return None
         pairs = self._own_pairs(found)
+        needed = math.ceil(self.fuzzy * len(pairs) - 1e-9)
+        near = bisect(self._sizes, len(pairs) / self.fuzzy) - bisect_left(self._sizes, needed)
+        if near <= 0:  # no question is as long
+            return None
         # as much in common as asked for means one of the rarest in common: the others need no look
         asking = sorted((self._pairs[pair] for pair in pairs if pair in self._pairs), key=len)
-        needed = math.ceil(self.fuzzy * len(pairs) - 1e-9)
         if len(asking) < needed:
             return None
         for at in dict.fromkeys(chain.from_iterable(asking[: len(asking) - needed + 1])):

@@ -10,19 +10,23 @@ _ALONE = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
-_LETTERS = {i: chr(i).lower() if chr(i).isalnum() else " " for i in range(128)}
+# small letters and digits stay; all else in ASCII parts words
+_LETTERS = bytes(ord(chr(i).lower()) if i < 128 and chr(i).isalnum() else 32 for i in range(256))
 _DIGITS = tuple("0123456789")
-_SINGLE = re.compile(f"[{_ALONE}]")
-_ANY = re.compile(rf"[{_ALONE}]|[^\W\d_{_ALONE}]+|\d")
-_SPACED = re.compile(r"[^\W\d_]+|\d")
+_OTHER = re.compile(r"([^\x00-\x7f]+)")
+_RUN = re.compile(rf"[{_ALONE}]|[^\W\d_{_ALONE}]+|\d")
+_ACCENTS = re.compile("[\u0300-\u036f]+")
+_UNSEEN = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufe0f\ufeff"
 OPERATORS = "+-*/=<>%"
 _TOKENS = re.compile(rf"[{_ALONE}]|[^\W\d_{_ALONE}]+|\d+|[{re.escape(OPERATORS)}]")
-# how a formula looks, not what it says
-_LOOK = re.compile(
-    r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle|text(?:bf|it|rm)?|math[a-z]+|mbox|hbox"
-    r"|operatorname|quad|qquad|boxed|times|cdot|ast|div|leq?|geq?|lt|gt|[dtc]?frac)(?![a-zA-Z])"
-    r"|\\[,;:! ]"
-)
+# commands of LaTeX that say how a formula looks, or stand for a sign that is no word
+_COMMAND_NAMES = (
+    "left right big bigl bigr bigg Big Bigl Bigr Bigg displaystyle textstyle text textbf textit "
+    "textrm mathrm mathbf mathit mathsf mathcal mathbb mathfrak mathop mbox hbox operatorname quad "
+    "qquad boxed times cdot ast div le leq ge geq lt gt frac dfrac tfrac cfrac"
+).split()
+_SILENT = sorted((f"\\{name}" for name in _COMMAND_NAMES), key=len, reverse=True)
+_LOOK = re.compile(rf"\\(?:{'|'.join(_COMMAND_NAMES)})(?![a-zA-Z])|\\[,;:! ]")
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}\\]*)\}|(\d))\s*(?:\{([^{}\\]*)\}|(\d))")
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))")
 _SIGNS = {
@@ -31,7 +35,6 @@ _SIGNS = {
     **dict.fromkeys(map(ord, "\u00f7\u2215\u2044"), "/"),
     ord("\u2264"): "<=",
     ord("\u2265"): ">=",
-    **dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x2060, 0x2065), 0xFEFF)),  # unseen
 }
 _COMMANDS = re.compile(r"\\(times|cdot|ast|div|leq?|geq?|lt|gt)(?![a-zA-Z])")
 _MEANS = {
@@ -45,12 +48,10 @@ _MEANS = {
 
 
 def plain(text: str) -> str:
-    """A text in its common form: half-width, plain signs for operators, no spacing of LaTeX.
-
-    The case is left as it is.
-    """
+    """A text in its common form: half-width, no accents, plain signs for operators, no spacing of
+    LaTeX. The case is left as it is."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
+        text = _decomposed(text.translate(_SIGNS)).translate(_SIGNS)
     if "\\" in text:
         text = _FRACTION.sub(r"\1\2/\3\4", text)
         text = _COMMANDS.sub(lambda found: _MEANS[found[1]], _THOUSANDS.sub("", text))
@@ -60,18 +61,38 @@ def plain(text: str) -> str:
     return text
 
 
+def _decomposed(text: str) -> str:
+    """Letters without their accents and width, and nothing that is not seen."""
+    apart = unicodedata.normalize("NFKD", text)
+    if apart != unicodedata.normalize("NFKC", text):
+        apart = _ACCENTS.sub("", apart)
+    for letter in _UNSEEN:
+        if letter in apart:
+            apart = apart.replace(letter, "")
+    return apart
+
+
 def words(text: str) -> list[str]:
     """Lower-case words and digits; letters of scripts without spaces one by one."""
-    if "\\" in text:
-        text = _LOOK.sub(" ", text)
     if text.isascii():
-        text = text.translate(_LETTERS)
-        for digit in _DIGITS:
-            if digit in text:
-                text = text.replace(digit, f" {digit} ")
-        return text.split()
-    text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).casefold()
-    return (_ANY if _SINGLE.search(text) else _SPACED).findall(text)
+        return _split(text)
+    found: list[str] = []
+    for i, part in enumerate(_OTHER.split(_decomposed(text))):
+        found += _RUN.findall(part.casefold()) if i % 2 else _split(part)
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """The words of an ASCII text."""
+    if "\\" in text:
+        for command in _SILENT:
+            if command in text:
+                text = text.replace(command, " ")
+    text = text.encode("ascii").translate(_LETTERS).decode("ascii")
+    for digit in _DIGITS:
+        if digit in text:
+            text = text.replace(digit, f" {digit} ")
+    return text.split()
 
 
 def tokens(text: str) -> list[str]:
@@ -116,9 +137,9 @@ _STARTS = frozenset(
 _ENGLISH = frozenset(
     "the a an of is are to in and what how many much if for that with find on be it his her".split()
 )
-_CARRIED = re.compile(
-    rf"\\[a-zA-Z]+|\d+(?:\.\d+)?(?:\s?[A-Za-z\u00b0]+)?|(?<=[\d)\]}}])\s*[-/]|[-/]\s*(?=[\d(\\])|(?<=\b[A-Za-z])\s*[-/]"
-    rf"\s*(?=[A-Za-z]\b)|[^\w\s.,;:!?'\"`´\u2018-\u201f()\[\]{{}}$\\/*_~-]|\*(?!\*)|/|[A-Za-z]+|[^\W\d_{_ALONE}]+|[{_ALONE}]"
+_PIECES = re.compile(
+    rf"[A-Za-z]+|\d+(?:\.\d+)?|\\[a-zA-Z]+|[{_ALONE}]|[^\W\d_{_ALONE}]+"
+    r"|\*(?!\*)|[^\w\s.,;:!?'\"`\u00b4\u2018-\u201f()\[\]{}$\\*_~]"
 )
 _STOPS = ".?!:;,。？！：；，"
 _DRESS = re.compile(r"^[ \t]*#+[ \t]|\*\*|\$|\\[()\[\]]", re.MULTILINE)  # headings, bold, formulas
@@ -136,24 +157,25 @@ def carried(text: str) -> list[str]:
     variables, names, and words such as "not" or "largest"; of a language other than English (and
     Chinese, in part) every word; and whole lines that are no sentences: data, code, grids. A
     number in front of the problem is not its own."""
-    text = _DRESS.sub("", plain(text))
+    text = plain(text)
+    if "#" in text or "*" in text or "$" in text or "\\" in text:
+        text = _DRESS.sub("", text)
     numbered = _NUMBERED.match(text)
-    begin = numbered.end() if numbered else 0
-    found = [match[0].strip() for match in _CARRIED.finditer(text, begin)]
-    letters = [word.lower() for word in found if len(word) > 1 and word.isalpha()]
-    foreign = len(letters) >= 8 and 10 * sum(map(_ENGLISH.__contains__, letters)) < len(letters)
-    marks = [mark for word in found if (mark := _mark(word, foreign))]
+    found = _PIECES.findall(text, numbered.end() if numbered else 0)
+    letters = [word for word in found if len(word) > 1 and word.isalpha()]
+    foreign = len(letters) >= 8 and 10 * sum(x in _ENGLISH for x in letters) < len(letters)
+    marks, counted = [], False  # whether a number comes before
+    for i, word in enumerate(found):
+        if len(word) == 1 and word.isalpha():
+            if word not in "aAI" if word.isascii() else word in _CHINESE:
+                marks.append(word)
+        elif word.islower() and word.isalpha():
+            if counted or foreign or word in _TURNS:
+                marks.append(word)
+        elif word != "-" or not (_is_word(found[i - 1 : i]) and _is_word(found[i + 1 : i + 2])):
+            lower = word.lower()  # a hyphen between two words is none
+            if foreign or lower in _TURNS or lower not in _STARTS:
+                marks.append(lower)
+        counted = word[0].isdecimal()
     lines = [line.rstrip() for line in text.split("\n")] if "\n" in text else []
     return marks + [line for line in lines if line and line[-1] not in _STOPS]
-
-
-def _mark(word: str, foreign: bool) -> str:
-    """A word as far as it makes a problem, else nothing."""
-    lower = word.lower()
-    if not word.isalpha():
-        return lower.replace(" ", "")
-    if len(word) == 1:
-        return word if (word not in "aAI" if word.isascii() else word in _CHINESE) else ""
-    if lower in _TURNS or (word[0].isupper() and lower not in _STARTS):
-        return lower
-    return lower if foreign else ""
