@@ -266,6 +266,13 @@ LOOPS = {
     "digits without end": "The value is 0." + "142857" * 2500,
     "a row of a table without end": "| a | b |\n|---|---|\n" + "| yes | no |\n" * 400,
     "one word": PROSE + " " + "hmm " * 400,
+    "a sentence, left again": f"{PROSE} {'I will count again. ' * 25}{PROSE}",
+    "an item under new numbers": "".join(f"{i}. check the sum again\n" for i in range(40)),
+    "a formula on a line": PROSE + r"\[ x = \frac{1}{2} + \frac{1}{2} \]" * 30,
+    "a boxed answer": PROSE + "\\boxed{4} " * 40,
+    "three lines in turn": "Let me see.\nHmm.\nNo.\n" * 14,
+    "Russian": PROSE + " " + "Проверим ещё раз. " * 20,
+    "two letters": PROSE + " " + "ab" * 400,
     "a long tail": "a fine beginning. " + "I think that this is right, but is it? " * 200,
 }
 HONEST = {
@@ -284,6 +291,12 @@ HONEST = {
     "a list of unlike lines": "\n".join(f"- the {w} is read once" for w in set(PROSE.split())),
     "a refrain": ("Row, row, row your boat\nGently down the stream\n" * 3 + PROSE + "\n") * 2,
     "a rule under every heading": "\n\n".join(f"Part {i}\n-------\n{PROSE[i:90 + i]}" for i in range(15)),
+    "rows of HTML": "<table>\n" + "<tr><td>0</td><td>0</td></tr>\n" * 20 + "</table>",
+    "rows with rules between": "\\begin{tabular}\n" + "yes & no \\\\\n\\hline\n" * 15 + "\\end{tabular}",
+    "comma-separated values": "name,ok,none\n" + "a,yes,no\n" * 30,
+    "a truth table": "p q r\n" + "T F T\n" * 20,
+    "powers that repeat": "The last digits are 3, 9, 7, 1, " + "3, 9, 7, 1, " * 30,
+    "a drawing": "*" * 40 + "\n" + ("*" + " " * 38 + "*\n") * 20,
     "closing brackets": "{" * 14 + "x" + "\n}" * 14,
     "hard wrapped prose": PROSE.replace(" ", "\n"),
 }  # fmt: skip

@@ -159,6 +159,16 @@ def test_your_own_columns_can_be_named_on_the_command_line(files, capsys):
     assert "--column must be MINE=KNOWN, such as my_q=prompt, got 'my_q'" in capsys.readouterr().err
 
 
+def test_what_was_mended_in_a_write_is_a_note(files, capsys):
+    path = files / "x.jsonl"
+    path.write_text('{"prompt": "q", "response": "a", "note": "\\ud83d"}\n')
+    for suffix in ("jsonl", "parquet"):
+        assert main(["traces", "load", str(path), "-o", str(files / f"out.{suffix}")]) == 0
+        told = capsys.readouterr().err
+        assert told.startswith("note: write: text must be Unicode") and told.count("\n") == 1
+        assert "in 1 of 1 rows of out." in told
+
+
 def test_an_evaluation_question_that_cannot_be_read_is_refused(files, capsys):
     (files / "x.jsonl").write_text(TRACE)
     (files / "bench.jsonl").write_text('{"question": "q"}\noops\n')

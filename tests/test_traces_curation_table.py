@@ -150,3 +150,65 @@ def test_short_questions_are_found_whole_with_their_signs_and_not_in_thoughts():
     ):
         assert evaluations.match(text) is None, text
     assert evaluations.match("Well. Is 91 prime? No.", asked=False) is None
+
+
+RECTANGLE = "A rectangle is 12 cm long and 5 cm narrower. What is its area in square centimetres?"
+ROOTS = "Find all real $x$ such that $\\frac{x^2-1}{x+1}=\\sqrt{x+5}$."
+ASKED = [
+    RECTANGLE,
+    ROOTS,
+    "What is the capital of Mongolia?",
+    "Simplify $\\sqrt{50}+\\sqrt{18}$.",
+    "若$a+b=7$且$ab=12$，求$a^2+b^2$的值。",
+    "Compute $\\sum_{k=1}^{10} k^2$.",
+    "Сколько будет семь умножить на восемь?",
+    "If $2x + 3y = 12$ and $x - y = 1$, find $x$.",
+    "What is 6/2 in base ten?",
+]
+
+
+@pytest.mark.parametrize(
+    "text, leak",
+    [
+        (RECTANGLE.replace(" ", "\n"), True),
+        (RECTANGLE.replace(" ", "\u00a0"), True),
+        (RECTANGLE.replace("area", "ar\u200bea"), True),
+        (f"**Problem 3.** {RECTANGLE.replace('12 cm', '*12 cm*')}", True),
+        (RECTANGLE.replace("narrower", "smaller"), True),
+        (ROOTS.replace("\\frac", "\\dfrac").replace("x^2", "x^{2}").replace("=", "\\;=\\;"), True),
+        (ROOTS.replace("$", "$$"), True),
+        ("Tell me: what is the capital of mongolia", True),
+        ("\u201cWhat is the capital of Mongolia?\u201d", True),
+        ("Simplify \\(\\sqrt{50} + \\sqrt{18}\\) and explain.", True),
+        ("请解答：若$a+b=7$且$ab=12$，求$a^2+b^2$的值。写出过程。", True),
+        ("若 $a+b=7$ 且 $ab=12$ , 求 $a^2+b^2$ 的值。", True),
+        ("Compute $\\sum\\limits_{k = 1}^{10} k^{2}$.", True),
+        ("Скажи: сколько будет семь умножить на восемь? Спасибо", True),
+        ("If $2 x + 3 \\, y = 12$ and $x - y = 1$, find $x$.", True),
+        ("Well, what is \\frac{6}{2} in base ten?", True),
+        ("What is 62 in base ten?", False),
+        ("What is the capital of Mongolia's neighbour?", False),
+        ("What is the capital of France?", False),
+        ("Simplify $\\sqrt{50}-\\sqrt{18}$.", False),
+        ("Simplify $\\sqrt{50}+\\sqrt{18}+\\sqrt{2}$.", False),
+        ("若$a+b=8$且$ab=15$，求$a^2+b^2$的值。", False),
+        ("Compute $\\sum_{k=1}^{20} k^2$.", False),
+        ("If $2x + 3y = 13$ and $x - y = 1$, find $y$.", False),
+        ("A rectangle is 9 m long and 4 m wide. What is its perimeter?", False),
+        ("Find all real $x$ such that $x^2=4$.", False),
+    ],
+)
+def test_a_question_in_another_dress_is_found_and_another_question_is_not(text, leak):
+    evaluations = Evaluations().add("bench", ASKED)
+    assert (evaluations.match(text) is not None) is leak
+    if not leak:
+        quoted = f"Let me think about this one. {text} That is what I have to find."
+        assert evaluations.match(quoted, asked=False) is None
+
+
+@pytest.mark.parametrize("text", [RECTANGLE, ROOTS.replace("$", "$$"), ASKED[4], ASKED[7]])
+def test_a_question_of_eight_words_is_found_in_a_thought(text):
+    evaluations = Evaluations().add("bench", ASKED)
+    for start in range(9):  # wherever it begins
+        quoted = f"{'Well. ' * start}The question: {text}\nThat is what I have to find."
+        assert evaluations.match(quoted, asked=False)["question"] in ASKED

@@ -23,6 +23,11 @@ PHRASE = 5  # words that several questions share are a phrase, and no question's
 SMALL = 8  # own pairs of the shortest question that has look-alikes
 LEAST = 3  # words of the shortest question that is looked for inside a text
 _SIGNS = re.escape(OPERATORS.replace("-", ""))
+# the end of a sentence, or of a formula that does not go on
+_CLOSED = r"(?:[)\]}$*]|\\[)\]])"
+_STOP = r"(?:\Z|\n|[?!;:\"\u201d\u00bb\u3002\u2026]|[.,](?!\d)|'(?!\w))"
+_ON = rf"[^\S\n]*[{_SIGNS}^/\\({{_'-]"
+_END = rf"(?={_CLOSED}*[^\S\n]*=?[^\S\n]*{_STOP}|{_CLOSED}+(?!{_CLOSED}|{_ON}))"
 
 
 @dataclass
@@ -245,12 +250,12 @@ def _pattern(said: list[str], question: str) -> re.Pattern[str]:
         said.pop()
     parts = ["(?<![a-z])" if said[0].isascii() and said[0].isalpha() else r"(?<!\d)"]
     for token, after in zip(said, [*said[1:], ""], strict=True):
-        # between two words a hyphen is no operator
+        # between two words a hyphen is no operator; two numbers have something between them
         signs = _SIGNS if token.isalpha() and after.isalpha() else _SIGNS + "-"
-        parts.append(re.escape(token) + (rf"(?:[^\w{signs}]|_)*" if after else ""))
+        many = "+" if token.isdecimal() and after.isdecimal() else "*"
+        parts.append(re.escape(token) + (rf"(?:[^\w{signs}]|_){many}" if after else ""))
     body = "".join(parts)
-    end = rf"(?=[^\S\n]*=?[^\S\n]*(?:\Z|\n|[^\w\s{_SIGNS}-]))"
-    return re.compile(body + (end if re.search(body + end, question) else r"(?![^\W_])"))
+    return re.compile(body + (_END if re.search(body + _END, question) else r"(?![^\W_])"))
 
 
 def _weight(word: str) -> int:

@@ -6,8 +6,11 @@ import re
 import zlib
 
 _CYCLE = 4  # lines in turn
-_WORD = re.compile(r"[^\W\d_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0e00-\u0e7f]")
-_COMMAND = re.compile(r"\\[a-zA-Z]+(?:\{[a-z]*\})?")
+_NUMBER = re.compile(r"^\d+[.):]\s+(?=\S)")  # of an item in a list
+_WORD = re.compile(
+    "[^\\W\\d_]{2,}|[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U0001f300-\U0001faff]"
+)
+_COMMAND = re.compile(r"\\(?!boxed)[a-zA-Z]+(?:\{[a-z]*\})?")
 # rows: of Markdown, LaTeX, HTML, lists of lists, cells between tabs, commas or many spaces
 _ROW = re.compile(
     r"^\||\|$|&.*\\\\|^</?t[rdh]\b|\t|\S {2,}\S|^[\[{].*[\]}],?$|^[^\s,;]+(?:[,;][^\s,;]*)+$"
@@ -26,6 +29,8 @@ def loops(text: str, repeats: int = 12) -> bool:
         line = line.strip()
         if not line:
             continue
+        if line[0].isdecimal():
+            line = _NUMBER.sub("", line)
         for back in range(_CYCLE):
             if line != recent[-1 - back]:
                 runs[back] = 0
@@ -92,8 +97,10 @@ def _circles(text: str, repeats: int) -> bool:
     if not period:
         return False
     cycle = text[-period:]
+    if "\n" in cycle:  # whole lines, wherever the cycle begins
+        cycle = "\n".join((cycle * 2).split("\n")[1:-1])
     if not _bare(cycle):
-        need = max(200, repeats * _patience(cycle) * period)
+        need = max(200 if period > 3 else 400, repeats * _patience(cycle) * period)
     else:
         need = 10_000
     return len(text) >= need and text[-need:-period] == text[-need + period :]
@@ -111,6 +118,6 @@ def _period(text: str, repeats: int) -> int:
         k += backwards[i] == backwards[k]
         border[i] = k
         period = i + 1 - k
-        if i + 1 >= 200 and period > 2 and i + 1 >= repeats * period:
+        if i + 1 >= 200 and i + 1 >= repeats * period:
             return period
     return 0

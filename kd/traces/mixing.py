@@ -189,7 +189,7 @@ def _check_share(share: float, there: dict[bool, int], wanted: dict[bool, int]) 
     if any(needed[side] and not (there[side] and wanted[side]) for side in (True, False)):
         raise ValueError(
             f"mix: reasoning_share must be one that the traces can give, got {share} of "
-            f"{there[True]:,} with a thought and {there[False]:,} without (that is "
+            f"{there[True]:,} with a thought and {there[False]:,} without (that makes "
             f"{wanted[True]:,} and {wanted[False]:,}). Add a source of the kind that is missing, "
             "ask for more, or leave the share out."
         )

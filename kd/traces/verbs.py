@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -35,7 +37,10 @@ def _finish(
     head = list(islice(rows, 1))
     count = 0
     if head and args.output:
-        count = (write or write_traces)(args.output, chain(head, rows))
+        with warnings.catch_warnings(record=True) as heard:
+            count = (write or write_traces)(args.output, chain(head, rows))
+        for warning in heard:
+            print(f"note: {warning.message}", file=sys.stderr)
     elif head:
         count = 1 + sum(1 for _ in rows)
     _tell(args, report)
@@ -309,7 +314,8 @@ def run_mix(args: argparse.Namespace) -> int:
     try:
         stream = mix(sources, report=report, **told)
     except ValueError:
-        _tell(args, report)
+        if report.dropped:
+            _tell(args, report)
         raise
     return _finish(args, report, stream)
 

@@ -17,13 +17,13 @@ _OTHER = re.compile(r"([^\x00-\x7f]+)")
 _RUN = re.compile(rf"[{_ALONE}]|[^\W\d_{_ALONE}]+|\d")
 _ACCENTS = re.compile("[\u0300-\u036f]+")
 _UNSEEN = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufe0f\ufeff"
-OPERATORS = "+-*/=<>%"
+OPERATORS = "+-*=<>%"  # a fraction has many forms: its bar is none
 _TOKENS = re.compile(rf"[{_ALONE}]|[^\W\d_{_ALONE}]+|\d+|[{re.escape(OPERATORS)}]")
 # commands of LaTeX that say how a formula looks, or stand for a sign that is no word
 _COMMAND_NAMES = (
     "left right big bigl bigr bigg Big Bigl Bigr Bigg displaystyle textstyle text textbf textit "
     "textrm mathrm mathbf mathit mathsf mathcal mathbb mathfrak mathop mbox hbox operatorname quad "
-    "qquad boxed times cdot ast div le leq ge geq lt gt frac dfrac tfrac cfrac"
+    "qquad boxed limits nolimits times cdot ast div le leq ge geq lt gt frac dfrac tfrac cfrac"
 ).split()
 _SILENT = sorted((f"\\{name}" for name in _COMMAND_NAMES), key=len, reverse=True)
 _LOOK = re.compile(rf"\\(?:{'|'.join(_COMMAND_NAMES)})(?![a-zA-Z])|\\[,;:! ]")
