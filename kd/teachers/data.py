@@ -114,4 +114,4 @@ class TrainingData:
         tally = self.report.stage("render")
         lines = [self.report.table()] if tally.dropped else []
         lines += self.renderer.remarks() if self.renderer is not None else []
-        return "\n".join(lines)
+        return "".join(f"{line}\n" for line in lines)

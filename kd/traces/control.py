@@ -15,8 +15,9 @@ class ControlTokens:
     """Finds control tokens in texts that must not contain any, and counts them in token ids.
 
     Control are the tokenizer's special tokens, those of its added tokens that look like one
-    (``<|fim_prefix|>``) or that the template writes, marks of the template that are several
-    tokens (Llama 2's ``[INST]``), and the tags of a thought.
+    (``<|fim_prefix|>``) or are marks that the template writes, its marks that are several tokens
+    (Llama 2's ``[INST]``), and the tags of a thought. Added words, and the line ends of Gemma's
+    vocabulary, are text.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -30,12 +31,12 @@ class ControlTokens:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         for token in added.values():
             text = str(token.content)
-            if token.special or text in written or re.fullmatch(BARRED, text):
+            marked = re.search(r"[<>\[\]|｜◁▷]", text) and text in written
+            if token.special or marked or re.fullmatch(BARRED, text):
                 special.add(text)
         for part in (tags.start, tags.middle, tags.end):
             special.update(part.split())
-        # Gemma's vocabulary has line ends as added tokens; they are text.
-        special = {token for token in special if token and not token.isspace()}
+        special = {token for token in special if token.strip()}
         ids = {number for number, token in added.items() if str(token.content) in special}
         ids |= set(tokenizer.all_special_ids)
         self.ids = frozenset(map(int, ids)) - _unknown(tokenizer)
