@@ -388,6 +388,10 @@ def test_values_that_python_calls_empty_are_answers_and_references(value, text):
             ("q", T, "a"),
         ),
         ({"messages": [ASK, {**SAY, "reasoning": {"content": "t."}}]}, ("q", "t.", "a")),
+        ({"messages": [ASK, SAY], "reasoning": "t."}, ("q", "t.", "a")),
+        ({"prompt": [ASK], "completion": [SAY], "thinking": "t."}, ("q", "t.", "a")),
+        ({"messages": [ASK, SAY, ASK, SAY], "reasoning": "whose?"}, ("q", "", "a")),
+        ({"question": "q", "generations": ["<think>t.</think>a"]}, ("q", "t.", "a")),
         ({"row_idx": 0, "row": PAIR}, ("q", "", "a")),
     ],
 )
@@ -476,6 +480,20 @@ def test_folders_that_datasets_saved_are_read(tmp_path):
     )
     assert [trace.source for trace in load(tmp_path / "one")] == ["one"] * 3
     assert [trace.prompt for trace in load(tmp_path / "two")] == ["q", "q"]
+
+
+def test_several_answers_are_taken_when_asked_for_and_else_counted():
+    rows = [
+        {"question": "q", "responses": ["a", "b"]},
+        {"question": "q", "output": ["a", "b"]},
+        {"prompt": [ASK], "completions": ["a", "b"]},
+        {"problem": "q", "generations": ["a", "b"]},
+    ]
+    report = Yield()
+    assert not list(load(rows, report=report)) and report["load"].dropped == {"several answers": 4}
+    kept = list(load(rows, all_samples=True))
+    assert [trace.answer for trace in kept] == ["a", "b"] * 4
+    assert {trace.prompt for trace in kept} == {"q"}
 
 
 def test_records_by_their_names_and_api_errors(tmp_path):

@@ -292,5 +292,4 @@ def make(
 
 def rest_of(record: Mapping[str, Any], *used: str) -> dict[str, Any]:
     """The columns that have no place of their own in a trace."""
-    plain = (str, int, float, bool, list, dict)
-    return {k: v for k, v in record.items() if k not in used and isinstance(v, plain)}
+    return {k: v for k, v in record.items() if k not in used and v is not None}

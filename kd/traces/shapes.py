@@ -119,6 +119,9 @@ def _plain(record: Any) -> Mapping[str, Any]:
         }
     if not _TYPES.issuperset(map(type, record.values())):
         record = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in record.items()}
+    held = next((name for name in SAMPLES[:5] if _texts(record.get(name))), "")
+    if held and len(record[held]) == 1 and "response" not in record:
+        record = {**record, "response": record[held][0]}
     return record
 
 
@@ -133,6 +136,11 @@ def _unknown(record: Mapping[str, Any]) -> ShapeError:
     known = [key for key in (*QUESTIONS, *ANSWERS) if key in record]
     if {"chosen", "rejected"} <= record.keys():
         return ShapeError("preference pair", f"{keys}; name the column to learn from as response")
+    many = next((name for name in SAMPLES if _texts(record.get(name))), "")
+    if many and given(first(record, QUESTIONS)):
+        return ShapeError(
+            "several answers", f"{many} holds {len(record[many])}; ask for all samples"
+        )
     if given(first(record, QUESTIONS)):
         return ShapeError("question without an answer", keys)
     if isinstance(record.get("body"), Mapping) and "messages" in record["body"]:
@@ -229,8 +237,8 @@ def _pair(record: Mapping[str, Any]) -> Trace:
     if spoken or said:
         # a list of turns on one side or on both (verl, TRL, Nemotron)
         turns = spoken or [{"role": "user", "content": record[asked]}]
-        alone = {"role": "assistant", "content": value, "reasoning_content": thought}
-        kept = {k: v for k, v in record.items() if k not in (asked, key, column)}
+        alone = {"role": "assistant", "content": value}
+        kept = {k: v for k, v in record.items() if k not in (asked, key)}
         return conversation({**kept, "messages": [*turns, *(said or [alone])]}, "messages")
     prompt = text_of(record[asked], asked)
     more = next((key for key in ("input", "context") if given(record.get(key))), "")

@@ -82,18 +82,22 @@ def conversation(record: Mapping[str, Any], column: str) -> Trace:
     roles, gold = [role for role, _, _ in said], ["answer"]
     if roles and roles[-1] == "user" and given(first(record, ANSWERS)):
         # the turns end with the question, and the answer has a column of its own
-        answer = {"content": first(record, ANSWERS), "reasoning": thought_of(record)[1]}
+        answer = {"content": first(record, ANSWERS)}
         said.append(("assistant", _turn({"role": "assistant", **answer}, "answer")[1], answer))
         roles, gold = [*roles, "assistant"], []
     _refuse(roles, said)
     (_, asked, _), (_, answered, last) = said[-2:]
     think, answer_text = split_answer(answered.text, answered.thought)
+    beside, thought = thought_of(record)
+    if not think and len(said) == 2:  # a thought beside the only answer is its
+        think, answer_text = split_answer(answered.text, thought)
     history = [
         {"role": role, "content": held.text if role == "user" else split_completion(held.text)[1]}
         for role, held, _ in said[:-2]
     ]
     reference = reference_of(record, *gold)[1]
-    rest = rest_of(record, column, "generations", *SYSTEMS, *QUESTIONS, *ANSWERS)
+    used = beside if think == thought.strip() else ""
+    rest = rest_of(record, column, used, "generations", *SYSTEMS, *QUESTIONS, *ANSWERS)
     if history:
         rest["history"] = history
     if answered.calls:
