@@ -13,8 +13,9 @@ from typing import Any
 from kd.bench import gate
 from kd.bench.machine import line_of
 from kd.bench.report import all_rows, best_possible, command_of, group_table, times_floor
-from kd.bench.runner import floor_rounds, write_whole
+from kd.bench.runner import floor_rounds
 from kd.bench.steps import is_floor
+from kd.files import write_whole
 
 Rows = list[dict[str, Any]]
 OURS, OTHER = "#1f6feb", "#9aa4ae"
@@ -156,7 +157,7 @@ def write_plots(folder: Path, groups: list[dict[str, Any]]) -> list[Path]:
         paths[-1].write_bytes(images[name])
     for stale in set((folder / "plots").glob("*.png")) - set(paths):
         stale.unlink()
-    write_whole(folder / "report.html", page(groups, images, folder))
+    write_whole(folder / "report.html", page(groups, images, folder).encode())
     return [*paths, folder / "report.html"]
 
 

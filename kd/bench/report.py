@@ -11,9 +11,9 @@ from typing import Any
 
 from kd.bench import gate
 from kd.bench.machine import command_line, line_of
-from kd.bench.runner import write_whole
 from kd.bench.shapes import ALL_SUITES
 from kd.bench.steps import is_floor
+from kd.files import write_whole
 
 COLUMNS = (
     "suite",
@@ -255,7 +255,7 @@ def write_report(folder: Path, plots: bool = True) -> list[Path]:
     }
     paths = []
     for name, text in written.items():
-        write_whole(folder / name, text)
+        write_whole(folder / name, text.encode())
         paths.append(folder / name)
     if plots:
         from kd.bench.plots import write_plots

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ from kd.bench.peers import add_peers_to_path, version_of
 from kd.bench.process import Process
 from kd.bench.shapes import PIPELINE_SUITES, Shape, floor_bytes, floor_flops
 from kd.bench.steps import Implementation, is_floor
+from kd.files import write_json
 
 MEMORY_SHARE = 0.7
 FLOOR_MEMORY = 300 << 20
@@ -329,11 +329,4 @@ def run_groups(
         result = run_group(group, **options)
         if add and path.exists():
             result = merged(json.loads(path.read_text()), result)
-        write_whole(path, json.dumps(result, indent=1))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+        write_json(path, result)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from kd.cache.base import CacheReader
 from kd.cache.codecs import Rows
-from kd.cache.files import write_whole
 from kd.cache.keys import describe, token_array
 from kd.cache.meta import CacheMeta
 from kd.cache.writer import CacheWriter
+from kd.files import write_whole
 
 HEAD = "lm_head.safetensors"
 HIDDEN_CODECS = ("hidden_bf16", "hidden_fp8")

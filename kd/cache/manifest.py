@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd.cache.files import canonical_json, locked, write_whole
 from kd.cache.header import whole
 from kd.cache.meta import MAX_VOCAB, CacheMeta
+from kd.files import canonical_json, locked, write_whole
 
 FORMAT = "kd-cache"
 VERSION = 3

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kd.cache.files import canonical_json
+from kd.files import canonical_json
 
 SELECTIONS = ("top_k", "top_p", "sampled", "hybrid", "hidden")
 # What the probability outside the stored tokens means, for each selection (see kd.TopK).

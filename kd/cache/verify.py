@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from kd.cache.codecs import starts
 from kd.cache.compact import row_sums
-from kd.cache.files import TEMPORARY
 from kd.cache.keys import key_of
 from kd.cache.manifest import (
     SHARD_NAME,
@@ -27,6 +26,7 @@ from kd.cache.meta import CacheMeta
 from kd.cache.rows import MASS_TOLERANCE, broken_realised, broken_tails
 from kd.cache.shards import Block, Shard
 from kd.cache.writer import keys_in, shard_options
+from kd.files import TEMPORARY
 
 AT_A_TIME = 256  # sequences decoded together
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from kd.cache.codecs import Rows
-from kd.cache.files import TEMPORARY, Lock, write_whole
 from kd.cache.keys import KEY_BYTES, describe, key_of, token_array
 from kd.cache.manifest import (
     NAME,
@@ -30,6 +29,7 @@ from kd.cache.manifest import (
 from kd.cache.meta import CacheMeta, differences, side_by_side
 from kd.cache.rows import rows_of
 from kd.cache.shards import Block, Shard, encode_shard
+from kd.files import TEMPORARY, Lock, write_whole
 
 SHARD_TOKENS = 1 << 17
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd.files import write_whole
+
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d2433; max-width: 46rem;
        margin: 2rem auto; padding: 0 1rem; }
@@ -89,9 +91,7 @@ class Report:
         for name, data in self._plots:
             (folder / f"{name}.png").write_bytes(data)
         page = folder / "report.html"
-        temporary = folder / f"report.html.{os.getpid()}.tmp"
-        temporary.write_text(self._page(), encoding="utf-8")
-        os.replace(temporary, page)
+        write_whole(page, self._page().encode())
         return page
 
     def _add(self, part: str) -> Report:

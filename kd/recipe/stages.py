@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd.files import read_json, write_json
 from kd.recipe.progress import say
 
 RUN_FILE = "run.json"
@@ -167,23 +168,3 @@ def _plain(value: Any) -> Any:
         "fingerprint: inputs must be numbers, text, lists, dicts, dataclasses, paths or stages, "
         f"got {type(value).__name__}. Pass what it was made from instead."
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's dict, or an empty one where it is missing or torn."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from kd.files import whole_file
 from kd.traces.trace import TEXT_FIELDS, Trace
 
 _ROWS = 256
@@ -44,9 +44,8 @@ def write_rows(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     lines = _Lines()
-    try:
+    with whole_file(path) as temporary:
         if path.name.endswith(".parquet"):
             count = _write_parquet(temporary, rows, text_columns, lines)
         elif path.name.endswith(".jsonl.gz"):
@@ -59,9 +58,6 @@ def write_rows(
             raise ValueError(
                 f"write: path must end with .jsonl, .jsonl.gz or .parquet, got {path.name}."
             )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     if lines.mended:
         warnings.warn(
             f"write: text must be Unicode, got lone surrogates in {lines.mended:,} of {count:,} "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd.files import write_whole
 from kd.traces.trace import Trace
 from kd.traces.verifiers.verdict import STATUSES
 from kd.traces.yields import Yield, agreed
@@ -72,9 +72,7 @@ def write_report(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    write_whole(path, page.encode(errors="replace"))
     return path
 
 

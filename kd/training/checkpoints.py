@@ -16,6 +16,8 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kd.files import write_whole
+
 MARKER = "COMPLETE.json"
 
 
@@ -56,13 +58,8 @@ def mark_complete(folder: str | Path) -> Path:
     names = [path.relative_to(folder).as_posix() for path in files]
     listing = dict(zip(names, entries, strict=True))
     marker = folder / MARKER
-    temporary = folder / (MARKER + ".tmp")
-    with temporary.open("w") as file:
-        json.dump({"files": listing}, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, marker)
-    _sync(folder)
+    text = json.dumps({"files": listing}, indent=1, sort_keys=True)
+    write_whole(marker, text.encode())
     return marker
 
 

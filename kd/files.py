@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and locks that die with their process."""
+"""Files that are whole or absent, JSON that has one spelling, locks that die with their process."""
 
 from __future__ import annotations
 
@@ -35,42 +35,65 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_whole(path: Path, data: bytes, *, replace: bool) -> None:
-    """Write a file that appears whole or not at all, even when the machine stops.
+@contextmanager
+def whole_file(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Another name to write a file under; it gets its own in one step when the block ends.
+
+    The file appears whole or not at all, even when the machine stops; after an error nothing of
+    it is left.
 
     Args:
         path: where; the folder exists.
-        data: the whole content.
         replace: when False, an existing file of that name is never overwritten.
 
     Raises:
-        OSError: with the bytes needed and free when the disk is full; nothing is left behind.
+        OSError: when the disk is full, saying how much is free.
         FileExistsError: when the file exists and ``replace`` is False.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         if replace:
             os.replace(temporary, path)
         else:
             _publish(temporary, path)
     except OSError as error:
+        written = temporary.stat().st_size if temporary.exists() else 0
         temporary.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(
                 error.errno,
-                f"kd.cache: {path.parent} must have room for {len(data):,} bytes of {path.name}, "
-                f"got {_free(path.parent):,} bytes free. Nothing was changed: free some space and "
-                "run the same command again.",
+                f"{path.parent} must have room for {path.name} ({written:,} bytes so far), got "
+                f"{_free(path.parent):,} bytes free. Nothing was changed: free some space and run "
+                "the same command again.",
             ) from error
         raise
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
+    """``data`` as a ``whole_file``."""
+    with whole_file(path, replace=replace) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's dict, or an empty one where it is missing or torn."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A value as indented JSON in a ``whole_file``."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def _publish(temporary: Path, path: Path) -> None:
@@ -80,14 +103,14 @@ def _publish(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise FileExistsError(
             errno.EEXIST,
-            f"kd.cache: {path.name} must be a new name, got one that exists in {path.parent}. "
+            f"{path.name} must be a new name, got one that exists in {path.parent}. "
             "Another writer took it: give every writer its own rank.",
         ) from None
     except OSError as error:  # a file system without hard links
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
             raise
         if path.exists():
-            raise FileExistsError(errno.EEXIST, f"kd.cache: {path} exists already.") from None
+            raise FileExistsError(errno.EEXIST, f"{path} exists already.") from None
         os.replace(temporary, path)
         return
     temporary.unlink()
