@@ -16,6 +16,10 @@ from typing import Any
 from kd.traces.verifiers.maths.tokens import FUNCTIONS, Token, Unreadable, tokens_of
 
 LONGEST = 2_000  # characters
+_OPENING = {
+    "lfloor": ("floor", "rfloor"), "lceil": ("ceil", "rceil"), "lvert": ("abs", "rvert"),
+}  # fmt: skip
+_CLOSING = {close for _, close in _OPENING.values()}
 DEEPEST = 60  # brackets and powers in one another
 Node = tuple[Any, ...]
 
@@ -46,7 +50,7 @@ class _Reader:
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = tokens
         self.at = 0
-        self.depth = 0
+        self.depth = self.bars = 0
 
     def peek(self, ahead: int = 0) -> Token:
         at = self.at + ahead
@@ -90,7 +94,7 @@ class _Reader:
                 self.at += 1
                 right = self.signed()
                 node, divided = ("div" if sign == "/" else "mul", node, right), sign == "/"
-            elif (kind == "command" and sign in ("rfloor", "rceil")) or kind == "end":
+            elif (kind == "command" and sign in _CLOSING) or kind == "end":
                 return node
             elif kind in ("number", "letter", "command") or sign in ("(", "{"):
                 if divided:
@@ -103,7 +107,7 @@ class _Reader:
 
     def opens_bar(self) -> bool:
         """Whether the bar ahead begins an absolute value: we are in none."""
-        return not getattr(self, "bars", 0)
+        return not self.bars
 
     def signed(self) -> Node:
         if self.take("-"):
@@ -174,7 +178,7 @@ class _Reader:
         if text == "{":
             return self.group("}")
         if text == "|":
-            self.bars = getattr(self, "bars", 0) + 1
+            self.bars += 1
             node = self.group("|")
             self.bars -= 1
             return ("abs", node)
@@ -244,12 +248,14 @@ class _Reader:
             return ("binom", self.argument(), self.argument())
         if name == "sqrt":
             return self.root()
-        if name in ("lfloor", "lceil"):
-            node, close = self.sum(), name.replace("l", "r", 1)
+        if name in _OPENING:
+            operation, close = _OPENING[name]
+            bars, self.bars = self.bars, 0
+            node, self.bars = self.sum(), bars
             if self.peek() != ("command", close):
                 raise Unreadable(f"\\{close} is missing")
             self.at += 1
-            return ("floor" if name == "lfloor" else "ceil", node)
+            return (operation, node)
         if name in FUNCTIONS:
             return self.function(name)
         if name in GREEK:

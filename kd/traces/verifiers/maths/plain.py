@@ -31,7 +31,7 @@ _WRITTEN = str.maketrans(_SIGNS)
 _SAME = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leq": "le", "leqslant": "le", "geq": "ge",
     "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "times": "*", "cdot": "*", "ast": "*",
-    "div": "/", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "langle": "(", "rangle": ")",
+    "div": "/", "vert": "|", "mid": "|", "langle": "(", "rangle": ")",
     "lbrack": "[", "rbrack": "]", "lbrace": r"\{", "rbrace": r"\}", "varnothing": "emptyset",
     "degree": "deg", "vee": "lor", "wedge": "land", "mod": "bmod", "mathbf": "text", "bf": "",
     "textbf": "text", "textit": "text", "textrm": "text", "texttt": "text", "textsf": "text",
@@ -51,6 +51,9 @@ _THOUSANDS = re.compile(
     r"(?<![\d.,])(\d{1,3})((?:(?:\\,|\{,\}|\\ |~|\u202f|,\\!|\\;|\\:)\d{3})+)(?!\d)"
 )
 _OVER = re.compile(r"\{([^{}]*?)\s*\\(over|choose)\b\s*([^{}]*)\}")
+_FUNCTION = re.compile(  # \operatorname{arsinh} and its like are not known
+    r"\\text\s*\{\s*(sin|cos|tan|cot|sec|csc|asin|acos|atan|sinh|cosh|tanh|ln|log|exp)\s*\}"
+)
 _WRAPPED = re.compile(r"\\text\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _ROWS = re.compile(r"\\begin\s*\{(aligned|align\*?|gathered|split)\}(.*?)\\end\s*\{\1\}", re.DOTALL)
 _APART = re.compile(r"\\q?quad\s*(?=[A-Za-z](?:_\{?\w\}?)?\s*=|\\text\s*\{\s*(?:and|or))")
@@ -155,7 +158,9 @@ def _latex(text: str) -> str:
     text = text.replace("{,}", ",").replace(r"\%", "%").replace(r"\#", "#").replace(r"\&", "&")
     text = _SPACING.sub(r"\1 ", text)
     text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\b\s*\}?", r"\\deg ", text)
+    text = re.sub(r"\\left\s*\|", r"\\lvert ", re.sub(r"\\right\s*\|", r"\\rvert ", text))
     text = _COMMAND.sub(_command, text)
+    text = _FUNCTION.sub(r"\\\1 ", text)
     text = re.sub(r"\^\s*\{?\s*\\prime\s*\}?", "'", text)
     for _ in range(4):
         text, changed = _OVER.subn(_over, text)
