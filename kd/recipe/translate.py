@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kd.cache import CacheWriter, TeacherCache
+from kd.cache import CacheWriter, SparseTargets, TeacherCache
+from kd.cache.tails import add_entries
 from kd.vocab import Aligner, VocabularyContract, place_rows, tokenizer_fingerprint
 
 
@@ -62,6 +63,21 @@ def _tokens(ids: Sequence[int], table: Mapping[int, bytes], text: bytes, other: 
     return count if size == len(opening) else 0
 
 
+def _tails(found: SparseTargets, contract: VocabularyContract, row: Tensor) -> Tensor | None:
+    """The stored tails at rows ``row`` of a sequence (-1: none), with the tokens in them that are
+    nothing to the student; None where the cache stores none."""
+    if found.tail_log_partition is None:
+        return None
+    masked = (found.ids >= 0) & (contract.table()[found.ids.clamp(min=0)] < 0)
+    tails = add_entries(
+        found.tail_log_partition.numpy(),
+        found.logprobs[masked].numpy(),
+        masked.nonzero()[:, 0].numpy(),
+        [found.temperature / t for t in found.tail_temperatures],
+    )
+    return torch.where(row[:, None] >= 0, torch.from_numpy(tails)[row], 0.0)
+
+
 def translate_cache(
     cache: TeacherCache,
     pairs: Iterable[Pair],
@@ -108,10 +124,16 @@ def translate_cache(
             places = places_of(align, theirs[pair.teacher_start :], ours[pair.student_start :])
             found = cache.lookup(torch.tensor(theirs))
             rows = contract.translate(found.ids, found.logprobs)
-            ids, logprobs = place_rows(*rows, places, pair.teacher_start, pair.student_start)
+            starts = pair.teacher_start, pair.student_start
+            ids, logprobs = place_rows(*rows, places, *starts)
             input_ids = torch.tensor(ours)
             if input_ids not in writer:
-                writer.add(input_ids, ids, logprobs)
+                number = torch.arange(len(theirs))[:, None]
+                row = place_rows(number, number.float(), places, *starts)[0].squeeze(1)
+                followed = None
+                if cache.meta.realised:  # by the same token on both sides
+                    followed = torch.where(row >= 0, cache.realised(theirs)[row], torch.nan)
+                writer.add(input_ids, ids, logprobs, _tails(found, contract, row), followed)
             here = places >= 0
             tokens, covered = tokens + len(places), covered + int(here.sum())
             mass += float(logprobs.exp().sum())
