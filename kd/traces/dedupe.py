@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from kd.traces.trace import Trace
@@ -14,12 +15,12 @@ from kd.traces.yields import Yield
 _SPACES = re.compile(r"\s+")
 
 
-def key_text(trace: Trace, by: str) -> str:
-    """The text that decides: "prompt", or "trace" (prompt, thought and answer)."""
+def key_texts(trace: Trace, by: str) -> tuple[str, ...]:
+    """The texts that decide: "prompt", or "trace" (prompt, thought and answer)."""
     if by == "prompt":
-        return f"{trace.system}\n{trace.prompt}" if trace.system else trace.prompt
+        return (trace.system, trace.prompt) if trace.system else (trace.prompt,)
     if by == "trace":
-        return f"{trace.prompt}\n{trace.think}\n{trace.answer}"
+        return trace.prompt, trace.think, trace.answer
     raise ValueError(f'dedupe: by must be "prompt" or "trace", got {by!r}.')
 
 
@@ -31,7 +32,7 @@ def exact_duplicates(
     seen: set[bytes] = set()
     for trace in traces:
         with tally.timed():
-            text = _SPACES.sub(" ", key_text(trace, by)).strip().casefold()
+            text = _SPACES.sub(" ", "\n".join(key_texts(trace, by))).strip().casefold()
             key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
             fresh = key not in seen
             seen.add(key)
@@ -82,7 +83,8 @@ def near_duplicates(
         with tally.timed():
             signature = RMinHash(num_perm=permutations, seed=42)
             # the problem is part of every shingle: another problem shares none
-            signature.update(shingles(key_text(trace, by), shingle, _problem(trace)))
+            said = list(chain.from_iterable(map(words, key_texts(trace, by))))
+            signature.update(shingles(said, shingle, _problem(trace)))
             best, twin = 0.0, -1
             for candidate in index.query(signature):
                 similarity = signature.jaccard(kept[candidate])
@@ -99,12 +101,11 @@ def near_duplicates(
             tally.drop("near duplicate", trace, f"of record {twin}, similarity {best:.2f}")
 
 
-def shingles(text: str, size: int, prefix: str = "") -> list[str]:
+def shingles(said: list[str], size: int, prefix: str) -> list[str]:
     """Runs of ``size`` words, each after the prefix; short texts are one shingle."""
-    found = words(text)
-    if len(found) <= size:
-        return [" ".join([prefix, *found])]
-    runs = zip(*(found[i:] for i in range(size)), strict=False)
+    if len(said) <= size:
+        return [" ".join([prefix, *said])]
+    runs = zip(*(said[i:] for i in range(size)), strict=False)
     return [" ".join((prefix, *run)) for run in runs]
 
 

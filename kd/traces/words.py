@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 # scripts that are written without spaces between words: each letter counts as a word
 _ALONE = (
@@ -72,8 +73,10 @@ def _decomposed(text: str) -> str:
     return apart
 
 
+@lru_cache(maxsize=16)  # one stage after another reads the same trace
 def words(text: str) -> list[str]:
-    """Lower-case words and digits; letters of scripts without spaces one by one."""
+    """Lower-case words and digits; letters of scripts without spaces one by one. The list is kept:
+    it is not to be changed."""
     if text.isascii():
         return _split(text)
     found: list[str] = []
