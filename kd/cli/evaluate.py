@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="[label=]folder or hub id")
     what = parser.add_argument_group("what to measure (at least one)")
     what.add_argument(
-        "--problems", help="a .jsonl of {prompt, reference}, gym:NAME[:k=v,...] or lm-eval:TASK"
+        "--problems", help="a file of questions and answers, gym:NAME[:k=v,...] or lm-eval:TASK"
     )
     what.add_argument("--text", type=Path, help="perplexity on a .txt, a .jsonl or a folder")
     what.add_argument("--traces", type=Path, help="traces the cache was built from (with --cache)")

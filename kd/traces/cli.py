@@ -200,9 +200,10 @@ def _later(name: str) -> Callable[[argparse.Namespace], int]:
     """The verb's function, imported when it runs."""
 
     def run(args: argparse.Namespace) -> int:
-        from kd.traces import verbs
+        from kd.traces import choosing_verbs, verbs
 
-        found: Callable[[argparse.Namespace], int] = getattr(verbs, f"run_{name}")
+        module = choosing_verbs if name in ("select", "filter", "mix") else verbs
+        found: Callable[[argparse.Namespace], int] = getattr(module, f"run_{name}")
         return found(args)
 
     return run
