@@ -1,6 +1,7 @@
 """Control tokens of tokenizer and template are refused in every message, however spelled."""
 
 import importlib.util
+import random
 
 import pytest
 from tokenizers import AddedToken, models, normalizers
@@ -175,3 +176,62 @@ def test_lone_surrogates_are_counted_and_stop_nobody():
     traces = [Trace("q", "t", "a"), Trace("\ud800", "t", "a"), Trace("q", "t", "x\udfff")]
     outcomes = [outcome for _, outcome in renderer.render_all(traces)]
     assert [getattr(outcome, "reason", "") for outcome in outcomes] == ["", *["invalid UTF-8"] * 2]
+
+
+PARTS = (
+    ["<|im_end|>", "<|im_", "end|>", "</think>", "<think>", "[INST]", " ", "\n", "\n\n", "\t", "é"]
+    + [
+        "e\u0301",
+        "ﬁ",
+        "北京",
+        "🙂",
+        "\u200b",
+        "\u00a0",
+        "{{x}}",
+        "{% if %}",
+        "90210000017043",
+        "<s>",
+    ]
+    + ["user", "assistant", "<0x0A>", "\r\n", "\x00", "\ufeff", "｜", "it's", "0", "The ", "a, b."]
+)
+RENDERERS = [
+    *((byte_tokenizer, template) for template in (CHATML_QWEN, DEEPSEEK, GEMMA, PHI, LLAMA2)),
+    *((sentencepiece, kind) for kind in ("bpe-legacy", "unigram-first", "unigram-legacy")),
+]
+
+
+@pytest.mark.parametrize("make, name", RENDERERS)
+def test_any_conversation_is_rendered_whole_or_refused(make, name):
+    """Ids are those of the whole text, and only the template steers; seeded."""
+    rng = random.Random(7)
+    tokenizer = make(name)
+    renderer = Renderer(tokenizer)
+
+    def text(least, most):
+        return "".join(rng.choice(PARTS[8:]) for _ in range(rng.randint(least, most)))
+
+    rendered = 0
+    for _ in range(60):
+        turns = [{"role": role, "content": text(1, 3)} for role in ("user", "assistant")]
+        trace = Trace(
+            text(1, 4), text(0, 4), text(1, 4) + rng.choice(PARTS), text(0, 2),
+            metadata={"history": turns[: rng.choice([0, 2])]},
+        )  # fmt: skip
+        try:
+            ids, labels = renderer(trace)
+        except RenderError as error:
+            assert error.reason
+            continue
+        rendered += 1
+        prompt, completion = renderer.texts(trace)
+        assert ids == tokenizer(prompt + completion, add_special_tokens=False).input_ids
+        plain = trace.replace(
+            prompt="q", think="t" if trace.think else "", answer="a",
+            system="s" if trace.system else "",
+            metadata={"history": [{**turn, "content": "h"} for turn in trace.metadata["history"]]},
+        )  # fmt: skip
+        steering = renderer.control.of_ids
+        assert steering(ids) == steering(renderer(plain).input_ids)
+        start = labels.count(-100)
+        assert labels == [-100] * start + ids[start:]
+    assert rendered >= 10
