@@ -1,6 +1,7 @@
 """Filters, duplicates, contamination, selection and mixing; every drop has its reason."""
 
 import random
+import time
 
 import pytest
 from traces_cases import CHATML_QWEN, byte_tokenizer
@@ -283,3 +284,31 @@ def test_files_are_mixed_without_being_held(tmp_path):
     held = JsonlTraces(tmp_path / "x.jsonl")
     assert len(held) == 50 and held[17] == traces[17] and held[-1] == traces[-1]
     assert {t.id for t in mix([Source("x", held)], report=Yield())} == {t.id for t in traces}
+
+
+HOSTILE = [
+    "/*",
+    "<a_",
+    "<think",
+    "\\frac{",
+    "```\n",
+    "| ",
+    "a,",
+    "{[",
+    "ab ",
+    "\ud83d",
+    "我",
+    "(",
+    "0 ",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_megabyte_of_anything_is_filtered_at_once(text):
+    started = time.perf_counter()
+    long = text * (900_000 // len(text))
+    trace = Trace(f"一 {text}", long, long[:1000])
+    Lint()(trace), OneLanguage()(trace)
+    list(decontaminate([trace], Evaluations().add("b", ["What is 2 + 2?"]), report=Yield()))
+    list(exact_duplicates([trace], report=Yield()))
+    assert time.perf_counter() - started < 10

@@ -15,12 +15,13 @@ cases = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(cases)
 
 
-def test_the_table_finds_nine_of_ten_and_takes_next_to_nothing_falsely(capsys):
+def test_the_table_finds_nine_of_ten_and_takes_next_to_nothing_falsely(monkeypatch, capsys):
+    rows = cases.table()
+    monkeypatch.setattr(cases, "table", lambda: rows)
     cases.main()
     printed = capsys.readouterr().out
     readme = (_PATH.parents[1] / "kd" / "traces" / "README.md").read_text(encoding="utf-8")
     assert printed.strip() in readme or importlib.util.find_spec("reasoning_gym") is None
-    rows = cases.table()
     assert {row.what for row in rows} == {"near duplicates", "decontamination", "loops", "language"}
     for row in rows:
         assert f"| {row.what} | {row.kind} | {row.planted:,} |" in printed

@@ -5,10 +5,14 @@ import bz2
 import datetime
 import gzip
 import json
+import tempfile
 import warnings
+from pathlib import Path
 
 import pyarrow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from kd.traces import JsonlTraces, Trace, Yield, load, write_traces
@@ -161,6 +165,23 @@ def test_a_damaged_row_group_loses_its_rows_and_counts_them(tmp_path):
     kept, dropped = loaded(path)
     assert kept == [f"q{i}" for i in range(40) if not 10 <= i < 20]
     assert dropped == {"damaged Parquet": 10}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([*b'{}[]",:\n\r\0\xff 1a', 0xEF, 0xBB, 0xBF, 0x1F, 0x8B]), max_size=60
+    ).map(bytes),
+    st.sampled_from([bytes, gzip.compress, zstd]),
+    st.integers(0, 400),
+)
+def test_no_bytes_whatsoever_stop_a_load(data, pack, cut):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.jsonl"
+        path.write_bytes(pack(data + LINES[0].encode() + data)[:cut])
+        kept, dropped = loaded(path)
+    if cut == 400 and pack is not bytes:
+        assert kept or dropped
 
 
 ODD = [

@@ -185,10 +185,19 @@ def _prose(text: str) -> str:
     if "`" in text:
         text = _CODE.sub(" ", text)
     if "#" in text or "//" in text or "/*" in text:
-        text = _COMMENT.sub(" ", text)
+        text = _COMMENT.sub(" ", _without_blocks(text))
         if _STATEMENT.search(text):  # else "# ..." is a heading
             text = _LINE.sub(" ", text)
     return text
+
+
+def _without_blocks(text: str) -> str:
+    """A text without what stands between /* and */."""
+    kept, at = [], 0
+    while (begin := text.find("/*", at)) >= 0 and (end := text.find("*/", begin + 2)) >= 0:
+        kept.append(text[at:begin])
+        at = end + 2
+    return " ".join([*kept, text[at:]])
 
 
 def scripts(text: str) -> dict[str, int]:

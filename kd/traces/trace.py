@@ -145,9 +145,9 @@ CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
 _ENDS = re.compile(r"<\|(?:end|return|start)\|>(?:assistant)?")
 # any of these in a text that has been split is a mark that nobody has understood
 _LEFT = re.compile(
-    r"</?(?:[a-z]+[:_])*(?:think(?:ing)?|thoughts?|reasoning|rationale|scratch_?pad|monologue"
-    r"|reflection|answer)>|<\|?/?(?:[a-z]+_)*(?:channel|unused9[45])\|?>"
-    r"|<\|/?(?:[a-z]+_)*(?:think(?:ing)?|thoughts?|solution|response)\|>"
+    r"</?(?:[a-z]{1,20}[:_]){0,3}(?:think(?:ing)?|thoughts?|reasoning|rationale|scratch_?pad|monologue"
+    r"|reflection|answer)>|<\|?/?(?:[a-z]{1,20}_){0,3}(?:channel|unused9[45])\|?>"
+    r"|<\|/?(?:[a-z]{1,20}_){0,3}(?:think(?:ing)?|thoughts?|solution|response)\|>"
     "|\\[/?think\\]|\u25c1/?think\u25b7",
     re.IGNORECASE,
 )

@@ -73,7 +73,7 @@ def _decomposed(text: str) -> str:
     return apart
 
 
-@lru_cache(maxsize=16)  # one stage after another reads the same trace
+@lru_cache(maxsize=4)  # one stage after another reads the same trace
 def words(text: str) -> list[str]:
     """Lower-case words and digits; letters of scripts without spaces one by one. The list is kept:
     it is not to be changed."""
