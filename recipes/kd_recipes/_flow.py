@@ -39,7 +39,7 @@ class Config:
     max_traces: int = 0
     """Use only the first so many; 0 takes all."""
     verifier: str = ""
-    """Keep a trace only if its answer is right: exact, numeric, maths or gym; empty keeps all."""
+    """Keep a trace only if its answer is right: maths, numeric, choice, exact, gym; empty: all."""
     tags: str = "r1"
     """How a thought is written: r1 (<think>), compact, or sky_t1 (<|begin_of_thought|>)."""
     max_length: int = 32_768
@@ -57,7 +57,7 @@ class Config:
     problems: str = "gym:gsm_symbolic"
     """What all models are asked: a .jsonl of {prompt, reference}, gym:NAME or lm-eval:TASK."""
     problem_verifier: str = "numeric"
-    """How answers are checked: exact, numeric, maths or gym."""
+    """How answers are checked: maths, numeric, choice, exact or gym."""
     test_problems: int = 200
     """How many problems."""
     max_new_tokens: int = 32_768

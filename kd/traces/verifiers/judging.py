@@ -11,6 +11,7 @@ from kd.traces.verifiers.maths.plain import plain
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
 
 LONGEST_REFERENCE = 4_000
+_WORKED = ("####", "\\boxed", "\\fbox")
 
 
 def against(trace: Trace, *, texts: bool = False) -> Verdict | None:
@@ -28,7 +29,7 @@ def against(trace: Trace, *, texts: bool = False) -> Verdict | None:
 
 def reference_of(text: str) -> str:
     r"""A reference may itself be a worked solution that ends on ``#### 18`` or in a box."""
-    return final_answer(text) if "####" in text or "box" in text else text.strip()
+    return final_answer(text) if any(mark in text for mark in _WORKED) else text.strip()
 
 
 def different(found: str, wanted: str, what: str) -> Verdict:

@@ -54,7 +54,14 @@ def read_quantity(text: str, one: One) -> Value | None:
         return None  # 5m is five times m
     if tail.startswith("\\deg") and re.search(r"sin|cos|tan|cot|sec|csc", head):
         return None  # the degrees are the function's
-    return _measured(head, tail)
+    found = _measured(head, tail)
+    if (
+        found is None
+        and re.fullmatch(r"[A-Za-z]+(?:/[A-Za-z]+)+(?:\^\d)?", tail)
+        and " " in spelled
+    ):
+        raise Unreadable("an unknown unit, or letters")
+    return found
 
 
 def _one_spelling(text: str) -> str:
