@@ -388,6 +388,17 @@ def test_rows_say_themselves_which_day_they_were_told(one, tmp_path, capsys):
     ]
 
 
+def test_long_rows_are_left_out_as_render_does(one, tmp_path, capsys):
+    rows = [*asked(1, 2), {"prompt": "q" * 600, "response": "a"}]
+    assert one("a.jsonl", rows) == 1  # longer than the teacher can read
+    assert "at most 512 tokens" in capsys.readouterr().err
+    assert one("a.jsonl", None, "--max-tokens", 300) == 0
+    assert "longer than 300 tokens" in capsys.readouterr().out
+    out, options = tmp_path / "rows.jsonl", ["--tokenizer", tmp_path / "model", "--max-tokens", 300]
+    assert kd("traces", "render", tmp_path / "a.jsonl", "-o", out, *options) == 0
+    assert [row["input_ids"] in TeacherCache(one.cache) for row in rows_of(out)] == [True, True]
+
+
 def test_tags_and_template_options_are_recorded_and_found_again(one, tmp_path, capsys):
     """Qwen3 with its switch: what is captured with options is found by doctor and training."""
     template = CHATML_QWEN.replace(

@@ -64,6 +64,9 @@ def _build(verbs: Any) -> None:
     verb.add_argument("--batch-tokens", type=int, default=4096)
     verb.add_argument("--shard-tokens", type=int, default=1 << 17)
     verb.add_argument("--limit", type=int, help="use only the first so many sequences")
+    verb.add_argument(
+        "--max-tokens", type=int, help="drop longer sequences, as `kd traces render` does"
+    )
     verb.add_argument("--on-bad-rows", choices=("error", "drop", "mask"), default="error")
     verb.add_argument(
         "--append",
@@ -92,7 +95,8 @@ def run_build(args: argparse.Namespace) -> int:
     from kd.teachers.selection import Selection
 
     model, tokenizer = load_teacher(args)
-    data = TrainingData(args.data, tokenizer, limit=args.limit, **rendering_options(args))
+    options = {"limit": args.limit, "max_tokens": args.max_tokens, **rendering_options(args)}
+    data = TrainingData(args.data, tokenizer, **options)
     if not args.append:
         data.refuse_if_other(args.output)
     cache = build_cache(

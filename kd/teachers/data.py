@@ -38,6 +38,7 @@ class TrainingData:
             ``messages``, ``text``, or ``input_ids`` (padded and packed ones are taken apart).
         tokenizer: of teacher and student; None where the rows are ids.
         limit: only the first so many sequences.
+        max_tokens: longer ones are dropped and counted, as ``kd traces render`` does.
         **options: of ``kd.traces.Renderer``: date, tags, template_options.
 
     Attributes:
@@ -45,16 +46,24 @@ class TrainingData:
     """
 
     def __init__(
-        self, path: str, tokenizer: Any, *, limit: int | None = None, **options: Any
+        self,
+        path: str,
+        tokenizer: Any,
+        *,
+        limit: int | None = None,
+        max_tokens: int | None = None,
+        **options: Any,
     ) -> None:
-        self.path, self.limit, self.report = path, limit, Yield()
+        self.path, self.limit, self.max_tokens = path, limit, max_tokens
+        self.report = Yield()
         self.renderer = None if tokenizer is None else AnyRenderer(tokenizer, **options)
 
     def __iter__(self) -> Iterator[list[int]]:
         self.report = Yield()
         if self.renderer is not None:
             self.renderer.forget()
-        rows = render_rows(self.path, self.renderer, report=self.report)
+        most = self.max_tokens
+        rows = render_rows(self.path, self.renderer, report=self.report, max_tokens=most)
         return (row.input_ids for row in islice(rows, self.limit))
 
     def source(self) -> dict[str, Any]:
