@@ -149,6 +149,8 @@ def sentence_of(text: str) -> str:
             return line[: match.start()]
         elif depth <= 0 and _ends(line, match.start(), dollars):
             rest = line[match.end() :]
+            if sign == "!" and re.match(r"\s*[=≠<>≤≥≈+*/×÷·-]", rest):  # a factorial
+                continue
             closing = re.match(r"[*_]+(?=\s|$)", rest)
             keep = "!" if sign == "!" and not rest.strip("*_ ") else ""
             return line[: match.start()] + keep + (closing.group() if closing else "")
