@@ -4,9 +4,9 @@ import ast
 
 import pytest
 
-from kd.traces.verifiers.asserts import Refused, read_asserts
-from kd.traces.verifiers.expressions import Inside, plan
-from kd.traces.verifiers.values import RAISED, Opaque
+from kd.traces.verifiers.code.asserts import Refused, read_asserts
+from kd.traces.verifiers.code.expressions import Inside, plan
+from kd.traces.verifiers.code.values import RAISED, Opaque
 
 CHECK = (
     "METADATA = {}\n\ndef check(candidate):\n    assert candidate(2) == 4\n"

@@ -10,10 +10,17 @@ from traces_code_cases import ASSERTS, CASES, HUMAN, LOOP, READ, SQUARE, SUM, F,
 from kd.cli.main import main
 from kd.sandbox import Bubblewrap, Limits, Run, UnsafeSubprocess
 from kd.traces import Trace, verify
-from kd.traces.verifiers import packages
-from kd.traces.verifiers.code import Code
-from kd.traces.verifiers.programs import find_program
-from kd.traces.verifiers.values import RAISED, Unreadable, close, decode, read, same, same_output
+from kd.traces.verifiers.code import Code, packages
+from kd.traces.verifiers.code.programs import find_program
+from kd.traces.verifiers.code.values import (
+    RAISED,
+    Unreadable,
+    close,
+    decode,
+    read,
+    same,
+    same_output,
+)
 
 try:
     SANDBOX, CLOSED = Bubblewrap(Limits(seconds=3.0)), ""

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from kd.traces.trace import Trace
-from kd.traces.verifiers import packages
-from kd.traces.verifiers.asserts import Asserts, Refused, Step
-from kd.traces.verifiers.blocks import defined, parsed
-from kd.traces.verifiers.programs import find_program
-from kd.traces.verifiers.suites import Cases, Wrapped, read_tests
-from kd.traces.verifiers.trials import Backend, Failed, Trials, failure, too_large, unanswered
-from kd.traces.verifiers.values import RAISED, decode, same, same_output, shown
+from kd.traces.verifiers.code import packages
+from kd.traces.verifiers.code.asserts import Asserts, Refused, Step
+from kd.traces.verifiers.code.blocks import defined, parsed
+from kd.traces.verifiers.code.programs import find_program
+from kd.traces.verifiers.code.suites import Cases, Wrapped, read_tests
+from kd.traces.verifiers.code.trials import Backend, Failed, Trials, failure, too_large, unanswered
+from kd.traces.verifiers.code.values import RAISED, decode, same, same_output, shown
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict
 
 # what the sites that such functions come from import before they run them

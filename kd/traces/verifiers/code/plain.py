@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from kd.traces.verifiers.values import bounded_decimal, same, spread
+from kd.traces.verifiers.code.values import bounded_decimal, same, spread
 
 LARGEST = 10**6  # items of a sequence, bits of an integer, that a test may make here
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kd.traces.verifiers.asserts import Asserts, Refused, read_asserts
+from kd.traces.verifiers.code.asserts import Asserts, Refused, read_asserts
 
 COLUMNS = (
     *("tests", "test_cases", "input_output", "official_tests", "verification_info"),

@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kd.traces.verifiers.blocks import dotted
-from kd.traces.verifiers.plain import CONSTANTS, KEYWORDS, OPERATORS, PLAIN, TYPES
-from kd.traces.verifiers.values import RAISED
+from kd.traces.verifiers.code.blocks import dotted
+from kd.traces.verifiers.code.plain import CONSTANTS, KEYWORDS, OPERATORS, PLAIN, TYPES
+from kd.traces.verifiers.code.values import RAISED
 
 
 class Inside(Exception):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from kd.traces.verifiers.blocks import PYTHON, Block, fenced, plain
+from kd.traces.verifiers.code.blocks import PYTHON, Block, fenced, plain
 
 LONGEST = 200_000  # characters of an answer's end that are looked at
 _OTHERS = set(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kd.sandbox import Run
-from kd.traces.verifiers import packages
-from kd.traces.verifiers.values import Unreadable, read, shown
+from kd.traces.verifiers.code import packages
+from kd.traces.verifiers.code.values import Unreadable, read, shown
 from kd.traces.verifiers.verdict import ERROR, UNKNOWN, WRONG
 
 Backend = Callable[[str, str], Run]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import packages_distributions
 
 from kd.sandbox import Run
-from kd.traces.verifiers.blocks import dotted, parsed
+from kd.traces.verifiers.code.blocks import dotted, parsed
 
 # what programs of data sets import beside the standard library; packages installed here count too
 KNOWN = frozenset(

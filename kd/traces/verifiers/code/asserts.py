@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kd.traces.verifiers.blocks import defined, dotted, parsed
-from kd.traces.verifiers.expressions import (
+from kd.traces.verifiers.code.blocks import defined, dotted, parsed
+from kd.traces.verifiers.code.expressions import (
     Inside,
     Plan,
     called,
@@ -23,7 +23,7 @@ from kd.traces.verifiers.expressions import (
     handed_over,
     plan,
 )
-from kd.traces.verifiers.plain import CONSTANTS, PLAIN
+from kd.traces.verifiers.code.plain import CONSTANTS, PLAIN
 
 LONGEST = 400_000  # characters of tests that are parsed
 # as what tests import the program that they test
