@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traces_cases import CHATML_QWEN, byte_tokenizer
 
-from kd.traces import Lint, Trace, Yield, load, write_traces
+from kd.traces import Lint, Renderer, Trace, Yield, load, write_traces
 from kd.traces.columns import ShapeError
 from kd.traces.loading import to_dataset
 from kd.traces.shapes import normalise, problem
@@ -468,6 +470,13 @@ def test_lost_parts_and_called_tools_are_counted_by_name_and_do_not_pass_the_lin
     tally = report["load"]
     assert tally.dropped == {"tool turns": 1, "tool call without an answer": 1}
     assert tally.notes["tools"] == {"look_up": 3, "add": 2}
+    assert re.search(r"= tool called: look_up +3\n", report.table())
+    assert re.search(r"= part that is not text: image_url +2\n", report.table())
+    renderer = Renderer(byte_tokenizer(CHATML_QWEN))
+    outcomes = [outcome for _, outcome in renderer.render_all(kept[2:])]
+    assert [getattr(outcome, "reason", None) for outcome in outcomes] == ["tool call"] * 3 + [
+        None
+    ] * 2
     assert tally.notes["lost_parts"] == {"image_url": 2, "image, video or audio": 1}
 
 

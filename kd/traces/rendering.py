@@ -202,6 +202,10 @@ class Renderer:
             raise RenderError(
                 "empty answer", "render: trace must have an answer, got an empty one."
             )
+        if trace.metadata.get("tool_calls"):
+            raise RenderError(
+                "tool call", "render: trace must end in its answer, got one that calls a tool."
+            )
         said = [("think", trace.think), ("answer", trace.answer)]
         for i, turn in enumerate(messages(trace)):
             rest = {key: value for key, value in turn.items() if key not in ("role", "content")}

@@ -37,6 +37,10 @@ CURES = (
 )
 
 
+# notes that count by name, and what they are called in the table
+COUNTED = {"lost_parts": "part that is not text", "tools": "tool called"}
+
+
 @dataclass
 class Tally:
     """One stage's counts; ``seen == kept + the sum of dropped`` at any time.
@@ -186,6 +190,9 @@ class Yield:
                 lines.append(f"  - {reason:<48}{count:>9,}")
             for pair, counts in tally.notes.get("agreement", {}).items():
                 lines.append(f"  = {pair + ' agree, %':<48}{100 * agreed(counts):>9.1f}")
+            for key, words in COUNTED.items():
+                for name, count in tally.notes.get(key, {}).items():
+                    lines.append(f"  = {f'{words}: {name}':<48}{count:>9,}")
             for source, entry in tally.notes.get("sources", {}).items():
                 if entry.get("times", 0) > 1:
                     lines.append(f"  = {source + ' repeated, times':<48}{entry['times']:>9.2f}")
