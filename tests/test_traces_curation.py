@@ -305,10 +305,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_megabyte_of_anything_is_filtered_at_once(text):
-    started = time.perf_counter()
+    started = time.process_time()
     long = text * (900_000 // len(text))
     trace = Trace(f"一 {text}", long, long[:1000])
     Lint()(trace), OneLanguage()(trace)
     list(decontaminate([trace], Evaluations().add("b", ["What is 2 + 2?"]), report=Yield()))
     list(exact_duplicates([trace], report=Yield()))
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
