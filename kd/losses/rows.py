@@ -92,27 +92,26 @@ def softmax_and_log_sum_(logits: Tensor) -> tuple[Tensor, Tensor]:
     return peak, -logits.amax(-1, keepdim=True).log()
 
 
-def dense_forward_kl_(student: Tensor, teacher: Tensor) -> Tensor:
-    """Forward KL's row losses; student becomes q - p, teacher is scratch.
+def dense_forward_kl(student: Tensor, teacher: Tensor, gradient: Tensor, spare: Tensor) -> Tensor:
+    """Forward KL's row losses; gradient becomes q - p, spare is scratch.
 
-    The value is sum p * (t - s - c) + log(Z_s / Z_t), c the difference of the peaks and Z each
-    row's normaliser relative to its peak: nothing is rounded to the size of the logits.
+    All [R, V]; gradient may be the student and spare the teacher. The value is sum p * (t - s - c)
+    + log(Z_s / Z_t), c the difference of the peaks and Z each row's normaliser relative to its
+    peak: nothing is rounded to the size of the logits.
     """
-    s_peak = student.amax(-1, keepdim=True)
-    t_peak = teacher.amax(-1, keepdim=True)
+    offset = teacher.amax(-1, keepdim=True) - student.amax(-1, keepdim=True)
     p = torch.softmax(teacher, -1)
-    offset = t_peak - s_peak
-    teacher.sub_(student)
+    apart = torch.sub(teacher, student, out=spare)
     if bool((offset.abs() > 1).any()):  # sum(p) is 1 to 1e-7 only, which would multiply it
-        teacher.sub_(offset)
+        apart.sub_(offset)
         offset = torch.zeros_like(offset)
-    gap = teacher.mul_(p).sum(-1)
-    torch.softmax(student, -1, out=student)
-    q_peak, p_peak = student.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
+    gap = apart.mul_(p).sum(-1)
+    q = torch.softmax(student, -1, out=gradient)
+    q_peak, p_peak = q.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
     normalisers = -offset - torch.log(q_peak / p_peak)
-    student.sub_(p)
+    gradient.sub_(p)
     if not bool(gap.isfinite().all()):  # -inf logits: 0 * inf above
-        gap = teacher.masked_fill_(p == 0, 0.0).sum(-1)
+        gap = apart.masked_fill_(p == 0, 0.0).sum(-1)
     return gap + normalisers.view(-1)
 
 
@@ -129,7 +128,7 @@ def dense_divergence_(student: Tensor, teacher: Tensor, objective: Objective) ->
         student.copy_(wide)
         return loss.to(student.dtype)
     if d.name == "forward_kl" and objective.min_logprob is None:
-        return dense_forward_kl_(student, teacher)
+        return dense_forward_kl(student, teacher, student, teacher)
     ties = d.name == "total_variation"  # decided by a softmax, which is closer than its logarithm
     if ties:
         q, p = torch.softmax(student, -1), torch.softmax(teacher, -1)

@@ -18,7 +18,13 @@ from torch import Tensor
 from kd.losses import chunks, threads
 from kd.losses.chunks import even
 from kd.losses.inputs import Hidden, TopK
-from kd.losses.rows import Objective, SparseRows, canonical_sparse, rows_loss_
+from kd.losses.rows import (
+    Objective,
+    SparseRows,
+    canonical_sparse,
+    dense_forward_kl,
+    rows_loss_,
+)
 
 TEACHER_BYTES = 80 << 20
 """Logits of a teacher given as hidden states beside a student given as logits."""
@@ -234,6 +240,7 @@ def _run_logits(
     direct = direct and gradient is not None and gradient[:, :vocab].is_contiguous()
     teacher = _TeacherRows(problem, count, dtype, logits.device)
     step = teacher.block_rows
+    in_place = direct and _is_forward_kl_alone(problem, weight, dtype)
 
     def begin() -> threads.Work:
         scratch = None if direct else logits.new_empty((min(step, count), vocab), dtype=dtype)
@@ -241,6 +248,12 @@ def _run_logits(
 
         def work(first: int, last: int) -> None:
             z = gradient[first:last, :vocab] if scratch is None else scratch[: last - first]  # type: ignore[index]
+            if in_place:  # read where it lies: a copy of each side less
+                if not of_teacher:
+                    of_teacher.append(logits.new_empty((min(step, count), vocab)))
+                sides = (logits[first:last, :vocab], problem.teacher[first:last, :vocab])  # type: ignore[index]
+                losses[first:last] = dense_forward_kl(*sides, z, of_teacher[0][: last - first])
+                return
             if z.data_ptr() != logits[first:last].data_ptr():
                 z.copy_(_take(logits, rows, first, last)[:, :vocab])
             losses[first:last] = rows_loss_(
@@ -265,6 +278,18 @@ def _run_logits(
         threads.spread(start, stop, step, begin, logits.device)
         start = stop
     return _scatter_rows(losses, rows, len(logits)), Gradients(logits=gradient)
+
+
+def _is_forward_kl_alone(problem: Problem, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a CPU's rows, both sides logits of one type, have no other term, factor or weight."""
+    aim, teacher = problem.objective, problem.teacher
+    if not isinstance(teacher, Tensor) or teacher.device.type != "cpu" or teacher.dtype != dtype:
+        return False
+    if aim.divergence.name != "forward_kl" or aim.min_logprob is not None:
+        return False
+    if (aim.temperature, aim.kd_weight) != (1, 1) or aim.ce_weight != 0:
+        return False
+    return bool((weight == 1).all())
 
 
 def _zero_outside(gradient: Tensor, rows: Tensor | None, vocab: int) -> None:
