@@ -170,7 +170,10 @@ def write(folder: Path) -> dict[tuple[str, int], tuple[str, Any]]:
     for mark, encoding in (("utf-8", "utf-8-sig"), ("UTF-16", "utf-16"), ("UTF-32", "utf-32")):
         what = f"a file that begins with the mark of {mark}"
         put(f"{mark}.jsonl", LINE.decode().encode(encoding), (what, PLAIN))
-    whole, cut = gzip.compress(LINE + b"\n"), gzip.compress((LINE + b"\n") * 3 + bytes(2000))
+    whole, cut = (
+        gzip.compress(LINE + b"\n", mtime=0),
+        gzip.compress((LINE + b"\n") * 3 + bytes(2000), mtime=0),
+    )
     put("members.jsonl.gz", whole + whole, ("gzip, a member", PLAIN), ("gzip, another", PLAIN))
     rows = [("gzip that was cut, a record", PLAIN)] * 3
     put("cut.jsonl.gz", cut[:-8], *rows, ("gzip that was cut, the cut", "file is cut"))

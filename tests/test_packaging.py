@@ -49,6 +49,19 @@ def test_nothing_forks_a_process_that_has_used_threads():
     assert not found
 
 
+@pytest.mark.slow
+def test_every_process_collects_the_same_tests():
+    """Names made of a clock or a hash differ between the processes that share the tests."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    listed = []
+    for seed in ("1", "2"):  # each takes seconds: the clock differs too
+        run = subprocess.run(
+            command, cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        listed.append([line for line in run.stdout.split(b"\n") if b"::" in line])
+    assert listed[0] == listed[1] and len(listed[0]) > 4000
+
+
 def test_fresh_memory_is_nan():
     """What conftest.py promises to every other test."""
     assert torch.empty(3).isnan().all() and torch.ones(2).new_empty(2, 2).isnan().all()

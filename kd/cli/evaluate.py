@@ -47,8 +47,10 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument("--pass-at", default="1", help="such as 1,4; at most --samples (1)")
     how.add_argument("--temperature", type=float, help="0 is greedy; default 0, or 0.6 for several")
     how.add_argument("--top-p", type=float, default=0.95)
-    how.add_argument("--max-new-tokens", type=int, default=4096)
-    how.add_argument("--batch-size", type=int, default=16)
+    how.add_argument(
+        "--max-new-tokens", type=int, default=4096, help="of an answer; longer ones are cut (4096)"
+    )
+    how.add_argument("--batch-size", type=int, default=16, help="answers drawn side by side (16)")
     how.add_argument("--limit", type=int, default=0, help="only the first so many problems")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--no-chat", action="store_true", help="prompts are raw text, no template")

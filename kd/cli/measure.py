@@ -86,7 +86,8 @@ def _ask(label: str, args: argparse.Namespace, **who: Any) -> Evaluation:
     if args.server and args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         journal = args.output / f"{label}.answers.jsonl"
-    with Progress(f"{label}: answering", len(problems) * args.samples) as bar:
+    words = f"{label}: answering, at most {args.max_new_tokens:,} tokens each"
+    with Progress(words, len(problems) * args.samples) as bar:
         return evaluate(
             problems,
             verifier(_verifier(args)),
