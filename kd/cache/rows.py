@@ -89,7 +89,7 @@ def _realised_of(
         )
     followed = found.astype(np.float32)
     followed[-1] = np.nan
-    return np.where(followed > 0, np.where(followed <= 1e-3, np.float32(0), followed), followed)
+    return np.where((followed > 0) & (followed <= 1e-3), np.float32(0), followed)  # rounding
 
 
 def broken_realised(
