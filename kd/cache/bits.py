@@ -59,14 +59,6 @@ def unpack_fixed(packed: Bytes, width: int) -> NDArray[np.int32]:
     return out.reshape(-1)
 
 
-def pack_unary(values: NDArray[np.integer]) -> Bytes:
-    """Values [E] of at least 0 in unary, filled up to a byte."""
-    ends = np.cumsum(values.astype(np.int64) + 1)
-    bits = np.zeros(-(-int(ends[-1]) // 8) * 8 if len(ends) else 0, np.uint8)
-    bits[ends - 1] = 1
-    return np.packbits(bits, bitorder="little")
-
-
 def ones(packed: Bytes) -> NDArray[np.int64]:
     """The positions of all one bits, ascending."""
     return np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_))

@@ -8,7 +8,7 @@ from typing import Any
 
 from kd.models import load_tokenizer
 from kd.traces.trace import Trace
-from kd.traces.verbs import _again, _counts, _finish, _tell
+from kd.traces.verbs import counts_of, finish, tell, reread
 from kd.traces.yields import Yield
 
 
@@ -19,8 +19,8 @@ def run_select(args: argparse.Namespace) -> int:
         raise ValueError(
             "kd traces select: one of --difficulty, --best, --diverse must be given, got none."
         )
-    report = _counts(args)
-    chosen = list(_again(args, report))
+    report = counts_of(args)
+    chosen = list(reread(args, report))
     if args.difficulty is not None:
         least, most = args.difficulty
         chosen = by_difficulty(chosen, least=least, most=most, report=report)
@@ -29,7 +29,7 @@ def run_select(args: argparse.Namespace) -> int:
         chosen = best_of_n(chosen, report=report, **options)
     if args.diverse is not None:
         chosen = diverse(chosen, args.diverse, by=args.by, seed=args.seed, report=report)
-    return _finish(args, report, chosen)
+    return finish(args, report, chosen)
 
 
 def run_filter(args: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def run_filter(args: argparse.Namespace) -> int:
     from kd.traces.files import write_rows
     from kd.traces.filters import Filter, Lint, OneLanguage, Tokens, filter_stream
 
-    report = _counts(args)
+    report = counts_of(args)
     checks: list[Filter] = [] if args.no_lint else [Lint(need_think=args.need_think)]
     if args.one_language:
         checks.append(OneLanguage())
@@ -59,7 +59,7 @@ def run_filter(args: argparse.Namespace) -> int:
     for name, used in wanted.items():
         if used:
             report.stage(name)
-    stream = filter_stream(_again(args, report), checks, report=report)
+    stream = filter_stream(reread(args, report), checks, report=report)
     if args.dedupe != "no":
         stream = exact_duplicates(stream, report=report)
     if args.dedupe == "near":
@@ -68,7 +68,7 @@ def run_filter(args: argparse.Namespace) -> int:
     if args.against:
         evaluations = _evaluations(args.against)
         stream = decontaminate(stream, evaluations, report=report, evidence=evidence)
-    done = _finish(args, report, stream)
+    done = finish(args, report, stream)
     if args.evidence:
         write_rows(args.evidence, evidence)
     return done
@@ -97,16 +97,16 @@ def _evaluations(sources: list[str]) -> Any:
 def run_mix(args: argparse.Namespace) -> int:
     from kd.traces.mixing import mix
 
-    report = _counts(args)
+    report = counts_of(args)
     told = {"total": args.total, "reasoning_share": args.reasoning_share, "seed": args.seed}
     sources = [_source(given, report) for given in args.input]
     try:
         stream = mix(sources, report=report, **told)
     except ValueError:
         if report.dropped:
-            _tell(args, report)
+            tell(args, report)
         raise
-    return _finish(args, report, stream)
+    return finish(args, report, stream)
 
 
 def _source(given: str, report: Yield) -> Any:

@@ -60,7 +60,7 @@ def _load(
     columns: Mapping[str, str] | None,
 ) -> Iterator[Trace]:
     shapes: dict[str, int] = tally.notes.setdefault("shapes", {})
-    for file, origin, index, record in _records(source):
+    for file, origin, index, record in located_records(source):
         where = {"index": index, **({"file": file} if file else {})}
         if isinstance(record, BadRecord):
             tally.drop(record.reason, where, record.detail)
@@ -104,7 +104,7 @@ def questions(
     Returns:
         Pairs of "file:number" and the problem, or the error.
     """
-    for file, _, index, record in _records(source):
+    for file, _, index, record in located_records(source):
         found: Trace | ShapeError
         try:
             if isinstance(record, BadRecord):
@@ -122,7 +122,7 @@ def _count(counts: dict[str, int], names: Iterable[str]) -> None:
         counts[name] = counts.get(name, 0) + 1
 
 
-def _records(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, str, int, Any]]:
+def located_records(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, str, int, Any]]:
     """(file, name of the source, index, record) of every record."""
     if isinstance(source, (str, Path)):
         path = Path(source)

@@ -10,7 +10,7 @@ from typing import Any
 from kd.traces.columns import ANSWERS, QUESTIONS, TURNS, ShapeError
 from kd.traces.conversations import RenderError
 from kd.traces.documents import documents
-from kd.traces.loading import _records
+from kd.traces.loading import located_records
 from kd.traces.records import BadRecord
 from kd.traces.rendering import Renderer
 from kd.traces.shapes import normalise
@@ -77,7 +77,7 @@ class AnyRenderer:
 
 def rendered_before(source: str | Path) -> dict[str, Any] | None:
     """What the rows of a data set say of how they were rendered; None where they are to be."""
-    record = next((record for *_, record in _records(source)), None)
+    record = next((record for *_, record in located_records(source)), None)
     if not isinstance(record, Mapping) or record.get("input_ids") is None:
         return None
     return {"date": record["date"]} if record.get("date") else {}
@@ -226,7 +226,7 @@ def _outcomes(
 
 def _items(source: str | Path | Iterable[Any]) -> Iterator[tuple[Any, Item]]:
     """Every record with what is to be rendered of it."""
-    for file, _, index, record in _records(source):
+    for file, _, index, record in located_records(source):
         where = f"record {index} of {file or 'the data'}"
         record = {"messages": record} if are_turns(record) else record
         shown = record if isinstance(record, (Trace, Mapping)) else {"index": index}

@@ -16,14 +16,14 @@ from kd.traces.trace import Trace
 from kd.traces.yields import Yield
 
 
-def _counts(args: argparse.Namespace) -> Yield:
+def counts_of(args: argparse.Namespace) -> Yield:
     path = Path(args.report) if args.report else None
     if path is not None and path.exists():
         return Yield.from_dict(json.loads(path.read_text()))
     return Yield()
 
 
-def _finish(
+def finish(
     args: argparse.Namespace,
     report: Yield,
     rows: Iterable[Any],
@@ -43,7 +43,7 @@ def _finish(
             print(f"note: {warning.message}", file=sys.stderr)
     elif head:
         count = 1 + sum(1 for _ in rows)
-    _tell(args, report)
+    tell(args, report)
     if not count:
         kept = f"; {args.output} is not written" if args.output else ""
         raise ValueError(
@@ -55,7 +55,7 @@ def _finish(
     return 0
 
 
-def _tell(args: argparse.Namespace, report: Yield) -> None:
+def tell(args: argparse.Namespace, report: Yield) -> None:
     print(report.table())
     if args.report:
         Path(args.report).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def _read(args: argparse.Namespace, report: Yield, **options: Any) -> Iterator[T
         yield from load(source, report=report, **options)
 
 
-def _again(args: argparse.Namespace, report: Yield) -> Iterator[Trace]:
+def reread(args: argparse.Namespace, report: Yield) -> Iterator[Trace]:
     """Read what an earlier verb wrote: counted a second time only where records are lost."""
     name, scratch = f"read for {args.verb}", Yield()
     report.stage(name)
@@ -93,9 +93,9 @@ def _columns(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run_load(args: argparse.Namespace) -> int:
-    report = _counts(args)
+    report = counts_of(args)
     options = {"all_samples": args.all_samples, "name": args.source, "domain": args.domain}
-    return _finish(args, report, _read(args, report, columns=_columns(args), **options))
+    return finish(args, report, _read(args, report, columns=_columns(args), **options))
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -105,7 +105,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from kd.traces.server import generate_server
     from kd.traces.yields import metered
 
-    report = _counts(args)
+    report = counts_of(args)
     tally = report.stage("generate")
     problems = []
     for source in args.input:
@@ -115,7 +115,7 @@ def run_generate(args: argparse.Namespace) -> int:
             else:
                 tally.drop(found.reason, {"record": place}, found.detail)
     if not problems:
-        return _finish(args, report, ())
+        return finish(args, report, ())
     sampling = Sampling(
         args.temperature,
         args.top_p,
@@ -128,7 +128,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.server:
         server, told = _server(args), {"journal": args.journal, "report": report}
         stream = generate_server(server, problems, sampling=sampling, n=args.n, **told)
-        done = _finish(args, report, stream)
+        done = finish(args, report, stream)
         if server.unstated:
             print(
                 f"the server refuses {', '.join(server.unstated)}: they were not sent, and its own "
@@ -148,7 +148,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     own = overridden(model, sampling)
     tally.notes |= {"sampling": sampling.stated(), "not applied": own}
-    done = _finish(args, report, made())
+    done = finish(args, report, made())
     if own:
         shown = ", ".join(f"{name}={value}" for name, value in own.items())
         print(f"not applied, of the model's own generation_config: {shown}. Options state what is.")
@@ -190,7 +190,7 @@ def _verified(args: argparse.Namespace, names: list[str]) -> int:
     from kd.traces.verification import verify_stream
     from kd.traces.verifiers import advice
 
-    report, stage = _counts(args), f"verify {' '.join(names)}"
+    report, stage = counts_of(args), f"verify {' '.join(names)}"
     options: dict[str, Any] = {
         "keep": args.keep,
         "workers": args.workers,
@@ -201,10 +201,10 @@ def _verified(args: argparse.Namespace, names: list[str]) -> int:
     missed: list[Trace] = []
     verifiers = {name: _verifier(name, args) for name in names}
     if len(verifiers) == 1:
-        stream = verify_stream(_again(args, report), verifiers[names[0]], missed=missed, **options)
+        stream = verify_stream(reread(args, report), verifiers[names[0]], missed=missed, **options)
     else:
-        stream = compare(_again(args, report), verifiers, decide=args.decide, **options)
-    return _finish(args, report, stream, advise=lambda: advice(missed, names[0]))
+        stream = compare(reread(args, report), verifiers, decide=args.decide, **options)
+    return finish(args, report, stream, advise=lambda: advice(missed, names[0]))
 
 
 def run_sandbox(args: argparse.Namespace) -> int:
@@ -229,7 +229,7 @@ def run_render(args: argparse.Namespace) -> int:
     from kd.traces.packing import pack
     from kd.traces.rows import AnyRenderer, render_rows
 
-    report = _counts(args)
+    report = counts_of(args)
     most = min((n for n in (args.max_tokens, args.pack) if n), default=None)
     renderer = AnyRenderer(load_tokenizer(args.tokenizer), **rendering_options(args))
     date = {"date": args.date} if renderer.facts().get("date") else {}
@@ -251,7 +251,7 @@ def run_render(args: argparse.Namespace) -> int:
         report["render"].notes |= {"packs": packs, "fullness": fullness}
         print(f"packed into {packs:,} rows of {args.pack:,}, {100 * fullness:.1f} % full")
 
-    done = _finish(args, report, rows(), write_rows)
+    done = finish(args, report, rows(), write_rows)
     for line in renderer.remarks():
         print(line)
     return done
@@ -265,7 +265,7 @@ def run_report(args: argparse.Namespace) -> int:
             "kd traces report: --report must name the counts that other verbs saved, got "
             f"{args.report}. Give the same --report to each verb."
         )
-    report, shown = _counts(args), 0
+    report, shown = counts_of(args), 0
 
     def traces() -> Iterator[Trace]:
         nonlocal shown

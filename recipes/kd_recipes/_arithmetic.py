@@ -99,15 +99,6 @@ def solve(question: str, rng: random.Random, random_order: bool = True) -> str:
     return ";".join(lines)
 
 
-def valid_next_lines(line: str) -> set[str]:
-    """Every line that may follow this one."""
-    values = terms(line)
-    return {
-        write(values[:i] + [values[i] + values[i + 1]] + values[i + 2 :])
-        for i in range(len(values) - 1)
-    }
-
-
 def model(hidden: int, layers: int, seed: int, **options: Any) -> Qwen2ForCausalLM:
     """A randomly initialised Qwen2 with heads of 32 and a feed-forward of 2.75 times hidden."""
     import torch
