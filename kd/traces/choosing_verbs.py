@@ -8,7 +8,7 @@ from typing import Any
 
 from kd.models import load_tokenizer
 from kd.traces.trace import Trace
-from kd.traces.verbs import counts_of, finish, tell, reread
+from kd.traces.verbs import counts_of, finish, reread, tell
 from kd.traces.yields import Yield
 
 
