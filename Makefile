@@ -44,13 +44,13 @@ aot: $(STAMP)  ## compile every kernel for GPUs that are not here and check the 
 	$(BIN)/python benchmarks/aot_table.py --check tests/aot_budgets.json --write benchmarks/results/aot/table
 
 bench: $(STAMP)  ## measure this machine's CPU; peers take part where they are installed
-	$(BIN)/kd bench --device cpu --results benchmarks/results
+	$(BIN)/python benchmarks/run.py --device cpu --results benchmarks/results
 
 bench-gpu: $(STAMP)  ## measure this machine's GPU; a rerun continues
-	$(BIN)/kd bench --device cuda --results benchmarks/results
+	$(BIN)/python benchmarks/run.py --device cuda --results benchmarks/results
 
 bench-compare: $(STAMP)  ## what became slower: make bench-compare OLD=folder NEW=folder
-	$(BIN)/kd bench --compare $(OLD) $(NEW)
+	$(BIN)/python benchmarks/run.py --compare $(OLD) $(NEW)
 
 clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -35,12 +35,12 @@ sys.path[:0] = [str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from aot_cases import Case, cases  # noqa: E402
-from aot_report import COLUMNS, row, write  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from aot_cases import Case, cases  # noqa: E402
+from aot_report import COLUMNS, row, write  # noqa: E402
 from kd_kernels.rows import Target, compiling_for  # noqa: E402
 
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")

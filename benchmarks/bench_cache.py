@@ -25,9 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kd.bench.cache_suite import power_law_rows  # noqa: E402
-from kd.bench.models import make_model  # noqa: E402
 from kd.cache import CacheMeta, CacheWriter, TeacherCache  # noqa: E402
+from kd_bench.cache_suite import power_law_rows  # noqa: E402
+from kd_bench.models import make_model  # noqa: E402
 
 QWEN = 151_936
 QWEN_SHAPE = "qwen2.5-0.5b-shape"
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the Markdown there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    from kd.bench import machine
+    from kd_bench import machine
 
     say(f"{machine.line_of(machine.machine_info('cpu'))}")
     if args.only in (None, "reading"):

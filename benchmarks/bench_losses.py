@@ -18,10 +18,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from kd.bench import machine
-from kd.bench.report import load_groups, times_floor, write_report
-from kd.bench.runner import Group, run_groups
-from kd.bench.shapes import NARROW_HEADS, QWEN_05B_15B
+from kd_bench import machine
+from kd_bench.report import load_groups, times_floor, write_report
+from kd_bench.runner import Group, run_groups
+from kd_bench.shapes import NARROW_HEADS, QWEN_05B_15B
 
 CASES = {
     "f32": (Group("linear", QWEN_05B_15B, "float32"), 1.05),

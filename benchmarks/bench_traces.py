@@ -16,7 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from kd.bench import machine
 from kd.traces import (
     CHATML,
     Evaluations,
@@ -36,6 +35,7 @@ from kd.traces import (
     render_stream,
     write_traces,
 )
+from kd_bench import machine
 
 CAPACITY = 16_384
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kd.bench.training_suite import build_trainer
+from kd_bench.training_suite import build_trainer
 
 SIZES = {
     "small": {"student": (256, 4), "teacher": (512, 4), "vocab": 151_936, "batch": (2, 64)},
@@ -212,7 +212,7 @@ def main() -> None:
     chosen = parser.parse_args()
     import torch
 
-    from kd.bench.machine import folder_name, line_of, machine_info
+    from kd_bench.machine import folder_name, line_of, machine_info
 
     if os.environ.get("KD_PEERS"):  # the workers get the parent's path
         sys.path.append(str(Path(os.environ["KD_PEERS"]).resolve()))

@@ -25,7 +25,7 @@ import time
 import torch
 
 import kd
-from kd.bench.plain import plain_losses
+from kd_bench.plain import plain_losses
 
 DIVERGENCES = (
     kd.forward_kl,

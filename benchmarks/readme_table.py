@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from kd.bench.machine import line_of
-from kd.bench.report import load_groups, table_row
+from kd_bench.machine import line_of
+from kd_bench.report import load_groups, table_row
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"

@@ -1,4 +1,4 @@
-"""What the pytest-benchmark suites share: the same groups and steps as ``kd bench``, in process."""
+"""What the pytest-benchmark suites share: the groups and steps of ``make bench``, in process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import functools
 
 import pytest
 
-from kd.bench import machine
-from kd.bench.inputs import DTYPES, errors, exact_answer, first_rows, make_inputs
-from kd.bench.peers import add_peers_to_path, version_of
-from kd.bench.plan import plan
-from kd.bench.runner import MEMORY_SHARE, Group
-from kd.bench.steps import Implementation, answer_of, is_floor
+from kd_bench import machine
+from kd_bench.inputs import DTYPES, errors, exact_answer, first_rows, make_inputs
+from kd_bench.peers import add_peers_to_path, version_of
+from kd_bench.plan import plan
+from kd_bench.runner import MEMORY_SHARE, Group
+from kd_bench.steps import Implementation, answer_of, is_floor
 
 
 @dataclasses.dataclass(frozen=True)

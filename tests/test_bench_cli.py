@@ -1,18 +1,15 @@
-"""``kd bench`` as a user types it, and what is drawn."""
+"""``benchmarks/run.py`` as a user types it, and what is drawn."""
 
-import argparse
 import json
 
 import pytest
 
-from kd.bench import cli, plots
+import run as cli
+from kd_bench import plots
 
 
 def kd_bench(*arguments):
-    parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["bench", *arguments])
-    return args.run(args)
+    return cli.main(list(arguments))
 
 
 def test_list_shows_what_would_be_measured(capsys):

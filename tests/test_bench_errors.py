@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import kd
-from kd.bench.plain import plain_losses
 from kd.losses import divergences
+from kd_bench.plain import plain_losses
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "error_table.py"
 

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from kd.bench import machine, plan, process, report, runner
-from kd.bench.implementations import IMPLEMENTATIONS
-from kd.bench.steps import Implementation, is_floor
+from kd_bench import machine, plan, process, report, runner
+from kd_bench.implementations import IMPLEMENTATIONS
+from kd_bench.steps import Implementation, is_floor
 
 GIB = 1 << 30
 RATES = {"copy_bytes_per_second": 1e12}

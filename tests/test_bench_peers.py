@@ -8,15 +8,15 @@ import sys
 
 import pytest
 
-from kd.bench import runner
-from kd.bench.peers import TRITON_PEERS, add_peers_to_path, version_of
-from kd.bench.shapes import SMOKE_SHAPES
+from kd_bench import runner
+from kd_bench.peers import TRITON_PEERS, add_peers_to_path, version_of
+from kd_bench.shapes import SMOKE_SHAPES
 
 SCRIPT = """
 import json, sys, torch
-from kd.bench.inputs import errors, exact_answer, make_inputs
-from kd.bench.peers import TRITON_PEERS, add_peers_to_path
-from kd.bench.shapes import SMOKE_SHAPES
+from kd_bench.inputs import errors, exact_answer, make_inputs
+from kd_bench.peers import TRITON_PEERS, add_peers_to_path
+from kd_bench.shapes import SMOKE_SHAPES
 
 add_peers_to_path()
 (made,) = [made for made in TRITON_PEERS if made.name == sys.argv[1]]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kd.bench import cache_suite, inputs, plan, runner
-from kd.bench.implementations import IMPLEMENTATIONS
-from kd.bench.shapes import PIPELINE_SUITES, SMOKE_SHAPES
-from kd.bench.steps import answer_of, is_floor
+from kd_bench import cache_suite, inputs, plan, runner
+from kd_bench.implementations import IMPLEMENTATIONS
+from kd_bench.shapes import PIPELINE_SUITES, SMOKE_SHAPES
+from kd_bench.steps import answer_of, is_floor
 
 SHAPE = SMOKE_SHAPES["smoke-models"]
 CASES = [

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kd.bench import runner
-from kd.bench.shapes import QWEN_05B_15B
-from kd.bench.steps import is_floor
+from kd_bench import runner
+from kd_bench.shapes import QWEN_05B_15B
+from kd_bench.steps import is_floor
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

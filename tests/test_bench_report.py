@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kd.bench import gate, machine
+from kd_bench import gate, machine
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

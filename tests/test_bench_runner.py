@@ -1,4 +1,4 @@
-"""kd bench: measured rows, answers checked first, resumed, skipped with a reason, compared."""
+"""bench: measured rows, answers checked first, resumed, skipped with a reason, compared."""
 
 import dataclasses
 import json
@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import kd
-from kd.bench import compare, machine, plan, report, runner
-from kd.bench.implementations import IMPLEMENTATIONS, Implementation
-from kd.bench.inputs import (
+from kd_bench import compare, machine, plan, report, runner
+from kd_bench.implementations import IMPLEMENTATIONS, Implementation
+from kd_bench.inputs import (
     errors,
     exact_answer,
     first_rows,
@@ -21,9 +21,9 @@ from kd.bench.inputs import (
     save,
     save_truth,
 )
-from kd.bench.peers import version_of
-from kd.bench.runner import Group
-from kd.bench.shapes import SMOKE_SHAPES, SUITES, floor_flops
+from kd_bench.peers import version_of
+from kd_bench.runner import Group
+from kd_bench.shapes import SMOKE_SHAPES, SUITES, floor_flops
 
 SMOKE = SMOKE_SHAPES["smoke"]
 
@@ -244,7 +244,7 @@ def test_compare_sees_memory_and_error_and_ignores_noise():
 
 def test_compare_refuses_what_is_not_a_result(tmp_path):
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(ValueError, match="must be results of kd bench or pytest-benchmark"):
+    with pytest.raises(ValueError, match="must be results of make bench or pytest-benchmark"):
         compare.run(tmp_path / "x.json", tmp_path / "x.json", 0.15)
 
 

@@ -26,7 +26,6 @@ AREAS = {
     "cache": ("kd.teachers.cli", "build, verify and convert caches of teacher log-probabilities"),
     "traces": ("kd.traces.cli", "load, verify, filter, mix and render reasoning traces"),
     "evaluate": ("kd.cli.evaluate", "score models on problems, on text, and beside a teacher"),
-    "bench": ("kd.bench.cli", "measure the losses on this machine, peers beside them"),
     "doctor": ("kd.cli.doctor", "what this machine has, and what kd will use"),
     "completion": ("kd.cli.completion", "print a script that completes kd's words with Tab"),
 }

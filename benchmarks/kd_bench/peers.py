@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.bench.inputs import parse_divergence
-from kd.bench.steps import (
+from kd_bench.inputs import parse_divergence
+from kd_bench.steps import (
     LINEAR_LEAVES,
     Answer,
     Implementation,

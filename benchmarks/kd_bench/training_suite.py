@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from kd.bench.models import make_model
-from kd.bench.shapes import Shape
-from kd.bench.steps import Answer, Inputs, Truth
+from kd_bench.models import make_model
+from kd_bench.shapes import Shape
+from kd_bench.steps import Answer, Inputs, Truth
 
 NAMES = {  # (implementation, objective) of the suite: what `build_trainer` calls it
     ("kd", "sft"): "kd SFT",
@@ -165,7 +165,7 @@ def plain_loss(teacher: Any, wide: torch.dtype = torch.float32) -> Any:
     return loss_of
 
 
-# --- as a suite of kd bench -----------------------------------------------------------------------
+# --- as a suite of make bench ---------------------------------------------------------------------
 
 
 def make(shape: Shape, dtype: torch.dtype) -> Inputs:

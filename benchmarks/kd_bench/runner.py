@@ -20,14 +20,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kd.bench import machine, pipelines
-from kd.bench.implementations import IMPLEMENTATIONS
-from kd.bench.inputs import DTYPES, exact_answer, first_rows, make_inputs, save, save_truth
-from kd.bench.peers import add_peers_to_path, version_of
-from kd.bench.process import Process
-from kd.bench.shapes import PIPELINE_SUITES, Shape, floor_bytes, floor_flops
-from kd.bench.steps import Implementation, is_floor
 from kd.files import write_json
+from kd_bench import machine, pipelines
+from kd_bench.implementations import IMPLEMENTATIONS
+from kd_bench.inputs import DTYPES, exact_answer, first_rows, make_inputs, save, save_truth
+from kd_bench.peers import add_peers_to_path, version_of
+from kd_bench.process import Process
+from kd_bench.shapes import PIPELINE_SUITES, Shape, floor_bytes, floor_flops
+from kd_bench.steps import Implementation, is_floor
 
 MEMORY_SHARE = 0.7
 FLOOR_MEMORY = 300 << 20

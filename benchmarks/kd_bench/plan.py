@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from kd.bench.runner import Group
-from kd.bench.shapes import (
+from kd_bench.runner import Group
+from kd_bench.shapes import (
     ALL_SUITES,
     CACHE,
     CAPTURED,
@@ -50,7 +50,7 @@ def plan(
     for suite in suites or ():
         if suite not in ALL_SUITES:
             names = ", ".join(ALL_SUITES)
-            raise ValueError(f"kd bench: --only must be one of {names}, got {suite!r}.")
+            raise ValueError(f"bench: --only must be one of {names}, got {suite!r}.")
     if smoke:
         groups = [Group(suite, SMOKE_SHAPES["smoke"], "float32") for suite in SUITES]
         models = SMOKE_SHAPES["smoke-models"]
@@ -68,8 +68,8 @@ def plan(
     ]
     if not kept:
         raise ValueError(
-            "kd bench: the options must leave something to measure, got nothing. "
-            "See kd bench --list."
+            "bench: the options must leave something to measure, got nothing. "
+            "See python benchmarks/run.py --list."
         )
     return kept
 

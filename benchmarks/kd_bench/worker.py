@@ -1,6 +1,6 @@
 """One implementation in a process of its own, told what to do line by line.
 
-    python -m kd.bench.worker FOLDER SUITE DIVERGENCE DEVICE IMPLEMENTATION
+    python -m kd_bench.worker FOLDER SUITE DIVERGENCE DEVICE IMPLEMENTATION
 
 Commands on standard input: ``check`` (a step on the first rows, compared with the truth in
 ``FOLDER/truth.pt``), ``memory`` (a whole step, with its peak), ``time`` (a whole step after one
@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from kd.bench.implementations import IMPLEMENTATIONS
-from kd.bench.inputs import errors, first_rows, load, load_truth
-from kd.bench.machine import PeakMemory, synchronize
-from kd.bench.peers import add_peers_to_path
-from kd.bench.steps import Step, answer_of
+from kd_bench.implementations import IMPLEMENTATIONS
+from kd_bench.inputs import errors, first_rows, load, load_truth
+from kd_bench.machine import PeakMemory, synchronize
+from kd_bench.peers import add_peers_to_path
+from kd_bench.steps import Step, answer_of
 
 
 class Worker:

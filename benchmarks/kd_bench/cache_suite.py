@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.bench.shapes import Shape
-from kd.bench.steps import Answer, Inputs, Truth
+from kd_bench.shapes import Shape
+from kd_bench.steps import Answer, Inputs, Truth
 
 BATCH = 4  # sequences that are read at once
 

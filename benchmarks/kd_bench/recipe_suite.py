@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from kd.bench.shapes import Shape
-from kd.bench.steps import Answer, Inputs, Truth
+from kd_bench.shapes import Shape
+from kd_bench.steps import Answer, Inputs, Truth
 
 CHECKED = 32  # traces
 

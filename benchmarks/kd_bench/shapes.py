@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from kd.bench.models import matmul_parameters
+from kd_bench.models import matmul_parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kd
-from kd.bench import peers, pipelines
-from kd.bench.inputs import parse_divergence
-from kd.bench.shapes import ALL_SUITES, PIPELINE_SUITES
-from kd.bench.steps import (
+from kd_bench import peers, pipelines
+from kd_bench.inputs import parse_divergence
+from kd_bench.shapes import ALL_SUITES, PIPELINE_SUITES
+from kd_bench.steps import (
     LINEAR_LEAVES,
     Answer,
     Implementation,

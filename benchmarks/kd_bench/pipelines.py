@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from kd.bench.models import matmul_parameters
-from kd.bench.shapes import PIPELINE_SUITES, Shape
-from kd.bench.steps import Implementation, Inputs, Step, Truth
+from kd_bench.models import matmul_parameters
+from kd_bench.shapes import PIPELINE_SUITES, Shape
+from kd_bench.steps import Implementation, Inputs, Step, Truth
 
 MODULES = {
-    "cache-write": "kd.bench.cache_suite",
-    "cache-read": "kd.bench.cache_suite",
-    "capture": "kd.bench.capture_suite",
-    "training": "kd.bench.training_suite",
-    "recipe": "kd.bench.recipe_suite",
+    "cache-write": "kd_bench.cache_suite",
+    "cache-read": "kd_bench.cache_suite",
+    "capture": "kd_bench.capture_suite",
+    "training": "kd_bench.training_suite",
+    "recipe": "kd_bench.recipe_suite",
 }
 assert MODULES.keys() == PIPELINE_SUITES.keys()
 DISTILLKIT = (

@@ -48,7 +48,8 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         return {entry["fullname"]: entry for entry in json.loads(path.read_text())["benchmarks"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"bench-compare: {path} must be results of kd bench or pytest-benchmark, got {error!r}."
+            f"bench-compare: {path} must be results of make bench or pytest-benchmark, "
+            f"got {error!r}."
         ) from error
 
 

@@ -9,11 +9,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from kd.bench import gate
-from kd.bench.machine import command_line, line_of
-from kd.bench.shapes import ALL_SUITES
-from kd.bench.steps import is_floor
 from kd.files import write_whole
+from kd_bench import gate
+from kd_bench.machine import command_line, line_of
+from kd_bench.shapes import ALL_SUITES
+from kd_bench.steps import is_floor
 
 COLUMNS = (
     "suite",
@@ -258,7 +258,7 @@ def write_report(folder: Path, plots: bool = True) -> list[Path]:
         write_whole(folder / name, text.encode())
         paths.append(folder / name)
     if plots:
-        from kd.bench.plots import write_plots
+        from kd_bench.plots import write_plots
 
         paths += write_plots(folder, groups)
     return paths

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.bench.models import make_model
-from kd.bench.shapes import Shape
-from kd.bench.steps import Answer, Inputs, Truth
+from kd_bench.models import make_model
+from kd_bench.shapes import Shape
+from kd_bench.steps import Answer, Inputs, Truth
 
 BATCH_TOKENS = 1024
 CHECKED = 8  # tokens of the first sequence

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.bench.steps import Implementation
+from kd_bench.steps import Implementation
 
 if TYPE_CHECKING:
-    from kd.bench.runner import Group
+    from kd_bench.runner import Group
 
 ANSWER_SECONDS = 600
 """What does not answer in this time is ended, and its row says so."""
@@ -38,7 +38,7 @@ class Process:
 
     def __init__(self, folder: Path, group: Group, device: str, implementation: Implementation):
         self.implementation = implementation
-        command = [sys.executable, "-m", "kd.bench.worker", str(folder), group.suite]
+        command = [sys.executable, "-m", "kd_bench.worker", str(folder), group.suite]
         self.process = subprocess.Popen(
             [*command, group.divergence, device, implementation.name],
             stdin=subprocess.PIPE,

@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kd.bench import gate
-from kd.bench.machine import line_of
-from kd.bench.report import all_rows, best_possible, command_of, group_table, times_floor
-from kd.bench.runner import floor_rounds
-from kd.bench.steps import is_floor
 from kd.files import write_whole
+from kd_bench import gate
+from kd_bench.machine import line_of
+from kd_bench.report import all_rows, best_possible, command_of, group_table, times_floor
+from kd_bench.runner import floor_rounds
+from kd_bench.steps import is_floor
 
 Rows = list[dict[str, Any]]
 OURS, OTHER = "#1f6feb", "#9aa4ae"

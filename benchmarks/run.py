@@ -1,27 +1,25 @@
-"""``kd bench``: measure this machine, make the report, compare two reports."""
+"""Measure this machine, make the report, compare two reports."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
 
 EPILOG = """\
 examples:
-  kd bench                                     everything; a rerun continues where it stopped
-  kd bench --only linear --dtype bfloat16      one suite, one dtype
-  kd bench --against pytorch --against liger   kd beside these alone
-  kd bench --compare OLD NEW                   what became slower; exit status 1 when ours did
+  python benchmarks/run.py                     everything; a rerun continues where it stopped
+  ... --only linear --dtype bfloat16           one suite, one dtype
+  ... --against pytorch --against liger        kd beside these alone
+  ... --compare OLD NEW                        what became slower; exit status 1 when ours did
 """
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add ``kd bench``."""
-    from kd.bench.shapes import ALL_SUITES
+def main(argv: list[str] | None = None) -> int:
+    """Measure, or compare."""
+    from kd_bench.shapes import ALL_SUITES
 
-    parser = subparsers.add_parser(
-        "bench",
-        help="measure the losses on this machine, peers beside them",
+    parser = argparse.ArgumentParser(
         description="Times every loss beside PyTorch and whatever peers are installed, checks "
         "each answer against the float64 oracle first, and writes tables, plots and a page.",
         epilog=EPILOG,
@@ -50,21 +48,17 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--no-plots", action="store_true", help="tables only")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"))
     parser.add_argument("--threshold", type=float, default=0.15, help="change that counts (0.15)")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Measure, or compare."""
+    args = parser.parse_args(argv)
     if args.compare:
-        from kd.bench.compare import run as compare
+        from kd_bench.compare import run as compare
 
         return compare(args.compare[0], args.compare[1], args.threshold)
     import torch
 
-    from kd.bench import machine
-    from kd.bench.plan import plan
-    from kd.bench.report import write_report
-    from kd.bench.runner import run_groups
+    from kd_bench import machine
+    from kd_bench.plan import plan
+    from kd_bench.report import write_report
+    from kd_bench.runner import run_groups
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     groups = plan(
@@ -94,3 +88,7 @@ def run(args: argparse.Namespace) -> int:
     for path in write_report(folder, plots=not args.no_plots):
         print(path)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

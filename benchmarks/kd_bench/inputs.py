@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import kd
-from kd.bench import pipelines
-from kd.bench.shapes import PIPELINE_SUITES, Shape
-from kd.bench.steps import Truth
+from kd_bench import pipelines
+from kd_bench.shapes import PIPELINE_SUITES, Shape
+from kd_bench.steps import Truth
 
 CHECK_TOKENS = 8
 CHECK_IDS = 512
