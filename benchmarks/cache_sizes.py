@@ -22,11 +22,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kd.cache import compact  # noqa: E402
+from kd.cache import CacheMeta  # noqa: E402
 from kd.cache.bits import width_of  # noqa: E402
-from kd.cache.codecs import Layout, Rows, Side  # noqa: E402
-from kd.cache.registry import CODECS  # noqa: E402
-from kd.cache.shards import Block, encode_shard  # noqa: E402
+from kd.cache.codecs import CODECS, FLOOR_STEP, LEVELS, encode_tail  # noqa: E402
+from kd.cache.rows import Rows  # noqa: E402
+from kd.cache.shards import encode_shard  # noqa: E402
+from kd.cache.streams import Side, encode_ids, gaps_of, ranking  # noqa: E402
 from kd.teachers.selection import Selection  # noqa: E402
 
 QWEN = 151_936
@@ -79,12 +80,12 @@ def sharpened(logprobs: np.ndarray, temperature: float) -> np.ndarray:
     return (scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)).astype(np.float32)
 
 
-def added_kl(ids, logprobs, found: Rows) -> np.ndarray:
+def added_kl(ids, logprobs, found_ids, found_logprobs) -> np.ndarray:
     """KL per row of lossless rows [N, K] against decoded ones."""
     n, k = logprobs.shape
-    mine, theirs = np.argsort(ids, 1), np.argsort(found.ids.reshape(n, k), 1)
+    mine, theirs = np.argsort(ids, 1), np.argsort(found_ids.reshape(n, k), 1)
     a = np.take_along_axis(logprobs, mine, 1).astype(np.float64)
-    b = np.take_along_axis(found.logprobs.reshape(n, k), theirs, 1).astype(np.float64)
+    b = np.take_along_axis(found_logprobs.reshape(n, k), theirs, 1).astype(np.float64)
     return kl_of(a, b)
 
 
@@ -94,17 +95,27 @@ def kl_of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (np.exp(a) * (a - b)).sum(1) + left * np.log(left / right)
 
 
+def meta_of(live: int, codec: str, **options) -> CacheMeta:
+    return CacheMeta({"id": "-"}, {}, live, live, top_k=1, codec=codec, **options)
+
+
+def rows_of(ids, logprobs) -> Rows:
+    """[N, K] entries as rows of sequences of 256 tokens."""
+    n, k = ids.shape
+    tokens = np.resize(ids[:, 0], n).astype(np.int32)
+    entries = ids.reshape(-1).astype(np.int32), logprobs.reshape(-1)
+    return Rows(np.full(n // 256, 256), np.full(n, k, np.int32), *entries, tokens=tokens)
+
+
 def ours(ids, logprobs, live: int, codec: str, k: int) -> tuple[float, float, float]:
     """bytes/token, mean and largest KL of a codec."""
     n = len(ids) // 256 * 256
     ids, logprobs = ids[:n, :k], logprobs[:n, :k]
-    rows = Rows(np.full(n, k, np.int32), ids.reshape(-1).astype(np.int32), logprobs.reshape(-1))
-    lengths = np.full(n // 256, 256)
-    tokens = np.resize(ids[:, 0], n).astype(np.int32)
-    size = len(encode_shard(Block(tokens, lengths, rows), codec, {"live_vocab": live}, "0" * 32))
-    layout, side = Layout.of(lengths, rows.counts), Side({"live_vocab": live})
-    streams = CODECS[codec].encode(rows, layout, side)
-    kl = added_kl(ids, logprobs, CODECS[codec].decode(streams, rows.counts, layout, side))
+    rows = rows_of(ids, logprobs)
+    size = len(encode_shard(rows, meta_of(live, codec)))
+    side = Side(meta_of(live, codec))
+    found = CODECS[codec].decode(CODECS[codec].encode(rows, side), rows, side)
+    kl = added_kl(ids, logprobs, *found)
     return size / n, float(kl.mean()), float(kl.max())
 
 
@@ -121,19 +132,17 @@ def ideal(ids, logprobs, live: int, k: int) -> float:
     """bytes/token of an ideal order-0 coder of what "compact" stores: gaps between ranks, levels
     given the row's least level, tails and floors, with input tokens and keys as they are."""
     n = len(ids) // 256 * 256
-    counts = np.full(n, k, np.int32)
-    rows = Rows(counts, ids[:n, :k].reshape(-1).astype(np.int32), logprobs[:n, :k].reshape(-1))
-    side = Side({"live_vocab": live})
-    order = compact.encode_ids(rows, Layout.of(np.full(n // 256, 256), counts), side)[1]
-    rank = compact.ranking(side.tables["ranks"], live)[1][rows.ids]
+    rows, side = rows_of(ids[:n, :k], logprobs[:n, :k]), Side(meta_of(live, "compact"))
+    order = encode_ids(rows, side)[1]
+    rank = ranking(side.tables["ranks"], live)[1][rows.ids]
     p = np.exp(rows.logprobs[order].astype(np.float64)).reshape(n, k)
-    level = np.rint(np.sqrt(p) * compact.LEVELS).astype(np.int64)
+    level = np.rint(np.sqrt(p) * LEVELS).astype(np.int64)
     least = level.min(1)
     mean = np.where(level == 0, p, 0).sum(1) / np.maximum((level == 0).sum(1), 1)
-    floors = np.rint(-np.log(mean[least == 0]) / compact.FLOOR_STEP)
-    total = entropy(compact.gaps_of(rank[order], counts)) + 4 * len(side.tables["ranks"])
+    floors = np.rint(-np.log(mean[least == 0]) / FLOOR_STEP)
+    total = entropy(gaps_of(rank[order], rows.counts)) + 4 * len(side.tables["ranks"])
     total += entropy((level - least[:, None]).reshape(-1), np.repeat(least, k))
-    total += entropy(compact.encode_tail(p.sum(1))) + entropy(least) + entropy(floors)
+    total += entropy(encode_tail(p.sum(1))) + entropy(least) + entropy(floors)
     return total / n + width_of(live - 1) / 8 + 20 / 256
 
 
@@ -171,9 +180,15 @@ def sampled(whole: torch.Tensor, live: int, draws: int) -> tuple[float, float]:
     ids = torch.cat([part[0][:n] for part in parts])[:n].numpy()
     logprobs = torch.cat([part[1] for part in parts])[:n].numpy()
     used = ids >= 0
-    rows = Rows(used.sum(1).astype(np.int32), ids[used].astype(np.int32), logprobs[used])
-    block = Block(ids[:, 0].astype(np.int32), np.full(n // 16, 16), rows)
-    data = encode_shard(block, "counts", {"live_vocab": live, "draws": draws}, "0" * 32)
+    rows = Rows(
+        np.full(n // 16, 16),
+        used.sum(1).astype(np.int32),
+        ids[used].astype(np.int32),
+        logprobs[used],
+        tokens=ids[:, 0].astype(np.int32),
+    )
+    drawn = {"selection": "sampled", "selection_options": {"draws": draws}}
+    data = encode_shard(rows, meta_of(live, "counts", **drawn))
     return len(data) / n, float(used.sum(1).mean())
 
 

@@ -156,7 +156,5 @@ def test_one_rank_goes_on_where_two_were_stopped(tmp_path, monkeypatch):
 
 def die(self, kind, error, trace):
     """What a kill leaves: published shards, an open writer, no lock."""
-    self._discard()
-    self._queue.put(None)
-    self._thread.join()
+    self._thread.shutdown(cancel_futures=True)
     self._lock.release()

@@ -1,5 +1,7 @@
 """Every codec gives back the same ids, and values within the error it states."""
 
+import dataclasses
+
 import cache_cases as cases
 import numpy as np
 import pytest
@@ -7,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd.cache import CacheWriter, TeacherCache, bits, prefix
-from kd.cache.codecs import Layout, Rows, Side, starts
-from kd.cache.compact import default_options
-from kd.cache.registry import CODECS
+from kd.cache import CacheWriter, TeacherCache, bits
+from kd.cache.codecs import CODECS, default_options
+from kd.cache.rows import Rows
+from kd.cache.streams import Side
 
 ALL = ("float32", "log8", "compact")
 
@@ -26,6 +28,7 @@ def random_rows(rng, rows, live, most, spread=3.0, ragged=True):
         ids.append(chosen)
         logprobs.append(log_p[chosen])
     return Rows(
+        np.array([rows]),
         counts,
         np.concatenate([*ids, np.zeros(0)]).astype(np.int32),
         np.concatenate([*logprobs, np.zeros(0)]).astype(np.float32),
@@ -50,13 +53,16 @@ def added_kl(rows, found):
 
 
 def round_trip(name, rows, lengths, live, **options):
-    side = Side({"live_vocab": live, **options})
-    layout = Layout.of(lengths, rows.counts)
-    streams = CODECS[name].encode(rows, layout, side)
+    chosen = {} if name == "counts" else options
+    drawn = {"selection": "sampled", "selection_options": options} if name == "counts" else {}
+    side = Side(cases.meta(live, 1, name, codec_options=chosen, **drawn))
+    rows = dataclasses.replace(rows, lengths=lengths)
+    streams = CODECS[name].encode(rows, side)
     assert set(streams) == set(CODECS[name].streams)
     for data, offsets in streams.values():
         assert data.dtype == np.uint8 and offsets[-1] == len(data)
-    return CODECS[name].decode(streams, rows.counts, layout, side)
+    ids, logprobs = CODECS[name].decode(streams, rows, side)
+    return dataclasses.replace(rows, ids=ids, logprobs=logprobs)
 
 
 # 1 token: a vocabulary of one. 2, 300: narrow ids. 151936: Qwen's, 18 bits.
@@ -113,7 +119,9 @@ def test_rows_of_any_width_stay_below_1e3_nats(k, spread):
     log_p = logits - np.logaddexp.reduce(logits, 1, keepdims=True)
     ids = np.argsort(-log_p, 1)[:, :k]
     kept = np.take_along_axis(log_p, ids, 1).astype(np.float32)
-    rows = Rows(np.full(3, k, np.int32), ids.reshape(-1).astype(np.int32), kept.reshape(-1))
+    rows = Rows(
+        np.array([3]), np.full(3, k, np.int32), ids.reshape(-1).astype(np.int32), kept.reshape(-1)
+    )
     found = round_trip("compact", rows, np.array([3]), live, **default_options("compact", k))
     assert added_kl(rows, found).max() < 1e-3
     coarse = round_trip("compact", rows, np.array([3]), live)
@@ -152,6 +160,7 @@ def test_counts_are_exact():
     rng = np.random.default_rng(0)
     drawn = [np.unique(rng.zipf(1.3, 50) % 9000, return_counts=True) for _ in range(40)]
     rows = Rows(
+        np.array([40]),
         np.array([len(ids) for ids, _ in drawn], np.int32),
         np.concatenate([ids for ids, _ in drawn]).astype(np.int32),
         np.log(np.concatenate([times for _, times in drawn]) / 50).astype(np.float32),
@@ -202,7 +211,7 @@ def test_frequent_ids_make_a_table_when_it_pays(tmp_path):
         items.append((torch.arange(50) + i, torch.from_numpy(ids), torch.full((50, 8), -3.0)))
     identity = cases.meta(live=100_000, codec="compact")
     cache = cases.write(tmp_path / "cache", items, identity)
-    assert len(cache._shard(0).side.tables["ranks"]) == 256
+    assert len(cache.shard(0).side.tables["ranks"]) == 256
     found = cache.lookup(items[7][0])
     assert torch.equal(found.ids.sort(-1).values, items[7][1].sort(-1).values)
 
@@ -211,16 +220,16 @@ def test_frequent_ids_make_a_table_when_it_pays(tmp_path):
 @given(
     st.lists(st.lists(st.integers(0, 2**20), max_size=20), min_size=1, max_size=5),
     st.integers(0, 12),
-    st.sampled_from(prefix.MODES),
+    st.sampled_from(bits.MODES),
 )
 def test_prefix_code(parts, k, mode):
     values = np.array([value for part in parts for value in part], np.int64)
     if mode == "rice":
         values %= 1 << min(k + 6, 20)
-    bounds = starts(np.array([len(part) for part in parts]))
-    unary, rest = prefix.encode(values, k, mode, bounds)
-    assert np.array_equal(prefix.decode(unary, rest, k, mode, bounds), values)
-    size = 8 * (len(unary[0]) + len(rest[0])) - int(prefix.cost(values, k, mode).sum())
+    bounds = bits.starts(np.array([len(part) for part in parts]))
+    unary, rest = bits.encode_prefix(values, k, mode, bounds)
+    assert np.array_equal(bits.decode_prefix(unary, rest, k, mode, bounds), values)
+    size = 8 * (len(unary[0]) + len(rest[0])) - int(bits.prefix_cost(values, k, mode).sum())
     assert 0 <= size < 16 * len(parts)
 
 

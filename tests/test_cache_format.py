@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 import kd.cache
-from kd.cache import realised, tails
+from kd.cache import tails
 from kd.teachers import Selection, build_cache
 
 
@@ -229,7 +229,7 @@ def test_a_table_of_frequent_ids_is_read(tmp_path):
         ids = np.stack([rng.choice(common, 8, replace=False) for _ in range(50)])
         items.append((np.arange(50) + i, ids, np.full((50, 8), -3.0, np.float32)))
     cache = cases.write(tmp_path / "cache", items, cases.meta(live=4000, codec="log8"))
-    assert len(cache.checked_shard(0).side.tables["ranks"]) > 0
+    assert len(cache.shard(0).side.tables["ranks"]) > 0
     plain = read_plainly(tmp_path / "cache")
     for tokens, ids, _ in items:
         assert [set(row) for row in plain[tuple(tokens.tolist())]] == [set(r) for r in ids.tolist()]
@@ -237,7 +237,7 @@ def test_a_table_of_frequent_ids_is_read(tmp_path):
 
 def test_the_page_names_every_stream_and_field():
     page = (Path(kd.cache.__file__).parent / "FORMAT.md").read_text()
-    from kd.cache.registry import CODECS
+    from kd.cache.codecs import CODECS
 
     for codec in CODECS.values():
         assert f"**{codec.name}**" in page
@@ -246,5 +246,5 @@ def test_the_page_names_every_stream_and_field():
     for name in cases.meta(tail_temperatures=(1, 2)).to_dict():
         assert f"`{name}`" in page, name
     assert re.search(r"110 when absent", page) and re.search(r"level / 448", page)
-    for stream in (*tails.STREAMS, *realised.STREAMS):
+    for stream in (*tails.STREAMS, *tails.REALISED_STREAMS):
         assert f"`{stream}`" in page, stream

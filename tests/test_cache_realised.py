@@ -131,7 +131,7 @@ def test_impossible_and_unknown_tokens(tmp_path):
 def test_damage_is_refused_or_found(tmp_path):
     model, texts = cases.teacher(vocabulary=LIVE), [text(n) for n in range(3)]
     cache = build_cache(model, texts, tmp_path / "cache", top_k=200, progress=False)
-    shard, seen = cache.checked_shard(0), set()
+    shard, seen = cache.shard(0), set()
     for name in ("realised.unary", "realised.bits"):
         data = shard.part(name, range(3))[0]
         for at in range(len(data)):

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
-from kd.cache.codecs import Rows
-from kd.cache.meta import CacheMeta as Meta
-from kd.cache.shards import Block, encode_shard
+from kd.cache.rows import Rows
+from kd.cache.shards import encode_shard
 from kd.cache.verify import verify_cache
 
 
@@ -128,11 +127,15 @@ def test_fewer_tokens_of_a_sampled_cache_would_be_biased(tmp_path):
     ],
 )
 def test_verify_reads_every_row(tmp_path, ids, logprobs, words):
-    identity: Meta = cases.meta(live=1000)
-    writer = CacheWriter(tmp_path / "cache", identity)
-    rows = Rows(np.array([0, 2], np.int32), np.array(ids, np.int32), np.array(logprobs, np.float32))
-    with writer:
-        writer.add_rows(np.array([7, 8], np.int32), rows)
+    rows = Rows(
+        np.array([2]),
+        np.array([0, 2], np.int32),
+        np.array(ids, np.int32),
+        np.array(logprobs, np.float32),
+        tokens=np.array([7, 8], np.int32),
+    )
+    with CacheWriter(tmp_path / "cache", cases.meta(live=1000)) as writer:
+        writer.add_rows(rows)
     verdict = verify_cache(tmp_path / "cache")
     assert any(f"sequence 0, row 1: {words}" in problem for problem in verdict.problems)
 
@@ -154,6 +157,5 @@ def test_a_sound_cache_is_sound(tmp_path):
 
 
 def test_a_shard_needs_an_identity():
-    block = Block(np.array([1], np.int32), np.array([1]), Rows(*[np.zeros(1, t) for t in "iif"]))
-    data = encode_shard(block, "float32", {"live_vocab": 10}, "c0ffee")
-    assert b"c0ffee" in data
+    rows = Rows(np.array([1]), *[np.ones(1, t) for t in "iif"], tokens=np.array([1], np.int32))
+    assert cases.meta().cache_id.encode() in encode_shard(rows, cases.meta())

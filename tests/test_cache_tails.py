@@ -81,7 +81,7 @@ def test_off_older_and_drawn_caches_have_none_and_say_so(tmp_path):
     plain = built(tmp_path / "off", tail_temperatures=None, realised=False)
     manifest = json.loads((tmp_path / "off" / "manifest.json").read_text())
     assert manifest["version"] == 1 and "tail_temperatures" not in manifest["meta"]
-    shard = plain.checked_shard(0)
+    shard = plain.shard(0)
     assert shard.metadata["format"] == "kd-cache/1" and "partition.bits" not in shard.places
     drawn = built(tmp_path / "drawn", selection=Selection("sampled", draws=20))
     for cache in (plain, drawn):
@@ -205,7 +205,7 @@ def test_the_writer_refuses_what_is_no_tail(tmp_path, change, words):
 def test_damage_that_is_signed_is_refused_or_found(tmp_path, codec):
     """Every byte of the streams, one at a time: refused, found by verify, or valid rows."""
     cache = built(tmp_path / "cache", codec=codec, sequences=cases.texts(2, 700, longest=6))
-    shard = cache.checked_shard(0)
+    shard = cache.shard(0)
     seen = set()
     for name in ("partition.unary", "partition.bits"):
         place = shard.places[name]
@@ -231,7 +231,7 @@ def test_damage_that_is_signed_is_refused_or_found(tmp_path, codec):
     "text", ["", "1 2 3", "x 0 0 0", str(2**50) + " 0" * 55, "1 " * 55, "nan " * 56]
 )
 def test_parameters_that_are_none_are_refused(tmp_path, text):
-    shard = built(tmp_path / "cache").checked_shard(0)
+    shard = built(tmp_path / "cache").shard(0)
     shard.side.params["partition"] = text
     with pytest.raises(ValueError, match="rows that can be decoded"):
         shard.read([0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,22 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from kd.cache.base import CacheReader
-from kd.cache.codecs import Rows
 from kd.cache.keys import describe, token_array
-from kd.cache.meta import CacheMeta
+from kd.cache.meta import CODEC_NAMES, CacheMeta
+from kd.cache.reader import CacheReader
+from kd.cache.rows import Rows
 from kd.cache.writer import CacheWriter
 from kd.files import write_whole
 
 HEAD = "lm_head.safetensors"
-HIDDEN_CODECS = ("hidden_bf16", "hidden_fp8")
-
-
-@dataclass(frozen=True)
-class HiddenTargets:
-    """A teacher's hidden states with the head that reads them, as ``kd.Hidden`` takes them.
-
-    Attributes:
-        hidden: [L, H] or [B, L, H] in the head's dtype; zeros in padding.
-        weight: [V, H] lm_head weight; bias: [V] or None.
-        logit_scale, softcap: as in ``kd.Hidden``.
-        live_vocab: the loss's ``vocab_size``.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float | None
-    softcap: float | None
-    live_vocab: int
 
 
 @dataclass(frozen=True)
 class Head:
-    """An lm_head: weight [V, H], bias [V] or None, and what the model does to its logits."""
+    """An lm_head: weight [V, H], bias [V] or None, and what the model does to its logits.
+
+    ``logit_scale`` and ``softcap`` are those of ``kd.Hidden``.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -66,6 +49,19 @@ class Head:
         return save_tensors(tensors)
 
 
+@dataclass(frozen=True)
+class HiddenTargets(Head):
+    """A teacher's hidden states with the head that reads them, as ``kd.Hidden`` takes them.
+
+    Attributes:
+        hidden: [L, H] or [B, L, H] in the head's dtype; zeros in padding.
+        live_vocab: the loss's ``vocab_size``.
+    """
+
+    hidden: Tensor = field(kw_only=True)
+    live_vocab: int = field(kw_only=True)
+
+
 def hidden_meta(
     head: Head,
     *,
@@ -75,10 +71,9 @@ def hidden_meta(
     codec: str = "hidden_bf16",
 ) -> CacheMeta:
     """The identity of a hidden-state cache; the lm_head's checksum is part of it."""
-    if codec not in HIDDEN_CODECS:
-        raise ValueError(
-            f"hidden_meta: codec must be one of {', '.join(HIDDEN_CODECS)}, got {codec!r}."
-        )
+    codecs = [name for name in CODEC_NAMES if name.startswith("hidden")]
+    if codec not in codecs:
+        raise ValueError(f"hidden_meta: codec must be one of {', '.join(codecs)}, got {codec!r}.")
     return CacheMeta(
         teacher=teacher,
         tokenizer=tokenizer,
@@ -133,8 +128,9 @@ class HiddenWriter(CacheWriter):
                 f"HiddenWriter.add: hidden must be finite, got NaN or infinity in row "
                 f"{int(bad.argmax())} of sequence {describe(tokens)}. Nothing of it was stored."
             )
-        counts = np.full(len(tokens), size, np.int32)
-        self.add_rows(tokens, Rows(counts, np.zeros(0, np.int32), values.reshape(-1)))
+        lengths, counts = np.array([len(tokens)]), np.full(len(tokens), size, np.int32)
+        no_ids = np.zeros(0, np.int32)
+        self.add_rows(Rows(lengths, counts, no_ids, values.reshape(-1), tokens=tokens))
 
 
 class HiddenCache(CacheReader):
@@ -174,7 +170,7 @@ class HiddenCache(CacheReader):
     def lookup(self, input_ids: Any) -> HiddenTargets:
         """The hidden states of one sequence, [L, H]."""
         tokens = token_array(input_ids, "HiddenCache.lookup")
-        values = self._rows([tokens]).logprobs.reshape(len(tokens), -1)
+        values = self.rows_of([tokens]).logprobs.reshape(len(tokens), -1)
         return self._targets(torch.from_numpy(np.array(values)))
 
     def batch(self, sequences: Sequence[Any], length: int) -> HiddenTargets:
@@ -183,24 +179,24 @@ class HiddenCache(CacheReader):
 
     def packed(self, packs: Sequence[Sequence[Any]], length: int) -> HiddenTargets:
         """Packed rows, each of several sequences end to end: [B, length, H]."""
-        found, _, at = self._packed_places(packs, length)
+        sequences, at = self.packed_places(packs, length)
         size = int(self.meta.selection_options["hidden_size"])
-        out = torch.zeros(len(found) * length, size)
-        rows = self._rows([tokens for pack in found for tokens in pack])
+        out = torch.zeros(len(packs) * length, size)
+        rows = self.rows_of(sequences)
         at = at[rows.counts > 0]  # a sequence that was skipped has no rows
         out[torch.from_numpy(at)] = torch.from_numpy(rows.logprobs.reshape(-1, size))
-        return self._targets(out.view(len(found), length, size))
+        return self._targets(out.view(len(packs), length, size))
 
     def _targets(self, hidden: Tensor) -> HiddenTargets:
-        head = self.head
-        return HiddenTargets(
-            hidden.to(head.weight.dtype),
-            head.weight,
-            head.bias,
-            head.logit_scale,
-            head.softcap,
-            self.meta.live_vocab,
-        )
+        head, live = self.head, self.meta.live_vocab
+        return HiddenTargets(**vars(head), hidden=hidden.to(head.weight.dtype), live_vocab=live)
+
+    def _check_tier(self) -> None:
+        if not self.meta.hidden:
+            raise ValueError(
+                f"HiddenCache: {self.path} must hold hidden states, got sparse targets. Open it "
+                "with kd.cache.TeacherCache."
+            )
 
     @staticmethod
     def exists(path: str | os.PathLike[str]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.cache.compact import default_options
+from kd.cache.codecs import default_options
 from kd.cache.keys import token_array
 from kd.cache.meta import CacheMeta
 from kd.cache.reader import TeacherCache

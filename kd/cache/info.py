@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.cache.base import CacheReader
-from kd.cache.compact import row_sums
 from kd.cache.meta import CacheMeta
+from kd.cache.reader import CacheReader
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 LOW_MASS = 0.5
@@ -141,12 +140,11 @@ def cache_info(path: str | os.PathLike[str], sample: int = 200) -> CacheInfo:
     for number, entry in enumerate(cache.manifest.shards):
         chosen = [i for i in range(entry.sequences) if (position + i) % step == 0]
         position += entry.sequences
-        if chosen and cache.meta.selection != "hidden":
-            rows = cache.checked_shard(number).read(chosen)
-            mass.append(row_sums(np.exp(rows.logprobs.astype(np.float64)), rows.counts))
-            if cache.meta.realised:
-                values = cache.checked_shard(number).realised_of(chosen).astype(np.float64)
-                followed.append(values[~np.isnan(values)])
+        if chosen and not cache.meta.hidden:
+            rows = cache.shard(number).read(chosen, complete=True)
+            mass.append(rows.mass)
+            if rows.realised is not None:
+                followed.append(rows.realised[~np.isnan(rows.realised)].astype(np.float64))
     text = np.concatenate(followed)
     entries = sum(entry.entries for entry in cache.manifest.shards)
     size = sum(item.stat().st_size for item in cache.path.iterdir() if item.is_file())

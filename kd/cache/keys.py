@@ -1,13 +1,17 @@
-"""What a sequence is called in a cache: a hash of its token ids and of nothing else."""
+"""What a sequence is called in a cache, a hash of its token ids and of nothing else, and the index
+that finds it: a sorted array of keys, 28 bytes a sequence."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from kd.cache.bits import starts
 
 KEY_BYTES = 16
 
@@ -34,16 +38,10 @@ def token_array(input_ids: Any, where: str) -> NDArray[np.int32]:
         )
     if found.dtype.kind not in "iu":
         raise TypeError(f"{where}: input_ids must be integers, got {found.dtype}.")
-    if found.dtype != np.int32:
-        low, high = int(found.min()), int(found.max())
-        if low < 0 or high > 2**31 - 1:
-            raise ValueError(
-                f"{where}: input_ids must be from 0 to 2**31 - 1, got {low if low < 0 else high}. "
-                "-100 marks labels, not inputs."
-            )
-    elif int(found.min()) < 0:
+    low, high = int(found.min()), 0 if found.dtype == np.int32 else int(found.max())
+    if low < 0 or high > 2**31 - 1:
         raise ValueError(
-            f"{where}: input_ids must be at least 0, got {int(found.min())}. "
+            f"{where}: input_ids must be from 0 to 2**31 - 1, got {low if low < 0 else high}. "
             "-100 marks labels, not inputs."
         )
     return found.astype("<i4", copy=False)
@@ -64,3 +62,70 @@ def describe(tokens: NDArray[np.int32]) -> str:
     head = ", ".join(str(int(token)) for token in tokens[:6])
     dots = ", ..." if len(tokens) > 6 else ""
     return f"{key_of(tokens).hex()[:12]} ({len(tokens)} tokens: {head}{dots})"
+
+
+class KeyIndex:
+    """Finds (shard, position in the shard, length) of a 16-byte key by binary search.
+
+    Args:
+        shards: for each shard, keys [S, 16] uint8 and lengths [S].
+    """
+
+    def __init__(self, shards: Sequence[tuple[NDArray[np.uint8], NDArray[np.integer]]]) -> None:
+        joined = np.concatenate([*(keys for keys, _ in shards), np.zeros((0, 16), np.uint8)])
+        lengths = [part.astype(np.int32) for _, part in shards]
+        self._lengths = np.concatenate([*lengths, np.zeros(0, np.int32)])
+        words = np.ascontiguousarray(joined).view(">u8").astype(np.uint64)  # [S, 2]
+        self._order = np.lexsort((words[:, 1], words[:, 0]))
+        self._high, self._low = words[self._order, 0], words[self._order, 1]
+        self._first = starts(np.array([len(keys) for keys, _ in shards], np.int64))
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def find(self, key: bytes) -> tuple[int, int, int] | None:
+        high = np.uint64(int.from_bytes(key[:8], "big"))
+        low = np.uint64(int.from_bytes(key[8:], "big"))
+        at = int(np.searchsorted(self._high, high))
+        while at < len(self._high) and self._high[at] == high:
+            if self._low[at] == low:
+                number = int(self._order[at])
+                return (*self._locate(number), int(self._lengths[number]))
+            at += 1
+        return None
+
+    def part(self, tokens: NDArray[np.int32]) -> tuple[int, int] | None:
+        """(start, stop) of the longest stored sequence that these tokens begin with, or that is
+        left without a run of one id before it; for messages, as it hashes every part."""
+        state, best = hashlib.sha256(), 0
+        for stop in range(1, len(tokens) + 1):
+            state.update(tokens[stop - 1 : stop].tobytes())
+            if self.find(state.digest()[:KEY_BYTES]) is not None:
+                best = stop
+        if best:
+            return 0, best
+        other = np.flatnonzero(tokens != tokens[0])
+        run = int(other[0]) if len(other) else len(tokens)
+        for start in range(run, 0, -1):
+            ends = np.flatnonzero(tokens[start:] != tokens[-1])
+            stops = {len(tokens), *(start + int(ends[-1]) + i for i in (1, 2) if len(ends))}
+            for stop in sorted(stops, reverse=True):
+                if self.find(key_of(tokens[start:stop])) is not None:
+                    return start, stop
+        return None
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._first, number, side="right")) - 1
+        return shard, number - int(self._first[shard])
+
+    def refuse_duplicates(self, names: Sequence[str]) -> None:
+        """Raise when a sequence is stored twice, naming the shards."""
+        same = (self._high[1:] == self._high[:-1]) & (self._low[1:] == self._low[:-1])
+        if same.any():
+            at = int(np.flatnonzero(same)[0])
+            places = [self._locate(int(self._order[i])) for i in (at, at + 1)]
+            shown = ", ".join(f"{names[shard]} (sequence {i})" for shard, i in sorted(places))
+            raise ValueError(
+                f"TeacherCache: a sequence must be stored once, got {int(same.sum())} stored "
+                f"twice, the first in {shown}. Run kd cache merge to drop the copies."
+            )

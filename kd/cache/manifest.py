@@ -74,7 +74,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         body = {
             "format": FORMAT,
-            "version": version_of(self.meta.realised, bool(self.meta.tail_temperatures)),
+            "version": version_of(self.meta),
             "required_features": [],
             "cache_id": self.meta.cache_id,
             "meta": self.meta.to_dict(),
@@ -87,9 +87,9 @@ class Manifest:
         return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
 
 
-def version_of(realised: bool, tails: bool) -> int:
+def version_of(meta: CacheMeta) -> int:
     """The least version of the format that has what a cache stores."""
-    return 3 if realised else 2 if tails else 1
+    return 3 if meta.realised else 2 if meta.tail_temperatures else 1
 
 
 def digest_of(body: Mapping[str, Any]) -> str:

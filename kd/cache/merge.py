@@ -6,14 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from kd.cache.codecs import starts
 from kd.cache.manifest import read_manifest
 from kd.cache.meta import differences, side_by_side
 from kd.cache.reader import TeacherCache
-from kd.cache.shards import Block
-from kd.cache.writer import SHARD_TOKENS, CacheWriter
+from kd.cache.writer import CacheWriter
 
 
 def merge_caches(
@@ -35,9 +31,9 @@ def merge_caches(
     if not sources:
         raise ValueError("merge_caches: sources must name at least one cache, got none.")
     manifests = [read_manifest(Path(source)) for source in sources]
-    caches = [manifest.meta for manifest in manifests]
-    for source, meta in zip(sources, caches, strict=True):
-        found = differences(caches[0].to_dict(), meta.to_dict())
+    meta = manifests[0].meta
+    for source, manifest in zip(sources, manifests, strict=True):
+        found = differences(meta.to_dict(), manifest.meta.to_dict())
         if found:
             raise ValueError(
                 f"merge_caches: sources must have one identity, got\n"
@@ -45,23 +41,16 @@ def merge_caches(
                 "Nothing was written. Only caches of one teacher and one setting can be merged."
             )
     captured = [entry for manifest in manifests for entry in manifest.sources]
-    with CacheWriter(path, caches[0], shard_tokens=SHARD_TOKENS, sources=captured) as writer:
+    with CacheWriter(path, meta, sources=captured) as writer:
         for source in sources:
             cache = TeacherCache(source, partial=True, duplicates="first")
             for number, entry in enumerate(cache.manifest.shards):
-                if not writer.copy_shard(cache.checked_shard(number), entry):
-                    for block in cache.blocks(shards=[number]):
-                        _add(writer, block)
+                if writer.copy_shard(cache.shard(number), entry):
+                    continue
+                for block in cache.blocks(shards=[number]):
+                    for rows in block.split():
+                        if rows.tokens in writer:
+                            writer.count("duplicates_dropped")
+                        else:
+                            writer.add_rows(rows)
     return TeacherCache(path)
-
-
-def _add(writer: CacheWriter, block: Block) -> None:
-    at = starts(block.lengths)
-    entries = starts(block.rows.counts)[at]
-    for i in range(len(block.lengths)):
-        tokens = np.array(block.tokens[at[i] : at[i + 1]])
-        if tokens in writer:
-            writer.count("duplicates_dropped")
-            continue
-        mine = slice(int(at[i]), int(at[i + 1])), slice(int(entries[i]), int(entries[i + 1]))
-        writer.add_rows(tokens, block.rows.cut(*mine))

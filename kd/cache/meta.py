@@ -10,7 +10,6 @@ from typing import Any
 
 from kd.files import canonical_json
 
-SELECTIONS = ("top_k", "top_p", "sampled", "hybrid", "hidden")
 # What the probability outside the stored tokens means, for each selection (see kd.TopK).
 TAIL_OF = {
     "top_k": "bucket",
@@ -19,30 +18,17 @@ TAIL_OF = {
     "hybrid": "drop",
     "hidden": "none",
 }
-
+CODEC_NAMES = ("float32", "log8", "compact", "counts", "hidden_bf16", "hidden_fp8")
 MAX_VOCAB = 2**25
 MAX_TAILS = 16
-FIELDS: dict[str, Any] = {
-    "teacher": Mapping,
-    "tokenizer": Mapping,
-    "live_vocab": int,
-    "padded_vocab": int,
-    "temperature": (int, float),
-    "top_k": int,
-    "selection": str,
-    "codec": str,
-    "selection_options": Mapping,
-    "codec_options": Mapping,
-    "tail_temperatures": Sequence,
-    "realised": bool,
-}
-KINDS: dict[Any, str] = {
-    Mapping: "a mapping",
-    int: "an integer",
-    (int, float): "a number",
-    str: "text",
-    Sequence: "a list of numbers",
-    bool: "True or False",
+# Of each kind of field: what it is called, and what it may be.
+KINDS: dict[str, tuple[str, Any]] = {
+    "teacher tokenizer selection_options codec_options": ("a mapping", Mapping),
+    "live_vocab padded_vocab top_k": ("an integer", int),
+    "temperature": ("a number", (int, float)),
+    "selection codec": ("text", str),
+    "tail_temperatures": ("a list of numbers", Sequence),
+    "realised": ("True or False", bool),
 }
 
 
@@ -80,70 +66,74 @@ class CacheMeta:
     realised: bool = False
 
     def __post_init__(self) -> None:
-        from kd.cache.registry import CODECS
-
-        where = "CacheMeta"
-        for item, kind in FIELDS.items():
-            value = getattr(self, item)
-            if not isinstance(value, kind) or (value is True and kind is not bool):
-                raise TypeError(f"{where}: {item} must be {KINDS[kind]}, got {value!r:.100}.")
-        if not 1 <= self.live_vocab <= self.padded_vocab:
-            raise ValueError(
-                f"{where}: live_vocab must be from 1 to padded_vocab ({self.padded_vocab}), got "
-                f"{self.live_vocab}. Use the tokenizer's length, special tokens included."
-            )
-        if self.padded_vocab > MAX_VOCAB:
-            raise ValueError(
-                f"{where}: padded_vocab must be at most {MAX_VOCAB:,} (ids of 25 bits), got "
-                f"{self.padded_vocab:,}."
-            )
-        if not 1 <= self.top_k <= self.live_vocab:
-            raise ValueError(
-                f"{where}: top_k must be from 1 to live_vocab ({self.live_vocab}), got "
-                f"{self.top_k}. The teacher has no more tokens than that."
-            )
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(
-                f"{where}: temperature must be finite and above 0, got {self.temperature}."
-            )
-        if self.selection not in SELECTIONS:
-            raise ValueError(
-                f"{where}: selection must be one of {', '.join(SELECTIONS)}, got "
-                f"{self.selection!r}."
-            )
-        if self.codec not in CODECS:
-            raise ValueError(
-                f"{where}: codec must be one of {', '.join(CODECS)}, got {self.codec!r}."
-            )
-        self._check_tails()
-        if self.codec.startswith("hidden") != (self.selection == "hidden"):
-            raise ValueError(
-                f"{where}: codec must be a hidden_ one exactly for selection 'hidden', got "
-                f"{self.codec!r} for {self.selection!r}."
-            )
-        if self.realised and self.selection == "hidden":
-            raise ValueError(
-                f"{where}: realised must be False for selection 'hidden', whose states give it."
-            )
-
-    def _check_tails(self) -> None:
+        for names, (words, kind) in KINDS.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if not isinstance(value, kind) or (value is True and kind is not bool):
+                    raise TypeError(f"CacheMeta: {name} must be {words}, got {value!r:.100}.")
         stored = tuple(self.tail_temperatures)
-        right = all(type(t) in (int, float) and 0 < t < float("inf") for t in stored)
-        if not right or len(set(stored)) < len(stored):
-            raise ValueError(
-                "CacheMeta: tail_temperatures must be different numbers above 0, got "
-                f"{self.tail_temperatures!r:.100}."
-            )
-        if len(stored) > MAX_TAILS:
-            raise ValueError(
-                f"CacheMeta: tail_temperatures must be at most {MAX_TAILS}, got {len(stored)}."
-            )
+        numbers = all(type(t) in (int, float) and 0 < t < float("inf") for t in stored)
+        rules = (
+            (
+                1 <= self.live_vocab <= self.padded_vocab,
+                f"live_vocab must be from 1 to padded_vocab ({self.padded_vocab}), got "
+                f"{self.live_vocab}. Use the tokenizer's length, special tokens included",
+            ),
+            (
+                self.padded_vocab <= MAX_VOCAB,
+                f"padded_vocab must be at most {MAX_VOCAB:,} (ids of 25 bits), got "
+                f"{self.padded_vocab:,}",
+            ),
+            (
+                1 <= self.top_k <= self.live_vocab,
+                f"top_k must be from 1 to live_vocab ({self.live_vocab}), got {self.top_k}. The "
+                "teacher has no more tokens than that",
+            ),
+            (
+                0 < self.temperature < float("inf"),
+                f"temperature must be finite and above 0, got {self.temperature}",
+            ),
+            (
+                self.selection in TAIL_OF,
+                f"selection must be one of {', '.join(TAIL_OF)}, got {self.selection!r}",
+            ),
+            (
+                self.codec in CODEC_NAMES,
+                f"codec must be one of {', '.join(CODEC_NAMES)}, got {self.codec!r}",
+            ),
+            (
+                numbers and len(set(stored)) == len(stored),
+                "tail_temperatures must be different numbers above 0, got "
+                f"{self.tail_temperatures!r:.100}",
+            ),
+            (
+                len(stored) <= MAX_TAILS,
+                f"tail_temperatures must be at most {MAX_TAILS}, got {len(stored)}",
+            ),
+            (
+                not stored or TAIL_OF.get(self.selection) == "bucket",
+                f"tail_temperatures must be left out for selection {self.selection!r}, which has "
+                f"no tail, got {stored}",
+            ),
+            (
+                self.codec.startswith("hidden") == self.hidden,
+                "codec must be a hidden_ one exactly for selection 'hidden', got "
+                f"{self.codec!r} for {self.selection!r}",
+            ),
+            (
+                not (self.realised and self.hidden),
+                "realised must be False for selection 'hidden', whose states give it",
+            ),
+        )
+        for holds, words in rules:
+            if not holds:
+                raise ValueError(f"CacheMeta: {words}.")
         object.__setattr__(self, "tail_temperatures", tuple(map(float, stored)))
-        if stored and self.tail != "bucket":
-            raise ValueError(
-                "CacheMeta: tail_temperatures must be left out for selection "
-                f"{self.selection!r}, which has no tail, got {stored}."
-            )
+
+    @property
+    def hidden(self) -> bool:
+        """Whether rows are hidden states."""
+        return self.selection == "hidden"
 
     @property
     def tail(self) -> str:
@@ -178,7 +168,10 @@ class CacheMeta:
         return hashlib.sha256(canonical_json(self.to_dict())).hexdigest()[:32]
 
 
-def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+Differences = list[tuple[str, Any, Any]]
+
+
+def differences(left: Any, right: Any, path: str = "") -> Differences:
     """Where two JSON values differ: (path, left, right), nested mappings entered."""
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         found = []
@@ -189,13 +182,12 @@ def differences(left: Any, right: Any, path: str = "") -> list[tuple[str, Any, A
     return [] if left == right else [(path, left, right)]
 
 
-def side_by_side(found: list[tuple[str, Any, Any]], left: str, right: str) -> str:
+def side_by_side(found: Differences, left: str, right: str) -> str:
     """The differences as lines ``field: left has X, right has Y``."""
-    lines = [f"  {name}: {left} has {a!r}, {right} has {b!r}" for name, a, b in found]
-    return "\n".join(lines)
+    return "\n".join(f"  {name}: {left} has {a!r}, {right} has {b!r}" for name, a, b in found)
 
 
-def unmet(cached: CacheMeta, expected: CacheMeta | Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def unmet(cached: CacheMeta, expected: CacheMeta | Mapping[str, Any]) -> Differences:
     """What a reader expected of a cache and does not find: (field, cached, expected).
 
     A mapping is compared in the fields it names. A CacheMeta is compared in everything that
@@ -209,7 +201,7 @@ def unmet(cached: CacheMeta, expected: CacheMeta | Mapping[str, Any]) -> list[tu
             want.pop(name)
     else:
         want = dict(expected)
-    found: list[tuple[str, Any, Any]] = []
+    found: Differences = []
     for name, value in want.items():
         if name not in have:
             found.append((name, "(no such field)", value))

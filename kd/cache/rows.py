@@ -1,181 +1,99 @@
-"""Checks at the door of the writer: [L, K] targets become flat rows, or the reason why not."""
+"""The rows of whole sequences: what goes into a shard and comes out of one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kd.cache.codecs import Rows
-from kd.cache.keys import describe
-from kd.cache.meta import CacheMeta
-
-# Probabilities of a row may exceed one by the rounding of bfloat16 log-probs, and by no more.
-MASS_TOLERANCE = 1e-2
-REALISED_TOLERANCE = 0.1  # between a row's entry and the same token's own log-prob: lossy codecs
-TAIL_TOLERANCE = 0.02  # nats, of a tail's log-partition: its steps and the rounding of float32
+from kd.cache.bits import starts
 
 
-def rows_of(
-    tokens: NDArray[np.int32],
-    ids: Any,
-    logprobs: Any,
-    meta: CacheMeta,
-    tails: Any = None,
-    realised: Any = None,
-) -> Rows:
-    """Flat rows from ids [L, K] (-1 is an empty slot), log-probs [L, K] and tails [L, M].
+@dataclass
+class Rows:
+    """The distributions of S sequences of N tokens in all, one after another.
 
-    Raises:
-        ValueError: naming the sequence and the row, for shapes that do not fit, ids outside the
-            live vocabulary or twice in a row, log-probs that are NaN, +inf or above 0, and rows
-            whose probabilities sum to more than one; tails that no distribution has; log-probs of
-            the tokens that followed that contradict the row.
+    lengths [S] int64: rows of each sequence; counts [N] int32: entries of each row; ids [E] int32
+    and logprobs [E] float32: the entries, natural logarithms of probabilities over the live
+    vocabulary (in a hidden-state cache no ids, and E hidden values); tails [N, M] float32 or None:
+    see kd.cache.tails; realised [N] float32 or None: log-probs of the tokens that followed, NaN
+    where none did; tokens [N] int32, or None where they were not read.
     """
-    name = f"sequence {describe(tokens)}"
-    ids, logprobs = _array(ids), _array(logprobs)
-    if ids.ndim != 2 or ids.shape != logprobs.shape or len(ids) != len(tokens):
-        raise ValueError(
-            f"CacheWriter.add: ids and logprobs must both be [L, K] with L = {len(tokens)}, got "
-            f"{ids.shape} and {logprobs.shape} for {name}. Give one row for every token."
+
+    lengths: NDArray[np.int64]
+    counts: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    tails: NDArray[np.float32] | None = None
+    realised: NDArray[np.float32] | None = None
+    tokens: NDArray[np.int32] | None = None
+
+    @classmethod
+    def empty(cls, lengths: Sequence[int], tails: int) -> Rows:
+        """Rows that hold nothing, with ``tails`` values each."""
+        number = sum(lengths)
+        return cls(
+            np.array(lengths, np.int64),
+            np.zeros(number, np.int32),
+            np.zeros(0, np.int32),
+            np.zeros(0, np.float32),
+            np.zeros((number, tails), np.float32) if tails else None,
         )
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"CacheWriter.add: ids must be integers, got {ids.dtype}.")
-    if logprobs.dtype.kind != "f":
-        raise TypeError(f"CacheWriter.add: logprobs must be floating point, got {logprobs.dtype}.")
-    logprobs = logprobs.astype(np.float32, copy=False)
-    _refuse(tokens >= meta.live_vocab, f"{name}: input_ids", f"below {meta.live_vocab}", tokens)
-    bad = (ids < -1) | (ids >= meta.live_vocab)
-    _refuse(bad, f"{name}: ids", f"from 0 to {meta.live_vocab - 1}, or -1 for an empty slot", ids)
-    used = ids >= 0
-    bad = used & ~(logprobs <= 1e-3)  # NaN included
-    _refuse(bad, f"{name}: logprobs", "log-probabilities of at most 0, not NaN", logprobs)
-    used &= logprobs > -np.inf
-    counts = used.sum(1, dtype=np.int32)
-    if int(counts.max(initial=0)) > meta.top_k:
-        raise ValueError(
-            f"CacheWriter.add: a row must hold at most top_k = {meta.top_k} tokens, got "
-            f"{int(counts.max())} in row {int(counts.argmax())} of {name}."
-        )
-    ordered = np.sort(np.where(used, ids, -1), axis=1)
-    bad = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    _refuse(bad, f"{name}: ids", "different within a row", ordered[:, 1:])
-    mass = np.where(used, np.exp(np.where(used, logprobs, 0)), 0).sum(1)
-    _refuse(mass > 1 + MASS_TOLERANCE, f"{name}: probabilities", "at most 1 in sum", mass)
-    stored = _tails_of(name, len(tokens), mass, tails, meta)
-    if stored is not None:
-        stored = np.where(counts[:, None] > 0, stored, np.float32(0))  # such a row says nothing
-    followed = _realised_of(name, tokens, realised, meta)
-    rows = Rows(counts, ids[used].astype(np.int32), np.minimum(logprobs[used], 0), stored, followed)
-    if followed is not None:
-        for problem, rule, bad in broken_realised(rows, tokens, meta):
-            _refuse(bad, f"{name}: {problem}", rule, followed)
-    return rows
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """All of them; an optional field is there where every part has it."""
+        found: dict[str, Any] = {}
+        for name in cls.__dataclass_fields__:
+            values = [getattr(part, name) for part in parts]
+            missing = any(value is None for value in values)
+            found[name] = None if missing else np.concatenate(values)
+        return cls(**found)
+
+    @cached_property
+    def bounds(self) -> NDArray[np.int64]:
+        """Where each sequence's rows start, and the end, [S + 1]."""
+        return starts(self.lengths)
+
+    @cached_property
+    def entry_bounds(self) -> NDArray[np.int64]:
+        """Where each sequence's entries start, and the end, [S + 1]."""
+        return starts(self.counts)[self.bounds]
+
+    @cached_property
+    def row_of_entry(self) -> NDArray[np.int64]:
+        """The row of each entry, [E]."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    @property
+    def mass(self) -> NDArray[np.float64]:
+        """The probability that each row's entries hold, [N]."""
+        return row_sums(np.exp(self.logprobs.astype(np.float64)), self.counts)
+
+    def split(self) -> list[Rows]:
+        """One ``Rows`` for each sequence."""
+        parts = []
+        for i, (a, b) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
+            entries = slice(self.entry_bounds[i], self.entry_bounds[i + 1])
+            optional: list[Any] = [
+                None if values is None else values[a:b]
+                for values in (self.tails, self.realised, self.tokens)
+            ]
+            lengths, counts = self.lengths[i : i + 1], self.counts[a:b]
+            parts.append(
+                Rows(lengths, counts, self.ids[entries], self.logprobs[entries], *optional)
+            )
+        return parts
 
 
-def _realised_of(
-    name: str, tokens: NDArray[np.int32], realised: Any, meta: CacheMeta
-) -> NDArray[np.float32] | None:
-    if not meta.realised and realised is None:
-        return None
-    found: NDArray[Any] = np.zeros(0) if realised is None else _array(realised)
-    if not meta.realised or found.shape != tokens.shape or found.dtype.kind != "f":
-        raise ValueError(
-            f"CacheWriter.add: realised must be [L] = {tokens.shape} floating-point log-probs "
-            f"where meta.realised is True, got {None if realised is None else found.shape} for "
-            f"{name} and meta.realised={meta.realised}."
-        )
-    followed = found.astype(np.float32)
-    followed[-1] = np.nan
-    return np.where((followed > 0) & (followed <= 1e-3), np.float32(0), followed)  # rounding
-
-
-def broken_realised(
-    rows: Rows, tokens: NDArray[np.int32], meta: CacheMeta
-) -> list[tuple[str, str, NDArray[np.bool_]]]:
-    """What no row of one sequence has: (what, the rule, where [N]).
-
-    A token that followed and is among its row's has one probability, where rows are no draws.
-    """
-    assert rows.realised is not None
-    value = rows.realised.astype(np.float64)
-    row = np.repeat(np.arange(len(rows.counts)), rows.counts)
-    entry = np.flatnonzero((row < len(tokens) - 1) & (rows.ids == _next(tokens)[row]))
-    differ = np.zeros(len(value), np.bool_)
-    most = np.zeros(len(value))
-    if meta.tail == "bucket":
-        with np.errstate(invalid="ignore"):
-            stored, said = rows.logprobs[entry].astype(np.float64), value[row[entry]]
-            slack = REALISED_TOLERANCE * (1 + np.abs(stored))
-            differ[row[entry]] = np.abs(stored - said) > slack
-        mass = np.bincount(row, np.exp(rows.logprobs.astype(np.float64)), len(value))
-        left = np.log(np.maximum(1 + MASS_TOLERANCE - mass, MASS_TOLERANCE))
-        most = np.where(rows.counts > 0, left, 0.0)
-        most[row[entry]] = 0.0
-    return [
-        ("realised", "a log-probability of at most 0", value > 0),
-        ("realised", "that of the row's own entry for the token that follows", differ),
-        ("realised", "at most what the row's tokens leave over", value > most + 1e-3),
-    ]
-
-
-def _next(tokens: NDArray[np.int32]) -> NDArray[np.int32]:
-    return np.append(tokens[1:], np.int32(-1))
-
-
-def _tails_of(
-    name: str, length: int, mass: NDArray[Any], tails: Any, meta: CacheMeta
-) -> NDArray[np.float32] | None:
-    temperatures = meta.tail_temperatures
-    if not temperatures and tails is None:
-        return None
-    shape = (length, len(temperatures))
-    found: NDArray[Any] = np.zeros(0) if tails is None else _array(tails)
-    if not temperatures or found.shape != shape or found.dtype.kind != "f":
-        raise ValueError(
-            f"CacheWriter.add: tails must be [L, M] = {shape} floating-point values at the meta's "
-            f"tail_temperatures, got {None if tails is None else found.shape} for {name}."
-        )
-    stored: NDArray[np.float32] = found.astype(np.float32, copy=False)
-    for problem, rule, bad in broken_tails(stored, mass, meta):
-        _refuse(bad, f"{name}: {problem}", rule, stored)
-    return stored
-
-
-def broken_tails(
-    tails: NDArray[np.float32], mass: NDArray[Any], meta: CacheMeta
-) -> list[tuple[str, str, NDArray[np.bool_]]]:
-    """What no distribution has: (what, the rule, where [N, M]). mass [N] of the stored tokens."""
-    order = np.argsort(meta.tail_temperatures)
-    powers = meta.temperature / np.array(meta.tail_temperatures)
-    with np.errstate(invalid="ignore"):
-        falls = np.diff(tails[:, order], axis=1) < -TAIL_TOLERANCE
-        most = np.log(meta.live_vocab) + TAIL_TOLERANCE
-        # Probabilities of at most 1 - mass in all, and of at most live_vocab tokens.
-        share = np.log(np.maximum(1 + MASS_TOLERANCE - mass, MASS_TOLERANCE))[:, None]
-        largest = np.minimum(most, np.where(powers >= 1, powers * share, most)) + TAIL_TOLERANCE
-        some = (tails == -np.inf).any(1) != (tails == -np.inf).all(1)
-    return [
-        ("tails", "finite, or -inf in a whole row", ~(tails < np.inf) | some[:, None]),
-        ("tails", "log-sums of the probability left over, or less", tails > largest),
-        ("tails", "larger at a higher temperature", falls),
-    ]
-
-
-def _array(values: Any) -> NDArray[Any]:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-        return np.asarray(values.numpy())
-    return np.asarray(values)
-
-
-def _refuse(bad: NDArray[np.bool_], what: str, rule: str, values: NDArray[Any]) -> None:
-    if bad.any():
-        at = np.argwhere(bad)[0]
-        raise ValueError(
-            f"CacheWriter.add: {what} must be {rule}, got {values[tuple(at)]} in row {int(at[0])}. "
-            "Nothing of this sequence was stored."
-        )
+def row_sums(values: NDArray, counts: NDArray[np.int32]) -> NDArray:
+    """Sums over each row's entries [N]; 0 for rows without any."""
+    if len(counts) and (counts == counts[0]).all():
+        return values.reshape(len(counts), -1).sum(1)
+    return np.bincount(
+        np.repeat(np.arange(len(counts)), counts), weights=values, minlength=len(counts)
+    ).astype(values.dtype)

@@ -1,4 +1,6 @@
-"""The tail's log-partition at a few temperatures, beside a row's tokens, in three to four bytes.
+"""What a row holds beside its tokens: the tail at other temperatures, and the token that followed.
+
+The tail's log-partition at a few temperatures takes three to four bytes a row.
 
 A(t) = log(sum over the ids that are not stored of p ** (temperature / t)), at the M temperatures of
 ``meta.tail_temperatures``. It is smooth in 1 / t, so that a reader has the tail's mass at any
@@ -15,16 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.cache import prefix
-from kd.cache.codecs import Layout, Rows, Side, Streams
-from kd.cache.compact import NO_TAIL, TAIL_LOW, TAIL_STEP, encode_tail, row_sums
+from kd.cache.bits import decode_prefix, encode_prefix, prefix_cost
+from kd.cache.codecs import NO_TAIL, TAIL_LOW, TAIL_STEP, encode_tail
+from kd.cache.rows import Rows
+from kd.cache.streams import Side, Streams, decode_integers, encode_integers
 
 # From 1 to 4, in 1 / t near Chebyshev's points: half the error of even ones.
 DEFAULT = tuple(16 / n for n in (16, 15, 13, 10, 7, 5, 4))
 STREAMS = ("partition.unary", "partition.bits")
+REALISED_STREAMS = ("realised.unary", "realised.bits")
 STEPS = 448  # a nat
 FRACTION = 16  # bits behind the point of a predictor's coefficients
 LARGEST = 1 << 23  # of a value in steps: 18,725 nats
+STEPS_NEXT = 64  # a nat, of the token that followed
+IMPOSSIBLE = 1 << 16  # level of a probability of zero; others are at least e**-1024
 
 ODDS = TAIL_LOW + TAIL_STEP * np.minimum(np.arange(256), NO_TAIL - 1)
 LOG_TAIL = np.rint(-np.log1p(np.exp(-ODDS)) * STEPS).astype(np.int64)  # of a byte, in steps
@@ -48,16 +54,16 @@ def tail_codes(codec: str, parts: Streams, rows: Rows) -> NDArray[np.uint8]:
         return parts["heads"][0].reshape(-1, 2)[:, 0]
     if codec == "log8":
         return parts["tails"][0]
-    return encode_tail(row_sums(np.exp(rows.logprobs.astype(np.float64)), rows.counts))
+    return encode_tail(rows.mass)
 
 
-def encode_tails(
-    tails: NDArray[np.float32], codes: NDArray[np.uint8], layout: Layout, side: Side
-) -> Streams:
-    """The streams of [N, M] values; predictors and code parameters go into ``side.params``.
+def encode_tails(rows: Rows, codes: NDArray[np.uint8], side: Side) -> Streams:
+    """The streams of ``rows.tails``; predictors and code parameters go into ``side.params``.
 
     codes [N]: the codec's own byte for each row's tail.
     """
+    assert rows.tails is not None
+    tails = rows.tails
     none = (tails == -np.inf).any(1)
     levels = np.where(none[:, None], 0, np.rint(np.clip(tails, -1e4, 1e4) * STEPS))
     levels = levels.astype(np.int64)
@@ -76,32 +82,24 @@ def encode_tails(
         parameters += [k, *line]
     side.params["partition"] = " ".join(map(str, parameters))
     k_of = np.array([_split(parameters, place)[0] for place in range(len(order))])
-    unary, bits = prefix.encode(
-        values.reshape(-1),
-        np.tile(k_of, len(values)),
-        "exponential",
-        layout.rows * len(order),
-    )
+    every_k, bounds = np.tile(k_of, len(values)), rows.bounds * len(order)
+    unary, bits = encode_prefix(values.reshape(-1), every_k, "exponential", bounds)
     return {STREAMS[0]: unary, STREAMS[1]: bits}
 
 
 def decode_tails(
-    parts: Streams, number: int, codes: NDArray[np.uint8], layout: Layout, side: Side
+    parts: Streams, bounds: NDArray[np.int64], codes: NDArray[np.uint8], side: Side
 ) -> NDArray[np.float32]:
     """[N, M] from the streams; -inf in rows without a tail."""
-    rows, order = int(layout.rows[-1]), coding_order(number)
+    number = len(side.meta.tail_temperatures)
+    rows, order = int(bounds[-1]), coding_order(number)
     parameters = [int(word) for word in str(side.params["partition"]).split()]
     if len(parameters) != _first(number) or max(map(abs, parameters)) >= 1 << 40:
         raise ValueError(f"params.partition must be of {number} temperatures")
     split = [_split(parameters, place) for place in range(number)]
     k_of = np.array([k for k, _ in split])
-    values = prefix.decode(
-        parts[STREAMS[0]],
-        parts[STREAMS[1]],
-        np.tile(k_of, rows).astype(np.int32),
-        "exponential",
-        layout.rows * number,
-    )
+    every_k, unary, bits = np.tile(k_of, rows).astype(np.int32), *(parts[name] for name in STREAMS)
+    values = decode_prefix(unary, bits, every_k, "exponential", bounds * number)
     coded = np.asarray(values, np.int64).reshape(rows, number)
     none = coded[:, 0] == 0
     coded[:, 0] = np.maximum(coded[:, 0] - 1, 0)
@@ -149,7 +147,7 @@ def _fitted(before: NDArray[np.int64], wanted: NDArray[np.int64]) -> list[int]:
 
 def _parameter(values: NDArray[np.int64]) -> int:
     widest = 1 + int(values.max(initial=0)).bit_length()
-    sizes = [int(prefix.cost(values, k, "exponential").sum()) for k in range(widest)]
+    sizes = [int(prefix_cost(values, k, "exponential").sum()) for k in range(widest)]
     return int(np.argmin(sizes))
 
 
@@ -167,3 +165,31 @@ def add_entries(
     for column, power in enumerate(powers):
         np.logaddexp.at(out[:, column], row, logprobs.astype(np.float64) * power)
     return out.astype(np.float32)
+
+
+# --- the token that followed ----------------------------------------------------------------------
+
+
+def encode_realised(rows: Rows, side: Side) -> Streams:
+    """The streams of ``rows.realised``: the log-prob of the token that followed, in about a byte.
+
+    In steps of 1 / 64 nats through a prefix code: what a row's top-k may leave out, the teacher's
+    likelihood of the text itself.
+    """
+    assert rows.realised is not None
+    values = rows.realised
+    levels = np.rint(-np.nan_to_num(values.astype(np.float64), nan=0.0, neginf=-1e9) * STEPS_NEXT)
+    levels = np.where(values == -np.inf, IMPOSSIBLE, np.minimum(levels, IMPOSSIBLE - 1))
+    coded = np.where(np.isnan(values), 0, 1 + levels).astype(np.int64)
+    return encode_integers("realised", "realised", coded, rows.bounds, side)
+
+
+def decode_realised(parts: Streams, bounds: NDArray[np.int64], side: Side) -> NDArray[np.float32]:
+    """[N] log-probs from the streams, NaN where nothing followed."""
+    levels = decode_integers("realised", "realised", parts, bounds, side).astype(np.int64) - 1
+    if len(levels) and int(levels.max()) > IMPOSSIBLE:
+        raise ValueError("a realised token's log-prob is out of range")
+    values = (-levels / STEPS_NEXT).astype(np.float32)
+    values[levels == IMPOSSIBLE] = -np.inf
+    values[levels < 0] = np.nan
+    return values

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kd.cache.codecs import starts
-from kd.cache.compact import row_sums
+from kd.cache.checks import MASS_TOLERANCE, broken_realised, broken_tails
 from kd.cache.keys import key_of
-from kd.cache.manifest import (
-    SHARD_NAME,
-    Manifest,
-    ShardEntry,
-    read_manifest,
-    safe_path,
-    update_manifest,
-)
+from kd.cache.manifest import SHARD_NAME, Manifest, read_manifest, update_manifest
 from kd.cache.meta import CacheMeta
-from kd.cache.rows import MASS_TOLERANCE, broken_realised, broken_tails
-from kd.cache.shards import Block, Shard
-from kd.cache.writer import keys_in, shard_options
+from kd.cache.shards import Shard, open_listed
 from kd.files import TEMPORARY
 
 AT_A_TIME = 256  # sequences decoded together
@@ -73,11 +61,12 @@ def verify_cache(path: str | os.PathLike[str]) -> Verdict:
     for entry in manifest.shards:
         verdict.shards += 1
         try:
-            shard = _open_whole(folder, entry, manifest.meta)
+            shard = open_listed(folder, entry, manifest.meta)
+            shard.check_digest(entry.sha256)
         except (OSError, ValueError) as error:
             verdict.add(entry.name, str(error))
             continue
-        for key in keys_in(shard):
+        for key in shard.key_list:
             if key in owner:
                 verdict.add(entry.name, f"sequence {key.hex()[:12]} is in {owner[key]} too")
             owner[key] = entry.name
@@ -96,75 +85,44 @@ def verify_cache(path: str | os.PathLike[str]) -> Verdict:
     return verdict
 
 
-def _open_whole(folder: Path, entry: ShardEntry, meta: CacheMeta) -> Shard:
-    """A shard whose size and checksum are the manifest's."""
-    path = safe_path(folder, entry.name)
-    if not path.exists():
-        raise FileNotFoundError("missing")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        raise ValueError(f"must have {entry.bytes:,} bytes, got {size:,}")
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while data := file.read(1 << 22):
-            digest.update(data)
-    if digest.hexdigest() != entry.sha256:
-        raise ValueError(f"must have SHA-256 {entry.sha256}, got {digest.hexdigest()}")
-    shard = Shard(path, meta.codec, shard_options(meta), meta.cache_id)
-    if (shard.sequences, shard.rows, shard.entries) != (entry.sequences, entry.rows, entry.entries):
-        raise ValueError("its counts differ from the manifest's")
-    return shard
-
-
 def _check_rows(shard: Shard, meta: CacheMeta, verdict: Verdict) -> None:
     """Keys against tokens; ids, log-probs and sums of every row."""
-    name, live = shard.path.name, shard.side.live_vocab
-    keys = keys_in(shard)
+    name, live, keys = shard.path.name, meta.live_vocab, shard.key_list
     for first in range(0, shard.sequences, AT_A_TIME):
         chosen = range(first, min(first + AT_A_TIME, shard.sequences))
-        block = shard.block(chosen, check=False)  # looked at below, row by row
-        at = starts(block.lengths)
+        rows = shard.read(chosen, check=False, complete=True)  # looked at below, row by row
+        assert rows.tokens is not None
+        at = rows.bounds
         for i, sequence in enumerate(chosen):
-            if key_of(block.tokens[at[i] : at[i + 1]]) != keys[sequence]:
+            if key_of(rows.tokens[at[i] : at[i + 1]]) != keys[sequence]:
                 verdict.add(name, f"sequence {sequence}: its tokens do not have its key")
-        verdict.sequences += len(block.lengths)
-        verdict.rows += len(block.tokens)
-        rows = block.rows
-        if shard.codec.name.startswith("hidden"):
+        verdict.sequences += len(rows.lengths)
+        verdict.rows += len(rows.counts)
+        if meta.hidden:
             if not np.isfinite(rows.logprobs).all():
                 verdict.add(name, "a hidden state that is not finite")
             continue
-        row = np.repeat(np.arange(len(rows.counts)), rows.counts)
-        mass = row_sums(np.exp(rows.logprobs.astype(np.float64)), rows.counts)
-        ordered = np.sort(row.astype(np.int64) * live + rows.ids)
+        row, mass = rows.row_of_entry, rows.mass
+        ordered = np.sort(row * live + rows.ids)
         checks = [
             ("an id outside the vocabulary", row[(rows.ids < 0) | (rows.ids >= live)]),
             ("a log-prob above 0 or NaN", row[~(rows.logprobs <= 0)]),
             ("an id twice", ordered[1:][ordered[1:] == ordered[:-1]] // live),
             ("probabilities above 1 in sum", np.flatnonzero(mass > 1 + MASS_TOLERANCE)),
         ]
+        broken: list[tuple[str, str, Any]] = []
         if rows.tails is not None:
-            held = np.where(rows.counts > 0, mass, 0)
-            for what, rule, bad in broken_tails(rows.tails, held, meta):
-                checks.append((f"{what} must be {rule}", np.flatnonzero(bad.any(1))))
+            broken += broken_tails(rows.tails, np.where(rows.counts > 0, mass, 0), meta)
         if rows.realised is not None:
-            checks += _realised(block, at, meta)
+            broken += broken_realised(rows, meta)
+        for what, rule, bad in broken:
+            wrong = np.flatnonzero(bad.reshape(len(bad), -1).any(1))
+            checks.append((f"{what} must be {rule}", wrong))
         for what, found in checks:
             if len(found):
                 sequence = int(np.searchsorted(at, found[0], side="right")) - 1
                 place = f"sequence {first + sequence}, row {int(found[0] - at[sequence])}"
                 verdict.add(name, f"{place}: {what} ({len(found)} such)")
-
-
-def _realised(block: Block, at: NDArray[np.int64], meta: CacheMeta) -> list[tuple[str, Any]]:
-    """Rows of a block whose own token's log-prob contradicts what they hold."""
-    entries, found = starts(block.rows.counts)[at], {}  # type: ignore[var-annotated]
-    for i in range(len(block.lengths)):
-        mine = slice(int(at[i]), int(at[i + 1])), slice(int(entries[i]), int(entries[i + 1]))
-        tokens = block.tokens[mine[0]]
-        for what, rule, bad in broken_realised(block.rows.cut(*mine), tokens, meta):
-            found.setdefault(f"{what} must be {rule}", []).append(np.flatnonzero(bad) + at[i])
-    return [(what, np.concatenate(parts)) for what, parts in found.items()]
 
 
 def repair_cache(path: str | os.PathLike[str], verdict: Verdict) -> list[str]:

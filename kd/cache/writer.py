@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import os
-import queue
-import threading
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from kd.cache.codecs import Rows
-from kd.cache.keys import KEY_BYTES, describe, key_of, token_array
+from kd.cache.checks import checked_rows
+from kd.cache.keys import describe, key_of, token_array
 from kd.cache.manifest import (
     NAME,
     SHARD_NAME,
     Manifest,
     ShardEntry,
     read_manifest,
-    safe_path,
     update_manifest,
 )
 from kd.cache.meta import CacheMeta, differences, side_by_side
-from kd.cache.rows import rows_of
-from kd.cache.shards import Block, Shard, encode_shard
+from kd.cache.rows import Rows
+from kd.cache.shards import Shard, encode_shard, entry_of, open_listed
 from kd.files import TEMPORARY, Lock, write_whole
 
 SHARD_TOKENS = 1 << 17
+WAITING = 3  # shards that may wait to be encoded and written
 
 
 class CacheWriter:
@@ -75,14 +72,14 @@ class CacheWriter:
         self.shard_tokens, self.rank, self.world_size = shard_tokens, rank, world_size
         self.sources = [dict(source) for source in sources]
         self.counters: dict[str, int] = {}
-        self._known: set[bytes] = set()
-        self._pending: list[tuple[np.ndarray, Rows]] = []
-        self._pending_tokens = 0
-        self._queue: queue.Queue[Block | tuple[bytes, ShardEntry] | None] = queue.Queue(maxsize=2)
-        self._failure: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        self._lock: Lock | None = None
         self.read_only = False
+        self._known: set[bytes] = set()
+        self._pending: list[Rows] = []
+        self._pending_tokens = 0
+        self._thread: ThreadPoolExecutor | None = None
+        self._published: deque[Future[None]] = deque()
+        self._failure: BaseException | None = None
+        self._lock: Lock | None = None
 
     def __enter__(self) -> CacheWriter:
         lock = Lock(self.path / f".writer-{self.rank:04d}.lock")
@@ -105,8 +102,7 @@ class CacheWriter:
         except BaseException:
             lock.release()
             raise
-        self._thread = threading.Thread(target=self._work, name="kd-cache-writer", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, "kd-cache-writer")
         return self
 
     def __exit__(
@@ -119,16 +115,14 @@ class CacheWriter:
             return
         assert self._lock is not None and self._thread is not None
         try:
-            if kind is None and self._failure is None and self._pending:
+            if kind is None and self._pending:
                 self._hand_over()
-            if kind is not None:
-                self._discard()
-            self._queue.put(None)
-            self._thread.join()
+            self._thread.shutdown(cancel_futures=kind is not None)
             if kind is None:
-                self._raise_failure()
+                self._wait(0)
                 update_manifest(self.path, self._closed)
         finally:
+            self._thread.shutdown()
             self._lock.release()
 
     def __contains__(self, input_ids: Any) -> bool:
@@ -158,23 +152,24 @@ class CacheWriter:
             OSError: when an earlier shard could not be written.
         """
         tokens = token_array(input_ids, "CacheWriter.add")
-        self.add_rows(tokens, rows_of(tokens, ids, logprobs, self.meta, tails, realised))
+        self.add_rows(checked_rows(tokens, ids, logprobs, self.meta, tails, realised))
 
-    def add_rows(self, tokens: np.ndarray, rows: Rows) -> None:
-        """``add`` for rows that are flat and checked already."""
-        self._refuse_read_only(f"sequence {describe(tokens)}")
+    def add_rows(self, rows: Rows) -> None:
+        """``add`` for the rows of one sequence, with its tokens, that are checked already."""
+        assert rows.tokens is not None and len(rows.lengths) == 1
+        self._refuse_read_only(f"sequence {describe(rows.tokens)}")
         if self._thread is None:
             raise RuntimeError("CacheWriter: add must be called inside `with CacheWriter(...)`.")
-        self._raise_failure()
-        key = key_of(tokens)
+        self._wait(WAITING)
+        key = key_of(rows.tokens)
         if key in self._known:
             raise ValueError(
-                f"CacheWriter.add: a sequence must be added once, got {describe(tokens)} again. "
-                "Skip it when `input_ids in writer`."
+                f"CacheWriter.add: a sequence must be added once, got {describe(rows.tokens)} "
+                "again. Skip it when `input_ids in writer`."
             )
         self._known.add(key)
-        self._pending.append((tokens, rows))
-        self._pending_tokens += len(tokens)
+        self._pending.append(rows)
+        self._pending_tokens += len(rows.tokens)
         if self._pending_tokens >= self.shard_tokens:
             self._hand_over()
 
@@ -184,13 +179,13 @@ class CacheWriter:
         Returns:
             False, and nothing is done, when a sequence of it is stored here already.
         """
-        keys = keys_in(shard)
+        keys = shard.key_list
         if len(set(keys)) < len(keys) or self._known & set(keys):
             return False
         self._refuse_read_only(entry.name)
-        self._raise_failure()
         self._known.update(keys)
-        self._queue.put((b"".join(part.tobytes() for part in shard.file.parts()), entry))
+        data = b"".join(part.tobytes() for part in shard.file.parts())
+        self._submit(lambda name: (data, dataclasses.replace(entry, name=name)))
         return True
 
     def keep_pending(self) -> None:
@@ -200,11 +195,13 @@ class CacheWriter:
         """
         if self._pending and self._failure is None:
             self._hand_over()
-            self._queue.join()
+            self._wait(0)
 
     def count(self, name: str, number: int = 1) -> None:
         """Count something for the manifest, such as sequences that were dropped."""
         self.counters[name] = self.counters.get(name, 0) + number
+
+    # --- opening ----------------------------------------------------------------------------------
 
     def _open_read_only(self, error: OSError) -> None:
         """Find what is there, where nothing can be written: all that a finished cache needs."""
@@ -232,27 +229,16 @@ class CacheWriter:
         for leftover in self.path.glob(f"{TEMPORARY}*-shard-{self.rank:04d}-*"):
             leftover.unlink(missing_ok=True)
         manifest = update_manifest(self.path, self._opened)
-        mine = [entry.name for entry in manifest.shards if self._is_mine(entry.name)]
+        start = f"shard-{self.rank:04d}-"
+        mine = [entry.name for entry in manifest.shards if entry.name.startswith(start)]
         self._next = 1 + max((int(name[11:17]) for name in mine), default=-1)
         self._take_in(manifest)
         self._adopt(manifest)
 
     def _take_in(self, manifest: Manifest) -> None:
         """Know the sequences of the shards that are there."""
-        options = shard_options(self.meta)
         for entry in manifest.shards:
-            path = safe_path(self.path, entry.name)
-            if not path.exists() or path.stat().st_size != entry.bytes:
-                size = path.stat().st_size if path.exists() else "no file"
-                raise ValueError(
-                    f"CacheWriter: shard {entry.name} must have {entry.bytes:,} bytes, got {size}. "
-                    f"Restore it, or run: kd cache verify --repair {self.path}"
-                )
-            shard = Shard(path, self.meta.codec, options, self.meta.cache_id)
-            self._known.update(keys_in(shard))
-
-    def _is_mine(self, name: str) -> bool:
-        return bool(SHARD_NAME.match(name)) and int(name[6:10]) == self.rank
+            self._known.update(open_listed(self.path, entry, self.meta).key_list)
 
     def _opened(self, present: Manifest | None) -> Manifest:
         for leftover in self.path.glob(f"{TEMPORARY}*-{NAME}"):
@@ -282,6 +268,24 @@ class CacheWriter:
                 "Nothing was changed. Write to another folder, or use the cache's settings."
             )
 
+    def _adopt(self, manifest: Manifest) -> None:
+        """List shards that were published just before the process was killed."""
+        listed = {entry.name for entry in manifest.shards}
+        for path in sorted(self.path.glob(f"shard-{self.rank:04d}-*.safetensors")):
+            if path.name in listed:
+                continue
+            shard = Shard(path, self.meta)
+            keys = shard.key_list
+            if self._known & set(keys):
+                raise ValueError(
+                    f"CacheWriter: {path.name} must be listed in {NAME} or hold new sequences, got "
+                    "neither. Move the file out of the folder."
+                )
+            rows = shard.read(range(shard.sequences), complete=True)
+            self._known.update(keys)
+            self._next = max(self._next, int(path.name[11:17]) + 1)
+            self._list(entry_of(path.name, path.read_bytes(), rows))
+
     def _closed(self, present: Manifest | None) -> Manifest:
         assert present is not None
         present.open_writers = [rank for rank in present.open_writers if rank != self.rank]
@@ -289,111 +293,48 @@ class CacheWriter:
             present.counters[name] = present.counters.get(name, 0) + number
         return present
 
-    def _adopt(self, manifest: Manifest) -> None:
-        """List shards that were published just before the process was killed."""
-        listed = {entry.name for entry in manifest.shards}
-        for path in sorted(self.path.glob(f"shard-{self.rank:04d}-*.safetensors")):
-            if path.name in listed:
-                continue
-            shard = Shard(path, self.meta.codec, shard_options(self.meta), self.meta.cache_id)
-            keys = keys_in(shard)
-            if self._known & set(keys):
-                raise ValueError(
-                    f"CacheWriter: {path.name} must be listed in {NAME} or hold new sequences, got "
-                    "neither. Move the file out of the folder."
-                )
-            entry = entry_of(path.name, path.read_bytes(), shard.block(range(shard.sequences)))
-            self._known.update(keys)
-            self._next = max(self._next, int(path.name[11:17]) + 1)
-            update_manifest(self.path, _listing(entry))
+    # --- publishing -------------------------------------------------------------------------------
 
     def _hand_over(self) -> None:
-        tokens = np.concatenate([item[0] for item in self._pending])
-        lengths = np.array([len(item[0]) for item in self._pending], np.int64)
-        rows = join_rows([item[1] for item in self._pending])
+        """Encode and publish the shard in hand, beside the caller's work."""
+        rows, meta = Rows.joined(self._pending), self.meta
         self._pending, self._pending_tokens = [], 0
-        self._queue.put(Block(tokens, lengths, rows))
 
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                if self._failure is None:
-                    self._publish(item)
-            except BaseException as error:  # raised again by the caller's next call
-                self._failure = error
-            finally:
-                self._queue.task_done()
+        def encoded(name: str) -> tuple[bytes, ShardEntry]:
+            data = encode_shard(rows, meta)
+            return data, entry_of(name, data, rows)
 
-    def _publish(self, item: Block | tuple[bytes, ShardEntry]) -> None:
-        meta, name = self.meta, f"shard-{self.rank:04d}-{self._next:06d}.safetensors"
-        if isinstance(item, Block):
-            data = encode_shard(item, meta.codec, shard_options(meta), meta.cache_id)
-            entry = entry_of(name, data, item)
-        else:
-            data, entry = item[0], dataclasses.replace(item[1], name=name)
-        write_whole(self.path / name, data, replace=False)
-        update_manifest(self.path, _listing(entry))
-        self._next += 1
+        self._submit(encoded)
 
-    def _discard(self) -> None:
-        self._pending, self._pending_tokens = [], 0
-        try:
-            while True:
-                self._queue.get_nowait()
-                self._queue.task_done()
-        except queue.Empty:
-            return
+    def _submit(self, make: Callable[[str], tuple[bytes, ShardEntry]]) -> None:
+        assert self._thread is not None
+        self._wait(WAITING - 1)
+        self._published.append(self._thread.submit(self._publish, make))
 
-    def _raise_failure(self) -> None:
+    def _wait(self, most: int) -> None:
+        """Until at most so many shards are waiting; raises what publishing one has raised."""
+        while len(self._published) > most:
+            self._published.popleft().result()
         if self._failure is not None:
             raise self._failure
 
+    def _publish(self, make: Callable[[str], tuple[bytes, ShardEntry]]) -> None:
+        if self._failure is not None:  # nothing is written behind a shard that could not be
+            return
+        try:
+            data, entry = make(f"shard-{self.rank:04d}-{self._next:06d}.safetensors")
+            write_whole(self.path / entry.name, data, replace=False)
+            self._list(entry)
+            self._next += 1
+        except BaseException as error:  # raised by the caller's next call
+            self._failure = error
 
-def shard_options(meta: CacheMeta) -> Mapping[str, Any]:
-    """What a codec needs to know of the cache."""
-    return {
-        "live_vocab": meta.live_vocab,
-        "tail_temperatures": len(meta.tail_temperatures),
-        "realised": meta.realised,
-        **meta.selection_options,
-        **meta.codec_options,
-    }
+    def _list(self, entry: ShardEntry) -> None:
+        """Enter a shard in the manifest."""
 
+        def change(present: Manifest | None) -> Manifest:
+            assert present is not None
+            present.shards = sorted([*present.shards, entry], key=lambda shard: shard.name)
+            return present
 
-def keys_in(shard: Shard) -> list[bytes]:
-    data = shard.keys.tobytes()
-    return [data[i : i + KEY_BYTES] for i in range(0, len(data), KEY_BYTES)]
-
-
-def entry_of(name: str, data: bytes, block: Block) -> ShardEntry:
-    """A shard's line in the manifest."""
-    return ShardEntry(
-        name=name,
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        sequences=len(block.lengths),
-        rows=len(block.tokens),
-        entries=len(block.rows.ids),
-        slots=int(block.rows.counts.max(initial=0)),
-    )
-
-
-def join_rows(parts: list[Rows]) -> Rows:
-    tails: list[Any] = [part.tails for part in parts]
-    realised: list[Any] = [part.realised for part in parts]
-    return Rows(
-        np.concatenate([part.counts for part in parts]),
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.logprobs for part in parts]),
-        None if any(part is None for part in tails) else np.concatenate(tails),
-        None if any(part is None for part in realised) else np.concatenate(realised),
-    )
-
-
-def _listing(entry: ShardEntry) -> Any:
-    def change(present: Manifest | None) -> Manifest:
-        assert present is not None
-        present.shards = sorted([*present.shards, entry], key=lambda shard: shard.name)
-        return present
-
-    return change
+        update_manifest(self.path, change)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
-from kd.cache.compact import default_options
+from kd.cache.codecs import default_options
 from kd.cache.keys import describe, key_of, token_array
 from kd.cache.tails import DEFAULT as DEFAULT_TAIL_TEMPERATURES
 from kd.cache.writer import SHARD_TOKENS

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
-from kd.cache.compact import default_options
+from kd.cache.codecs import default_options
 from kd.cache.keys import describe
 from kd.cache.server_rows import Item, checked_row, table
 from kd.cache.writer import SHARD_TOKENS
