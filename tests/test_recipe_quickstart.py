@@ -105,27 +105,6 @@ def test_the_folder_of_something_else_is_refused(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "chapter 1"
 
 
-def test_open_never_fails_without_a_display(monkeypatch, tmp_path):
-    import webbrowser
-
-    from kd.evaluation import open_page
-
-    opened = []
-    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or True)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.delenv("DISPLAY", raising=False)
-    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    assert not open_page(tmp_path / "report.html") and not opened
-    monkeypatch.setenv("DISPLAY", ":0")
-    assert open_page(tmp_path / "report.html") and opened[0].startswith("file://")
-
-    def broken(address):
-        raise webbrowser.Error("no browser")
-
-    monkeypatch.setattr(webbrowser, "open", broken)
-    assert not open_page(tmp_path / "report.html")
-
-
 @pytest.mark.slow
 def test_the_default_preset_shows_the_gain(tmp_path):
     """Seen: +5.9 and +4.2 points, standard errors 2.4 and 2.1; seeds differ widely."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kd.cache.meta import CacheMeta
 from kd.cache.reader import CacheReader
+from kd.page import subplots
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 LOW_MASS = 0.5
@@ -104,10 +105,7 @@ class CacheInfo:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Save the distribution of the covered mass as a PNG."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
-        axes = figure.add_subplot()
+        figure, axes = subplots(6, 3.5)
         axes.hist(self.mass, bins=50, range=(0, 1), color="#4477aa")
         axes.axvline(float(self.mass.mean()), color="#cc3311", label=f"mean {self.mass.mean():.3f}")
         axes.set(
@@ -116,7 +114,7 @@ class CacheInfo:
             title=f"{self.cache.meta.teacher.get('id')}: {self.bytes_per_token:.1f} bytes/token",
         )
         axes.legend(frameon=False)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def _text_words(perplexity: float | None) -> str:

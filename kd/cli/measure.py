@@ -14,7 +14,6 @@ from kd.evaluation import (
     Closeness,
     Evaluation,
     Likelihood,
-    Report,
     closeness,
     compare_runs,
     evaluate,
@@ -26,6 +25,7 @@ from kd.evaluation import (
 )
 from kd.evaluation.texts import blocks, documents
 from kd.models import load_model, load_tokenizer, mixed_precision
+from kd.page import Page
 from kd.recipe import Progress
 from kd.traces import advice
 from kd.traces.verifiers.registry import DEFAULT
@@ -140,7 +140,7 @@ def _rendered(path: Path, tokenizer: Any, limit: int, way: dict[str, Any]) -> li
 
 def write_page(found: dict[str, Measured], args: argparse.Namespace) -> str:
     """The tables as text; with --output also report.html and results.json."""
-    page = Report("Evaluation: " + ", ".join(found))
+    page = Page("Evaluation: " + ", ".join(found))
     parts = []
     if args.problems:
         parts.append(_answers(page, found, args))
@@ -150,12 +150,12 @@ def write_page(found: dict[str, Measured], args: argparse.Namespace) -> str:
         parts.append(_teacher(page, found))
     if args.output:
         plain = {label: _plain(one) for label, one in found.items()}
-        parts.append(f"report: {page.save(args.output)}")
+        parts.append(f"report: {page.save(args.output / 'report.html')}")
         (args.output / "results.json").write_text(json.dumps(plain, indent=1))
     return "\n\n".join(parts)
 
 
-def _answers(page: Report, found: dict[str, Measured], args: argparse.Namespace) -> str:
+def _answers(page: Page, found: dict[str, Measured], args: argparse.Namespace) -> str:
     answers = {label: one.answers for label, one in found.items() if one.answers is not None}
     wanted = [int(part) for part in args.pass_at.split(",")]
     header = [
@@ -191,12 +191,12 @@ def _answers(page: Report, found: dict[str, Measured], args: argparse.Namespace)
     for sentence in words:
         page.verdict(sentence)
     page.table(header, rows)
-    page.plot(
+    page.figure(
         intervals_figure(
             {label: (one.accuracy, *one.interval()) for label, one in answers.items()}
         ),
-        "accuracy",
         "pass@1 with its 95 % interval over problems.",
+        "accuracy",
     )
     for label, one in answers.items():
         page.heading(f"Answers of {label}").samples(list(one.samples[:5]))
@@ -218,7 +218,7 @@ def _shares(one: Evaluation) -> list[float]:
     return [sum(row) / len(row) for row in one.right]
 
 
-def _text(page: Report, found: dict[str, Measured], args: argparse.Namespace) -> str:
+def _text(page: Page, found: dict[str, Measured], args: argparse.Namespace) -> str:
     texts = {label: one.text for label, one in found.items() if one.text is not None}
     header = ["", "perplexity", "95 % interval"]
     rows = []
@@ -242,7 +242,7 @@ def _text(page: Report, found: dict[str, Measured], args: argparse.Namespace) ->
     return "\n".join([text_table(header, rows), *words])
 
 
-def _teacher(page: Report, found: dict[str, Measured]) -> str:
+def _teacher(page: Page, found: dict[str, Measured]) -> str:
     header = ["", "same top token", "KL to teacher", "calibration gap", "perplexity of traces"]
     rows = []
     for label, one in found.items():

@@ -1,4 +1,4 @@
-"""Evaluation: generate, score with intervals, compare with standard errors, and report."""
+"""Evaluation: generate, score with intervals, compare with standard errors."""
 
 from kd.evaluation.answers import Evaluation, evaluate, pass_at_k
 from kd.evaluation.arms import (
@@ -17,7 +17,6 @@ from kd.evaluation.arms import (
 from kd.evaluation.generate import generate
 from kd.evaluation.likelihood import Closeness, Likelihood, closeness, likelihood
 from kd.evaluation.problems import read_problems
-from kd.evaluation.report import Report, open_page
 from kd.evaluation.scores import Comparison, Score, compare, is_right, score, spread
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "Evaluation",
     "Likelihood",
     "Metric",
-    "Report",
     "Score",
     "arms_figure",
     "arms_rows",
@@ -42,7 +40,6 @@ __all__ = [
     "intervals_figure",
     "is_right",
     "likelihood",
-    "open_page",
     "pass_at_k",
     "percent",
     "read_problems",

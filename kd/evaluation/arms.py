@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd.evaluation.scores import Comparison, compare, spread
-
-COLOURS = ("#888f9c", "#3465a4", "#2e7d32", "#b3261e", "#8e44ad")
+from kd.page import COLOURS, subplots
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -142,10 +141,7 @@ def arms_figure(
     metric: Metric = ACCURACY,
 ) -> Any:
     """Bars of the means with every seed as a dot, seeds joined by lines, references as levels."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8))
-    axes = figure.subplots()
+    figure, axes = subplots()
     labels = list(arms)
     for i, accuracies in enumerate(arms.values()):
         mean, deviation = spread(accuracies)
@@ -173,16 +169,12 @@ def arms_figure(
     if metric.show is percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.set_ylabel(metric.label)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def intervals_figure(found: Mapping[str, tuple[float, float, float]]) -> Any:
     """Models beside each other: value, and the ends of its interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 0.8 + 0.5 * len(found)))
-    axes = figure.subplots()
+    figure, axes = subplots(height=0.8 + 0.5 * len(found))
     for i, (label, (value, low, high)) in enumerate(found.items()):
         axes.plot([low, high], [i, i], lw=2, color=COLOURS[i % len(COLOURS)])
         axes.plot([value], [i], "o", color=COLOURS[i % len(COLOURS)])
@@ -190,5 +182,5 @@ def intervals_figure(found: Mapping[str, tuple[float, float, float]]) -> Any:
     axes.set_ylim(len(found) - 0.5, -0.7)
     axes.set_yticks([])
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines[["left"]].set_visible(False)
     return figure

@@ -1,36 +1,19 @@
-"""The yield as one self-contained HTML page: a funnel, reasons, lengths, readable samples."""
+"""What every stage kept and dropped as one page: reasons, lengths, readable samples."""
 
 from __future__ import annotations
 
-import html
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.files import write_whole
+from kd.page import Page, subplots
 from kd.traces.trace import Trace
 from kd.traces.verifiers.verdict import STATUSES
 from kd.traces.yields import Yield, agreed
 
-STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d2433; max-width: 54rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #dde3ec; text-align: left; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-pre { font: 13px/1.45 ui-monospace, monospace; background: #f6f7f9; padding: .6rem;
-      white-space: pre-wrap; overflow-wrap: anywhere; }
-svg text { font: 12px system-ui, sans-serif; fill: #1d2433; }
-details { margin: .4rem 0; } summary { cursor: pointer; }
-.q { border-left: 3px solid #3465a4; } .t { border-left: 3px solid #c4a000; }
-.a { border-left: 3px solid #2e7d32; } .d { border-left: 3px solid #b3261e; }
-"""
 KEPT, DROPPED = "#3465a4", "#d9776f"
-DROPPED_TEXT = "#a33a31"
 SAMPLES = 8
-SHOWN = 3  # reasons named beside a bar of the funnel
+SHOWN = 3  # reasons named beside a bar of the stages
 
 
 def write_report(
@@ -59,118 +42,88 @@ def write_report(
             samples.append(trace)
         elif i % 997 == 0:  # a few from further on
             samples[i // 997 % SAMPLES] = trace
-    parts = [f"<h1>{html.escape(title)}</h1>", _headline(report), _funnel(report), _table(report)]
-    if lengths:
-        parts.append("<h2>Lengths of the final set, in characters</h2>")
-        parts.append(_histogram("thought", [think for think, _ in lengths]))
-        parts.append(_histogram("answer", [answer for _, answer in lengths]))
-    parts += [_disagreement(report), _dropped(report), _samples(samples)]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body>{''.join(parts)}</body></html>\n"
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page.encode(errors="replace"))
-    return path
-
-
-def _headline(report: Yield) -> str:
+    page = Page(title)
     share = f" ({100 * report.kept / report.seen:.1f} %)" if report.seen else ""
-    return f"<p><b>{report.kept:,}</b> of {report.seen:,} records reached the end{share}.</p>"
-
-
-def _funnel(report: Yield) -> str:
-    """A bar per stage: what went on, and beside it each reason's share of what did not."""
-    stages = list(report.stages.items())
-    widest = max((tally.seen for _, tally in stages), default=0) or 1
-    parts, y = [], 0
-    for name, tally in stages:
-        kept = 640 * tally.kept / widest
-        lost = sorted(tally.dropped.items(), key=lambda item: -item[1])[:SHOWN]
-        gone = "; ".join(f"{count:,} {reason}" for reason, count in lost)
-        gone = f'<tspan fill="{DROPPED_TEXT}" dx="14">{html.escape(gone[:90])}</tspan>'
-        label = f"{html.escape(name)}: {tally.kept:,} kept"
-        parts.append(f'<text x="0" y="{y + 12}">{label}{gone}</text>')
-        parts.append(
-            f'<rect x="0" y="{y + 17}" width="{kept:.1f}" height="16" fill="{KEPT}">'
-            f"<title>{tally.kept:,} kept</title></rect>"
-        )
-        x = kept
-        for reason, count in sorted(tally.dropped.items(), key=lambda item: -item[1]):
-            width = 640 * count / widest
-            label = f"{html.escape(reason)}: {count:,}"
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y + 17}" width="{max(0.5, width - 1):.1f}" height="16" '
-                f'fill="{DROPPED}"><title>{label}</title></rect>'
-            )
-            x += width
-        y += 46
-    alt = "kept and dropped records of each stage"
-    return f'<svg role="img" aria-label="{alt}" viewBox="0 0 680 {y}">{"".join(parts)}</svg>'
-
-
-def _table(report: Yield) -> str:
-    rows = []
-    for name, tally in report.stages.items():
-        rate = f"{tally.seen / tally.seconds:,.0f}" if tally.seconds else ""
-        cells = (f"{tally.seen:,}", f"{tally.kept:,}", f"{tally.seen - tally.kept:,}", rate)
-        numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-        reasons = ", ".join(
-            f"{count:,} {reason}" for reason, count in tally.to_dict()["dropped"].items()
-        )
-        rows.append(
-            f"<tr><td>{html.escape(name)}</td>{numbers}<td>{html.escape(reasons)}</td></tr>"
-        )
-    head = "".join(f"<th>{h}</th>" for h in ("stage", "in", "kept", "dropped", "per s", "reasons"))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _histogram(name: str, values: Sequence[int], bins: int = 24) -> str:
-    """Counts over a logarithmic scale."""
-    top = max(max(values), 1)
-    edges = [top ** (i / bins) for i in range(bins + 1)]
-    counts = [0] * bins
-    for value in values:
-        at = int(math.log(max(value, 1)) / math.log(top) * bins) if top > 1 else 0
-        counts[min(bins - 1, at)] += 1
-    tallest = max(counts) or 1
-    bars = "".join(
-        f'<rect x="{28 * i}" y="{110 - 100 * count / tallest:.1f}" width="26" '
-        f'height="{100 * count / tallest:.1f}" fill="{KEPT}">'
-        f"<title>{edges[i]:,.0f} to {edges[i + 1]:,.0f}: {count:,}</title></rect>"
-        for i, count in enumerate(counts)
+    page.verdict(f"{report.kept:,} of {report.seen:,} records reached the end{share}.")
+    if report.stages:
+        page.figure(_stages_figure(report), "Kept and dropped records of each stage.")
+    page.table(
+        ["stage", "in", "kept", "dropped", "per s", "reasons"],
+        [_stage_row(name, tally) for name, tally in report.stages.items()],
     )
+    if lengths:
+        page.heading("Lengths of the final set, in characters")
+        for what, values in zip(("thought", "answer"), zip(*lengths, strict=True), strict=True):
+            page.figure(_lengths_figure(values), _lengths_words(what, values))
+    _add_agreement(page, report)
+    _add_dropped(page, report)
+    if samples:
+        page.heading("Samples of what was kept")
+    for trace in samples:
+        texts = [_shortened(text) for text in (trace.prompt, trace.think, trace.answer) if text]
+        page.details(" ".join(trace.prompt.split())[:80], texts, opened=True)
+    return page.save(path)
+
+
+def _stages_figure(report: Yield) -> Any:
+    """A bar for each stage: what went on, what did not, and beside it the commonest reasons."""
+    figure, axes = subplots(9, 0.5 + 0.6 * len(report.stages))
+    for i, (name, tally) in enumerate(report.stages.items()):
+        gone = tally.seen - tally.kept
+        axes.barh(i, tally.kept, 0.4, color=KEPT)
+        axes.barh(i, gone, 0.4, left=tally.kept, color=DROPPED)
+        lost = list(tally.to_dict()["dropped"].items())[:SHOWN]
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in lost)[:90]
+        label = f"{name}: {tally.kept:,} kept" + (f", {reasons}" if lost else "")
+        # neither mathematics between dollars nor half a character is drawn
+        label = label.encode("utf-8", "replace").decode()
+        axes.text(0, i - 0.28, label, fontsize=8, parse_math=False)
+    axes.set_ylim(len(report.stages) - 0.6, -0.7)
+    axes.set_axis_off()
+    return figure
+
+
+def _stage_row(name: str, tally: Any) -> list[str]:
+    rate = f"{tally.seen / tally.seconds:,.0f}" if tally.seconds else ""
+    counts = (f"{count:,}" for count in (tally.seen, tally.kept, tally.seen - tally.kept))
+    dropped = tally.to_dict()["dropped"].items()
+    return [name, *counts, rate, ", ".join(f"{count:,} {reason}" for reason, count in dropped)]
+
+
+def _lengths_figure(values: Sequence[int], bins: int = 24) -> Any:
+    """Counts over a logarithmic scale."""
+    figure, axes = subplots(8, 1.6)
+    top = max(2, *values)
+    edges = [top ** (i / bins) for i in range(bins + 1)]
+    axes.hist([max(value, 1) for value in values], edges, color=KEPT)
+    axes.set_xscale("log")
+    axes.set_xlim(1, top)
+    return figure
+
+
+def _lengths_words(what: str, values: Sequence[int]) -> str:
     ordered = sorted(values)
     middle, high = ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))]
-    caption = f"{name}: median {middle:,}, 95 % below {high:,}, longest {top:,}"
-    return (
-        f'<svg role="img" aria-label="{caption}" viewBox="0 0 680 132">{bars}'
-        f'<text x="0" y="127">1</text><text x="672" y="127" text-anchor="end">{top:,}</text>'
-        f"</svg><p>{caption}</p>"
-    )
+    return f"{what}: median {middle:,}, 95 % below {high:,}, longest {ordered[-1]:,}"
 
 
-def _disagreement(report: Yield) -> str:
+def _add_agreement(page: Page, report: Yield) -> None:
     """How several verifiers judged the same traces, and some that they judged differently."""
-    parts = []
     for name, tally in report.stages.items():
-        notes = tally.notes
-        if not notes.get("agreement"):
+        if not tally.notes.get("agreement"):
             continue
-        parts.append(f"<h2>Verifiers compared: {html.escape(name)}</h2>")
-        for pair, counts in notes["agreement"].items():
-            parts.append(_agreement(pair, counts))
-        shown = "".join(f"<pre class=d>{_lines(row)}</pre>" for row in notes["disagreements"])
+        page.heading(f"Verifiers compared: {name}")
+        for pair, counts in tally.notes["agreement"].items():
+            share, total = 100 * agreed(counts), sum(counts.values())
+            page.text(f"They agree on {share:.1f} % of {total:,} traces.")
+            page.table(*_agreement_table(pair, counts))
+        shown = [_lines(row) for row in tally.notes["disagreements"]]
         if shown:
-            summary = "traces that one calls correct and another wrong"
-            parts.append(f"<details open><summary>{summary}</summary>{shown}</details>")
-    return "".join(parts)
+            page.details("traces that one calls correct and another wrong", shown, opened=True)
 
 
-def _agreement(pair: str, counts: Mapping[str, int]) -> str:
-    """One pair's statuses against each other, as a table."""
+def _agreement_table(pair: str, counts: Mapping[str, int]) -> tuple[list[str], list[list[str]]]:
+    """One pair's statuses against each other: header and rows."""
     left, _, right = pair.partition(" / ")
     cells: dict[tuple[str, str], int] = {}
     for statuses, count in counts.items():
@@ -178,39 +131,25 @@ def _agreement(pair: str, counts: Mapping[str, int]) -> str:
         cells[mine, other] = count
     columns = [status for status in STATUSES if any(key[1] == status for key in cells)]
     rows = [status for status in STATUSES if any(key[0] == status for key in cells)]
-    head = f"<th>{html.escape(left)} \\ {html.escape(right)}</th>"
-    head += "".join(f"<th>{status}</th>" for status in columns)
-    body = ""
-    for status in rows:
-        numbers = (f'<td class="n">{cells.get((status, other), 0):,}</td>' for other in columns)
-        body += f"<tr><td>{status}</td>{''.join(numbers)}</tr>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    total = sum(counts.values())
-    return f"<p>They agree on {100 * agreed(counts):.1f} % of {total:,} traces.</p>{table}"
+    body = [[row, *(f"{cells.get((row, column), 0):,}" for column in columns)] for row in rows]
+    return [f"{left} \\ {right}", *columns], body
+
+
+def _add_dropped(page: Page, report: Yield) -> None:
+    named = [
+        (f"{name}: {reason} ({tally.dropped.get(reason, 0):,})", examples)
+        for name, tally in report.stages.items()
+        for reason, examples in tally.examples.items()
+    ]
+    if named:
+        page.heading("Examples of what was dropped")
+    for summary, examples in named:
+        page.details(summary, [_lines(row) for row in examples])
 
 
 def _lines(row: Mapping[str, Any]) -> str:
-    return html.escape("\n".join(f"{key}: {value}" for key, value in row.items() if value))
+    return "\n".join(f"{key}: {value}" for key, value in row.items() if value)
 
 
-def _dropped(report: Yield) -> str:
-    parts = ["<h2>Examples of what was dropped</h2>"]
-    for name, tally in report.stages.items():
-        for reason, examples in tally.examples.items():
-            count = tally.dropped.get(reason, 0)
-            label = html.escape(f"{name}: {reason} ({count:,})")
-            rows = "".join(f"<pre class=d>{_lines(row)}</pre>" for row in examples)
-            parts.append(f"<details><summary>{label}</summary>{rows}</details>")
-    return "".join(parts) if len(parts) > 1 else ""
-
-
-def _samples(samples: Sequence[Trace]) -> str:
-    parts = ["<h2>Samples of what was kept</h2>"] if samples else []
-    for trace in samples:
-        texts = (("q", trace.prompt), ("t", trace.think), ("a", trace.answer))
-        parts.append("<hr>")
-        for mark, text in texts:
-            if text:
-                shown = text if len(text) < 3000 else f"{text[:2000]}\n[...]\n{text[-800:]}"
-                parts.append(f"<pre class={mark}>{html.escape(shown)}</pre>")
-    return "".join(parts)
+def _shortened(text: str) -> str:
+    return text if len(text) < 3000 else f"{text[:2000]}\n[...]\n{text[-800:]}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import html
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,9 @@ from typing import Any
 
 import torch
 
-METRICS, PNG, HTML = "metrics.jsonl", "training.png", "training.html"
+from kd.page import Page, subplots
+
+METRICS, NAME = "metrics.jsonl", "training"
 PANELS = (
     ("loss", ("loss", "eval_loss", "ce", "kd")),
     ("KL from the teacher by token", ("kd_think", "kd_answer", "kd_digit")),
@@ -43,20 +44,20 @@ def append_metrics(folder: Path, entry: Mapping[str, Any]) -> None:
 
 
 def write_report(folder: str | Path, log: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Write the curves of a log into ``folder``; None where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Write a log's curves into ``folder`` as training.html and training.png.
 
-    folder = Path(folder)
+    Args:
+        folder: is made where it is missing.
+        log: the entries of a ``TrainerState.log_history``.
+
+    Returns:
+        The page; None where matplotlib is not installed, or the log holds nothing to draw.
+    """
     panels = [(title, names) for title, names in PANELS if any(_curve(log, n)[0] for n in names)]
-    if not panels:
+    if not panels or importlib.util.find_spec("matplotlib") is None:
         return None
     lines = -(-len(panels) // 2)
-    figure, axes = pyplot.subplots(lines, 2, figsize=(10, 3 * lines), squeeze=False)
+    figure, axes = subplots(10, 3 * lines, lines, 2)
     for axis, (title, names) in zip(axes.flat, panels, strict=False):
         for name in names:
             steps, values = _curve(log, name)
@@ -68,30 +69,15 @@ def write_report(folder: str | Path, log: Sequence[Mapping[str, Any]]) -> Path |
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     figure.tight_layout()
-    figure.savefig(folder / PNG, dpi=120)
-    pyplot.close(figure)
-    picture = base64.b64encode((folder / PNG).read_bytes()).decode()
-    (folder / HTML).write_text(
-        "<!doctype html><meta charset='utf-8'><title>Training</title>"
-        "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto}"
-        "td,th{padding:.2rem .8rem;text-align:left}img{max-width:100%}</style>"
-        f"<h1>Training</h1><img alt='curves of the run' src='data:image/png;base64,{picture}'>"
-        f"<h2>Last entry</h2>{_table(log)}"
-    )
-    return folder / HTML
+    last: Mapping[str, Any] = next((entry for entry in reversed(log) if "loss" in entry), {})
+    shown = [
+        (name, f"{value:.6g}" if isinstance(value, (int, float)) else value)
+        for name, value in last.items()
+    ]
+    page = Page("Training").figure(figure, "Curves of the run", NAME)
+    return page.heading("Last entry").table(["", ""], shown).save(Path(folder) / f"{NAME}.html")
 
 
 def _curve(log: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     found = [(entry["step"], entry[name]) for entry in log if name in entry and "step" in entry]
     return [step for step, _ in found], [value for _, value in found]
-
-
-def _table(log: Sequence[Mapping[str, Any]]) -> str:
-    last: Mapping[str, Any] = next((e for e in reversed(log) if "loss" in e), {})
-    rows = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{value:.6g}</td></tr>"
-        if isinstance(value, (int, float))
-        else f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in last.items()
-    )
-    return f"<table>{rows}</table>"

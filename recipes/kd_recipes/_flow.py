@@ -107,7 +107,7 @@ def run(config: Config) -> dict[str, Any]:
     page = report.path / "report.html"
     say(f"\n{report.result['table']}\n\n{report.result['verdict']}\n\nreport: {page}")
     if config.open:
-        from kd.evaluation import open_page
+        from kd.page import open_page
 
         open_page(page)
     return report.result

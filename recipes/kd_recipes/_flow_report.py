@@ -18,7 +18,8 @@ def write_report(
     scores: Stage,
 ) -> dict[str, Any]:
     """The table, the plot, the plain words and some samples on one page."""
-    from kd.evaluation import Report, arms_figure, arms_rows, text_table
+    from kd.evaluation import arms_figure, arms_rows, text_table
+    from kd.page import Page
 
     found = scores.result
     labels = _labels(config)
@@ -29,12 +30,12 @@ def write_report(
     }
     verdict = _verdict(config, labels, values, found, names)
     header, table = arms_rows(values, config.seeds, ends)
-    page = Report(config.title)
+    page = Page(config.title)
     page.verdict(verdict).table(header, table)
-    page.plot(
+    page.figure(
         arms_figure(values, ends),
-        "accuracy",
         "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
+        "accuracy",
     )
     page.text(_what_was_done(config, rows.result))
     if "bytes" in targets.result:
@@ -49,7 +50,7 @@ def write_report(
     for name, label in {**shown, "teacher": "teacher"}.items():
         if name in found:
             page.text(label).samples([_sample(*row) for row in found[name]["samples"][:4]])
-    page.save(folder)
+    page.save(folder / "report.html")
     return {"verdict": verdict, "table": text_table(header, table), "arms": values, **ends}
 
 

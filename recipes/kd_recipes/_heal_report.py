@@ -29,15 +29,15 @@ def write_report(
     from kd.evaluation import (
         NATS,
         PERPLEXITY,
-        Report,
         arms_figure,
         arms_rows,
         compare_arms,
         compare_runs,
         text_table,
     )
+    from kd.page import Page
 
-    page = Report("Heal: what do a model's own logits give back after pruning?")
+    page = Page("Heal: what do a model's own logits give back after pruning?")
     lines, result, runs = [], {}, students.result
     for part in [name for name in KINDS if name in text.result]:
         ends = {name: scores.result[name][part]["perplexity"] for name in ("before", "teacher")}
@@ -50,16 +50,16 @@ def write_report(
         names = {"pruned, not healed": ends["before"], "whole model": ends["teacher"]}
         header, rows = arms_rows(arms, config.seeds, names, PERPLEXITY)
         page.heading(f"Perplexity on {KINDS[part]}").verdict(verdict).table(header, rows)
-        page.plot(
+        page.figure(
             arms_figure(arms, {"whole model": ends["teacher"]}, PERPLEXITY),
-            f"perplexity-{part}",
             "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
+            f"perplexity-{part}",
         )
         lines.append(f"perplexity on {KINDS[part]}\n{text_table(header, rows)}\n{verdict}")
         result[part] = {**arms, **ends, "verdict": verdict}
     _closeness(page, students.result, scores.result)
     _settings(page, config, model.result, text.result, pruned.result, cache.result)
-    page.save(folder)
+    page.save(folder / "report.html")
     return {**result, "text": "\n\n".join(lines)}
 
 
@@ -103,19 +103,17 @@ def _settings(page: Any, config: Any, model: Any, text: Any, pruned: Any, cache:
     page.heading("Influence of the layers").text(
         "1 - cosine between what goes into a layer and what comes out; the least go first."
     )
-    page.plot(_influence_figure(pruned), "influence", "Grey layers were dropped.")
+    page.figure(_influence_figure(pruned), "Grey layers were dropped.", "influence")
     page.heading("When does KD help?").text(" ".join(WHY.split()))
 
 
 def _influence_figure(pruned: Any) -> Any:
-    from matplotlib.figure import Figure
+    from kd.page import subplots
 
-    figure = Figure(figsize=(6.4, 2.4))
-    axes = figure.subplots()
+    figure, axes = subplots(height=2.4)
     dropped = set(pruned["dropped"])
     colours = ["#c8ccd4" if i in dropped else "#3465a4" for i in range(len(pruned["influence"]))]
     axes.bar(range(len(colours)), pruned["influence"], color=colours)
     axes.set_xlabel("layer")
     axes.set_yscale("log")
-    axes.spines[["top", "right"]].set_visible(False)
     return figure

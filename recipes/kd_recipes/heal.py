@@ -125,7 +125,7 @@ def main(config: Config) -> dict[str, Any]:
     page = report.path / "report.html"
     say(f"\n{report.result['text']}\n\nreport: {page}")
     if config.open:
-        from kd.evaluation import open_page
+        from kd.page import open_page
 
         open_page(page)
     return report.result

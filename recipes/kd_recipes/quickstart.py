@@ -116,7 +116,7 @@ def main(config: Config) -> dict[str, Any]:
     page = report.path / "report.html"
     say(f"\n{report.result['table']}\n\n{report.result['verdict']}\n\nreport: {page}")
     if config.open:
-        from kd.evaluation import open_page
+        from kd.page import open_page
 
         open_page(page)
     return report.result
@@ -423,7 +423,6 @@ def write_report(
 ) -> dict[str, Any]:
     """The table, the plot, the plain words and some samples on one page."""
     from kd.evaluation import (
-        Report,
         arms_figure,
         arms_rows,
         compare_arms,
@@ -431,6 +430,7 @@ def write_report(
         percent,
         text_table,
     )
+    from kd.page import Page
 
     results = students.result
     arms = {label: [run["accuracy"] for run in results[arm]] for arm, label in ARMS.items()}
@@ -440,13 +440,13 @@ def write_report(
     kept, tried = traces.result["kept"], traces.result["tried"]
     undecided = percent(cache.result["undecided"])
     sizes = teacher.result["parameters"], results["sft"][0]["parameters"]
-    page = Report("Quickstart: do logits add anything to traces?")
+    page = Page("Quickstart: do logits add anything to traces?")
     page.verdict(verdict)
     page.table(header, rows)
-    page.plot(
+    page.figure(
         arms_figure(arms, references),
-        "accuracy",
         "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
+        "accuracy",
     )
     page.text(
         f"A teacher of {sizes[0]:,} parameters solved {tried} problems once each; {kept} traces "
@@ -469,5 +469,5 @@ def write_report(
     for arm, label in ARMS.items():
         written = zip(questions, results[arm][0]["completions"][:8], strict=False)
         page.text(label).samples([(q, c, is_right(c, arithmetic.answer(q))) for q, c in written])
-    page.save(folder)
+    page.save(folder / "report.html")
     return {"verdict": verdict, "table": text_table(header, rows), "arms": arms, **references}
