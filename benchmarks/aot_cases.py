@@ -12,7 +12,6 @@ import torch
 
 from kd_kernels import shards
 from kd_kernels.dense import dense_losses, head_logits
-from kd_kernels.rows import Logits, RowLoss
 from kd_kernels.selection import sample, select_top
 from kd_kernels.sparse import sparse_losses
 
@@ -70,16 +69,11 @@ def dense_case(divergence: str, kind: str, vocab: int, live: int | None = None, 
     def launch() -> None:
         student, gradient = (empty(ROWS, vocab, dtype=dtype) for _ in range(2))
         weights = empty(ROWS, dtype=torch.float32)
-        loss = RowLoss(divergence, live or vocab, **DIVERGENCES.get(divergence, {}), **options)
-        teacher = None if sides == 1 else Logits(empty(ROWS, vocab, dtype=dtype))
-        labels = empty(ROWS, dtype=torch.int64) if loss.ce else None
+        teacher = None if sides == 1 else empty(ROWS, vocab, dtype=dtype)
+        labels = empty(ROWS, dtype=torch.int64) if options.get("ce") else None
+        numbers = DIVERGENCES.get(divergence, {}) | options
         dense_losses(
-            Logits(student),
-            teacher,
-            weights,
-            loss,
-            labels=labels,
-            gradient=torch.empty_like(student),
+            student, teacher, weights, labels, gradient, divergence, live or vocab, **numbers
         )
 
     extra = "".join(f" {k}={v:g}" for k, v in options.items())
@@ -111,9 +105,10 @@ def sparse_case(divergence: str, kind: str, vocab: int, stored: int, **options) 
         ids = empty(ROWS, stored, dtype=torch.int64)
         log_p, log_tail = (empty(ROWS, k, dtype=torch.float32) for k in (stored, 1))
         weights = empty(ROWS, dtype=torch.float32)
-        loss = RowLoss(divergence, vocab, **DIVERGENCES.get(divergence, {}), **options)
+        numbers = DIVERGENCES.get(divergence, {}) | options
+        targets = (ids, log_p, log_tail)
         sparse_losses(
-            Logits(student), ids, log_p, log_tail, weights, loss, heads=weights, gradient=gradient
+            student, *targets, weights, weights, None, gradient, divergence, vocab, **numbers
         )
 
     return Case(
@@ -158,8 +153,7 @@ def head_case(kind: str, vocab: int) -> Case:
     size = dtype.itemsize
 
     def launch() -> None:
-        loss = RowLoss("adaptive_kl", vocab)
-        head_logits(Logits(empty(ROWS, vocab, dtype=dtype)), empty(ROWS, dtype=torch.float32), loss)
+        head_logits(empty(ROWS, vocab, dtype=dtype), empty(ROWS, dtype=torch.float32), vocab)
 
     return Case(
         f"head threshold {kind} {vocab}",
@@ -176,22 +170,22 @@ def shard_case(part: str, divergence: str, kind: str, live: int) -> Case:
     """One kernel of a vocabulary shard: "statistics", "sums", "gradient", or "tail" statistics."""
     dtype = DTYPES[kind]
     size, sides = dtype.itemsize, 1 if part == "tail" else 2
-    loss = RowLoss(divergence, live, **DIVERGENCES.get(divergence, {}))
+    algebra = {"divergence": divergence, "vocab": live} | DIVERGENCES.get(divergence, {})
 
     def launch() -> None:
-        student, teacher = (Logits(empty(ROWS, live, dtype=dtype)) for _ in range(2))
+        student, teacher = (empty(ROWS, live, dtype=dtype) for _ in range(2))
         weights, numbers = (empty(*s, dtype=torch.float32) for s in ((ROWS,), (ROWS, 7)))
         if part == "statistics":
             gap = {"forward_kl": "forward", "reverse_kl": "reverse"}.get(divergence, "neither")
-            shards.shard_statistics(student, teacher, weights, loss, gap=gap)
+            shards.shard_statistics(student, teacher, weights, vocab=live, gap=gap)
         elif part == "tail":
             ids = empty(ROWS, 64, dtype=torch.int64)
-            shards.shard_statistics(student, None, weights, loss, ids=ids)
+            shards.shard_statistics(student, None, weights, vocab=live, ids=ids)
         elif part == "sums":
-            shards.shard_sums(student, teacher, numbers, weights, loss)
+            shards.shard_sums(student, teacher, numbers, weights, **algebra)
         else:
             gradient = empty(ROWS, live, dtype=dtype)
-            shards.shard_gradient_(gradient, student, teacher, numbers, weights, loss)
+            shards.shard_gradient_(gradient, student, teacher, numbers, weights, **algebra)
 
     moved = sides * size + (size if part == "gradient" else 0)
     return Case(

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from aot_cases import ROWS, VOCABULARIES, Case, dense_case, empty
-from kd_kernels.rows import target_of
+from kd_kernels.launch import target_of
 
 TRL_COLUMNS = 32_768  # of its vocabulary tiles
 

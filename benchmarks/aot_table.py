@@ -41,7 +41,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from aot_cases import Case, cases  # noqa: E402
 from aot_report import COLUMNS, row, write  # noqa: E402
-from kd_kernels.rows import Target, compiling_for  # noqa: E402
+from kd_kernels.launch import Target, compiling_for  # noqa: E402
 
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 LOAD, STORE = 0, 1

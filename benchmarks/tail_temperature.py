@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 import kd
-from kd.losses.tails import log_partition
+from kd.losses.sparse import log_partition
 from kd.teachers import build_cache
 
 TEMPERATURE, TOP_K, BATCH = 2.0, 64, 4

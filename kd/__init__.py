@@ -7,54 +7,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kd.losses import (
-        Divergence,
-        Hidden,
-        TopK,
-        adaptive_kl,
-        alpha_beta,
-        check,
-        cross_entropy,
-        distillation_loss,
-        forward_kl,
-        jsd,
-        reverse_kl,
-        skew_forward_kl,
-        skew_reverse_kl,
-        total_variation,
-        vocab_parallel_loss,
-    )
+    from kd.losses import *  # noqa: F403
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Divergence",
-    "Hidden",
-    "TopK",
-    "__version__",
-    "adaptive_kl",
-    "alpha_beta",
-    "check",
-    "cross_entropy",
-    "distillation_loss",
-    "forward_kl",
-    "jsd",
-    "reverse_kl",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "vocab_parallel_loss",
-]
 
 
 def __getattr__(name: str) -> Any:
     """The losses, and torch with them, when one is first asked for: ``kd --help`` is not kept."""
-    if name not in __all__ and name != "losses":
-        raise AttributeError(f"module 'kd' has no attribute {name!r}")
-    losses = importlib.import_module("kd.losses")
-    found = globals()[name] = losses if name == "losses" else getattr(losses, name)
-    return found
+    if name == "__all__":
+        return [*importlib.import_module("kd.losses").__all__, "__version__"]
+    if not name.startswith("_"):
+        losses = importlib.import_module("kd.losses")
+        if name == "losses" or name in losses.__all__:
+            found = globals()[name] = losses if name == "losses" else getattr(losses, name)
+            return found
+    raise AttributeError(f"module 'kd' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *importlib.import_module("kd.losses").__all__})

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from kd.losses import torch_backend
+from kd.losses import chunks
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +20,12 @@ def fresh_memory_is_nan(monkeypatch):
     """torch.empty and its relatives (NaN, or the largest integer), and the losses' own memory."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    real = torch_backend._empty
+    real = chunks.empty
 
     def filled(shape, dtype, device):
         made = real(shape, dtype, device)
         return made.fill_(float("nan")) if dtype.is_floating_point else made.fill_(255)
 
-    monkeypatch.setattr(torch_backend, "_empty", filled)
+    monkeypatch.setattr(chunks, "empty", filled)
     yield
     torch.use_deterministic_algorithms(False)

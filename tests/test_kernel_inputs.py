@@ -11,7 +11,7 @@ import torch
 from kernel_cases import TOKENS, VOCAB, logits
 
 import kd
-from kd_kernels import rows, schedules
+from kd_kernels import launch
 from kd_kernels.selection import sample, select_top
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy's -inf
@@ -30,7 +30,7 @@ def far_rows(tmp_path, values, name):
 def test_far_rows(tmp_path, monkeypatch, form, clusters):
     """N * V > 2**31: 64-bit offsets in reading and in writing, whichever the schedule."""
     if clusters:
-        monkeypatch.setattr(schedules, "_forced", [schedules.OneRead(1, 1, 256)])
+        monkeypatch.setattr(launch, "forced_shapes", [launch.OneRead(1, 1, 256)])
     near, teacher = logits(tokens=3).half(), logits(tokens=3, seed=1).half()
     logprobs, ids = torch.log_softmax(teacher.float(), -1).topk(4)
     options = dict(backend="triton", divergence="reverse_kl", temperature=2.0)
@@ -72,24 +72,24 @@ def test_far_rows_are_selected_from(tmp_path):
 
 def hopper_shape(vocab=32_000):
     row = torch.empty(4, vocab, dtype=torch.bfloat16, device="meta")
-    return schedules.one_read_shape(row, row, row, vocab, schedules.Target("cuda", 90))
+    return launch.one_read_shape(row, row, row, vocab, launch.Target("cuda", 90))
 
 
 def test_old_triton_falls_back(monkeypatch, caplog):
     """No cluster reductions before 3.8: two passes, said once in a debug log."""
-    schedules._say_once.cache_clear()
-    monkeypatch.setattr(schedules.triton, "__version__", "3.7.1")
+    launch._say_once.cache_clear()
+    monkeypatch.setattr(launch.triton, "__version__", "3.7.1")
     with caplog.at_level(logging.DEBUG, logger="kd_kernels"):
         assert hopper_shape() is None and hopper_shape() is None
     assert [r.message for r in caplog.records] == [
         "triton 3.7.1 has no cluster reductions (3.8 has): two passes"
     ]
-    monkeypatch.setattr(schedules.triton, "__version__", "3.10.0+git1234")
+    monkeypatch.setattr(launch.triton, "__version__", "3.10.0+git1234")
     assert hopper_shape() is not None  # as numbers, not as text
 
 
 def test_unaligned_rows_fall_back(caplog):
-    schedules._say_once.cache_clear()
+    launch._say_once.cache_clear()
     with caplog.at_level(logging.DEBUG, logger="kd_kernels"):
         assert hopper_shape(1001) is None and hopper_shape(1001) is None
     assert [r.message for r in caplog.records] == ["rows are not aligned to 16 bytes: two passes"]
@@ -99,13 +99,13 @@ def test_unaligned_rows_fall_back(caplog):
 def test_gpus_without_clusters(target):
     """Turing, Ada, consumer Blackwell, AMD: the schedule that any GPU runs."""
     row = torch.empty(4, 32_000, dtype=torch.bfloat16, device="meta")
-    assert schedules.one_read_shape(row, row, row, 32_000, schedules.Target(*target)) is None
+    assert launch.one_read_shape(row, row, row, 32_000, launch.Target(*target)) is None
 
 
 def test_no_gpu(monkeypatch):
     """By name it is refused with the reason; "auto" takes the torch backend."""
-    monkeypatch.setattr(rows, "INTERPRETING", False)
-    with pytest.raises(RuntimeError, match="got a tensor on cpu. Move it to a GPU, or use"):
+    monkeypatch.setattr(launch, "INTERPRETING", False)
+    with pytest.raises(RuntimeError, match="unavailable: the student is on cpu. Move it to a GPU"):
         kd.forward_kl(logits(), logits(seed=1), backend="triton")
     assert kd.forward_kl(logits(), logits(seed=1), backend="auto") > 0
 
@@ -113,7 +113,7 @@ def test_no_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int32])
 def test_dtypes_refused(dtype):
     with pytest.raises(TypeError, match="logits must be bfloat16, float16 or float32"):
-        rows.Logits(torch.zeros(2, 4).to(dtype))
+        launch.check_logits(torch.zeros(2, 4).to(dtype))
 
 
 def test_columns_apart_refused():

@@ -16,13 +16,12 @@ import test_kernel_sparse_one_read as sparse_one_read_tests
 from loss_mutations import Mutation
 from triton.runtime.interpreter import InterpretedFunction
 
-from kd.losses import triton_backend
+from kd.losses import chunks, fused
 from kd_kernels import (
     algebra,
     dense_one_read,
     dense_two_pass,
     head,
-    linear,
     scale,
     selection,
     shard_rows,
@@ -146,11 +145,7 @@ def test_kernel_defect_is_caught(name, monkeypatch):
 
 HOST_DEFECTS = {
     "dW of the last chunk alone": Mutation(
-        triton_backend, "_accumulate", "add=start > 0", "add=False", linear_tests.test_chunks_agree
-    ),
-    "bias of the logits left out": Mutation(
-        linear, "project", "out.add_(bias[:vocab])", "out", linear_tests.test_forms,
-        ("bucket", "bias"),
+        fused, "accumulate", "add=not first", "add=False", linear_tests.test_chunks_agree
     ),
 }  # fmt: skip
 
@@ -158,7 +153,7 @@ HOST_DEFECTS = {
 @pytest.mark.parametrize("name", HOST_DEFECTS)
 def test_host_defect_is_caught(name, monkeypatch):
     mutation = HOST_DEFECTS[name]
-    monkeypatch.setattr(linear, "CHUNK_BYTES_CPU", linear_tests.VOCAB * 10 * 2)
+    monkeypatch.setattr(chunks, "INTERPRETER_BYTES", linear_tests.VOCAB * 10 * 2)
     mutation.apply(monkeypatch)
     with pytest.raises(AssertionError):
         mutation.caught_by(*mutation.arguments)

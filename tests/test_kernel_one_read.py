@@ -12,19 +12,19 @@ from kernel_cases import VOCAB, compare, logits, some
 from loss_cases import DIVERGENCES
 
 import kd
-from kd_kernels import schedules
+from kd_kernels import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy's -inf
-SHAPES = {"one": schedules.OneRead(1, 1, 256), "two": schedules.OneRead(1, 1, 128, 64)}
+SHAPES = {"one": launch.OneRead(1, 1, 256), "two": launch.OneRead(1, 1, 128, 64)}
 
 
 @contextlib.contextmanager
 def forced(name: str):
-    schedules._forced.append(SHAPES[name])
+    launch.forced_shapes.append(SHAPES[name])
     try:
         yield
     finally:
-        schedules._forced.pop()
+        launch.forced_shapes.pop()
 
 
 EVERY = [(name, segments) for name in DIVERGENCES for segments in SHAPES]
@@ -68,14 +68,14 @@ def test_collapsed_and_equal():
 
 def test_choice():
     """Clusters grow with the vocabulary; where they cannot be, two passes."""
-    hopper, ampere = schedules.Target("cuda", 90), schedules.Target("cuda", 80)
+    hopper, ampere = launch.Target("cuda", 90), launch.Target("cuda", 80)
     rows = torch.empty(4, 262_144, dtype=torch.bfloat16, device="meta")
 
     def choice(vocab, target=hopper, tensor=rows):
-        return schedules.one_read_shape(tensor, tensor, tensor, vocab, target)
+        return launch.one_read_shape(tensor, tensor, tensor, vocab, target)
 
     assert choice(32_000).blocks == 4 and choice(131_072).blocks == 16
     assert choice(151_936).second == 32_768
     assert choice(262_144) is None and choice(32_000, ampere) is None
-    assert choice(32_000, schedules.Target("hip")) is None
+    assert choice(32_000, launch.Target("hip")) is None
     assert choice(1000, tensor=torch.empty(4, 1001, device="meta")) is None

@@ -13,19 +13,19 @@ from loss_cases import DIVERGENCES, meaningful
 from test_kernel_sparse import sparse
 
 import kd
-from kd_kernels import schedules
+from kd_kernels import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy's -inf
-SHAPES = {"one": schedules.OneRead(1, 1, 256), "two": schedules.OneRead(1, 1, 128, 64)}
+SHAPES = {"one": launch.OneRead(1, 1, 256), "two": launch.OneRead(1, 1, 128, 64)}
 
 
 @contextlib.contextmanager
 def forced(name):
-    schedules._forced.append(SHAPES[name])
+    launch.forced_shapes.append(SHAPES[name])
     try:
         yield
     finally:
-        schedules._forced.pop()
+        launch.forced_shapes.pop()
 
 
 EVERY = [(name, tail) for tail in ("bucket", "renormalize", "drop") for name in DIVERGENCES]
@@ -91,11 +91,11 @@ def test_softcap_and_scale():
 
 def test_choice():
     """One row takes half the registers of two: smaller clusters, and Gemma's vocabulary."""
-    hopper, ampere = schedules.Target("cuda", 90), schedules.Target("cuda", 80)
+    hopper, ampere = launch.Target("cuda", 90), launch.Target("cuda", 80)
     rows = torch.empty(4, 262_144, dtype=torch.bfloat16, device="meta")
 
     def choice(vocab, target=hopper):
-        return schedules.one_read_shape(rows, None, rows, vocab, target)
+        return launch.one_read_shape(rows, None, rows, vocab, target)
 
     assert choice(32_000).blocks == 2 and choice(131_072).blocks == 8
     assert choice(151_936).second == 32_768 and choice(262_144).blocks == 16

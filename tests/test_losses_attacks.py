@@ -75,7 +75,7 @@ def test_a_stored_row_without_entries_says_nothing(backend):
 def test_divergences_made_by_hand_are_checked():
     with pytest.raises(ValueError, match="beta in"):
         kd.losses.Divergence("jsd", beta=1.5)
-    with pytest.raises(ValueError, match="a name of"):
+    with pytest.raises(ValueError, match="name must be one of"):
         kd.losses.Divergence("forwardkl")
 
 

@@ -17,7 +17,7 @@ from loss_cases import (
 )
 
 import kd
-from kd.losses import chunks, torch_backend
+from kd.losses import chunks, fused, rows_torch
 
 TEMPERATURES = (1.0, 2.0)
 
@@ -78,7 +78,7 @@ def test_chunks_and_blocks_do_not_change_the_result(
     options = dict(labels=labels_for(), ce_weight=0.5, temperature=1.5)
     want, want_grads = evaluate(*case, "reference", **options)
     monkeypatch.setattr(chunks, "BUDGET", budget * VOCAB * 16)
-    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", VOCAB)
+    monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", VOCAB)
     got, got_grads = evaluate(*case, "torch", **options)
     assert relative_error(got, want) <= 1e-10
     for got_grad, want_grad in zip(got_grads, want_grads, strict=True):
@@ -155,7 +155,7 @@ def test_narrow_dtypes_are_within_twice_plain_pytorch(form, gap, dtype):
 
 @pytest.mark.parametrize("vocab_size", [None, 950])
 def test_wide_projections_made_in_slabs(monkeypatch, vocab_size):
-    monkeypatch.setattr(torch_backend, "SLAB_ELEMENTS", 1 << 14)  # 409 tokens of the vocabulary
+    monkeypatch.setattr(fused, "SLAB_ELEMENTS", 1 << 14)  # 409 tokens of the vocabulary
     make = torch.Generator().manual_seed(0)
 
     def hidden(width):

@@ -8,7 +8,7 @@ import torch
 from loss_cases import DIVERGENCES
 
 import kd
-from kd.losses.reference import divergence_of
+from kd.losses.oracle import divergence_of
 
 TEMPERATURES = tuple(16 / n for n in (16, 15, 13, 10, 7, 5, 4))  # what a capture stores by default
 VOCAB, K = 400, 8

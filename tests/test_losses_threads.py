@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import kd
-from kd.losses import threads
+from kd.losses import rows_torch
 
-pytestmark = pytest.mark.skipif(threads._openmp() is None, reason="no OpenMP to be found")
+pytestmark = pytest.mark.skipif(rows_torch._openmp() is None, reason="no OpenMP to be found")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_two_threads_give_what_one_gives(name, form, dtype, monkeypatch):
     labels = torch.arange(len(z)).masked_fill(torch.arange(len(z)) % 5 == 0, -100)
     options = dict(divergence=name, labels=labels, ce_weight=0.5, temperature=2.0)
     used = set()
-    original = threads.Thread.start if hasattr(threads, "Thread") else threading.Thread.start
+    original = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", lambda self: (used.add(self), original(self))[1])
     many = answer(z, teacher(form, t), **options)
     assert used, "no helper was started"
@@ -95,7 +95,7 @@ def test_the_number_of_threads_stays_everyone_s():
         return work
 
     with pytest.raises(KeyError):
-        threads.spread(0, 8, 1, begin, torch.device("cpu"))
+        rows_torch.spread(8, 1, begin, torch.device("cpu"))
     assert seen() == before
 
 
@@ -112,7 +112,7 @@ def test_an_error_in_any_block_is_raised(failing):
         return work
 
     with pytest.raises(ValueError, match=f"block {failing}"):
-        threads.spread(0, 8, 1, begin, torch.device("cpu"))
+        rows_torch.spread(8, 1, begin, torch.device("cpu"))
     assert failing not in done
 
 
@@ -122,7 +122,7 @@ def test_every_row_is_computed_once_where_no_thread_may_be_started(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     done = []
-    threads.spread(0, 7, 2, lambda: lambda a, b: done.append((a, b)), torch.device("cpu"))
+    rows_torch.spread(7, 2, lambda: lambda a, b: done.append((a, b)), torch.device("cpu"))
     assert done == [(0, 2), (2, 4), (4, 6), (6, 7)]
 
 
@@ -155,7 +155,7 @@ def test_dispatch_modes_see_every_operation():
 
     z, t = inputs()
     with Counting():
-        assert threads.count(torch.device("cpu")) == 1
+        assert rows_torch.threads(torch.device("cpu")) == 1
         kd.forward_kl(z, t)
     assert Counting.seen >= 2
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import kd
 from kd.heads import dense_logits, final_hidden
 from kd.losses import Hidden
-from kd.losses.tails import covers
+from kd.losses.sparse import covers
 
 ROWS = 512  # rows whose logits exist at a time
 BINS = 10

@@ -1,36 +1,12 @@
-"""The losses. Read divergences.py (the algebra), then objective.py (the public functions), then
-reference.py (the float64 oracle), then torch_backend.py and rows.py (how it is computed)."""
+"""The losses. Read divergences.py (the algebra), then api.py (the public functions), then oracle.py
+(the float64 oracle), then fused.py and rows_torch.py (how it is computed)."""
 
+from kd.losses import divergences
+from kd.losses.api import cross_entropy, distillation_loss
 from kd.losses.checks import check
-from kd.losses.divergences import (
-    Divergence,
-    adaptive_kl,
-    alpha_beta,
-    forward_kl,
-    jsd,
-    reverse_kl,
-    skew_forward_kl,
-    skew_reverse_kl,
-    total_variation,
-)
+from kd.losses.divergences import *  # noqa: F403
 from kd.losses.inputs import Hidden, TopK
-from kd.losses.objective import cross_entropy, distillation_loss
 from kd.losses.tensor_parallel import vocab_parallel_loss
 
-__all__ = [
-    "Divergence",
-    "Hidden",
-    "TopK",
-    "adaptive_kl",
-    "alpha_beta",
-    "check",
-    "cross_entropy",
-    "distillation_loss",
-    "forward_kl",
-    "jsd",
-    "reverse_kl",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "vocab_parallel_loss",
-]
+__all__ = ["Hidden", "TopK", "check", "cross_entropy", "distillation_loss", "vocab_parallel_loss"]
+__all__ += divergences.__all__

@@ -1,4 +1,4 @@
-"""Autograd around a backend's losses and gradients.
+"""Autograd around the driver: a reduced loss and one that is not.
 
 A reduced loss computes its gradients in forward, where the logits are at hand, and backward only
 scales them, in float32. An unreduced one returns per-token losses and recomputes in backward,
@@ -22,55 +22,31 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kd.losses import torch_backend
-from kd.losses.rows import Objective
-from kd.losses.torch_backend import Gradients, Needs, Problem, Projection
+from kd.losses import fused
+from kd.losses.problem import Backend, Objective, Problem, Projection
 
 T = TypeVar("T")
 BLOCK = 1 << 20
 """Elements of a narrow gradient that are scaled in float32 at a time."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a tensor was, by its number among those taken out."""
-
-    number: int
-
-
-def take_out(value: T, tensors: list[Tensor]) -> T:
-    """``value``, dataclasses and tuples of them, without its tensors, which join ``tensors``."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Place(len(tensors) - 1)  # type: ignore[return-value]
-    if isinstance(value, Objective):
-        return value
-    if isinstance(value, tuple):
-        return tuple(take_out(v, tensors) for v in value)  # type: ignore[return-value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{k: take_out(v, tensors) for k, v in fields.items()})
-    return value
+def reduced(problem: Problem, scale: Tensor | float) -> Tensor:
+    """scale * sum(weight * row loss)."""
+    student = problem.student
+    if isinstance(student, Tensor) and student.dtype == torch.float16:
+        return torch.dot(TokenLoss.apply(problem, student), problem.weight) * scale
+    return ReducedLoss.apply(problem, scale, *leaves(student))
 
 
-def put_back(value: T, tensors: tuple[Tensor, ...] | list[Tensor]) -> T:
-    """The inverse of ``take_out``; the tensors come back detached."""
-    if isinstance(value, _Place):
-        return tensors[value.number].detach()  # type: ignore[return-value]
-    if isinstance(value, Objective):
-        return value
-    if isinstance(value, tuple):
-        return tuple(put_back(v, tensors) for v in value)  # type: ignore[return-value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{k: put_back(v, tensors) for k, v in fields.items()})
-    return value
+def per_token(problem: Problem) -> Tensor:
+    """weight * row loss, [N]."""
+    return TokenLoss.apply(problem, *leaves(problem.student)) * problem.weight
 
 
-def detached(value: T) -> T:
-    """The same over detached tensors."""
-    tensors: list[Tensor] = []
-    return put_back(take_out(value, tensors), tensors)
+def counted(weight: Tensor) -> Tensor | None:
+    """The rows whose weight is not zero, None where that is all; waits for the device."""
+    rows = weight.nonzero().squeeze(1)
+    return None if len(rows) == len(weight) else rows
 
 
 def leaves(student: Tensor | Projection) -> tuple[Tensor | None, ...]:
@@ -78,20 +54,6 @@ def leaves(student: Tensor | Projection) -> tuple[Tensor | None, ...]:
     if isinstance(student, Tensor):
         return (student,)
     return (*(t for pair in student.pairs for t in pair), student.bias)
-
-
-def in_order(grads: Gradients, student: Tensor | Projection) -> list[Tensor | None]:
-    """Gradients as ``leaves`` orders the tensors."""
-    if isinstance(student, Tensor):
-        return [grads.logits]
-    pairs = zip(grads.inputs, grads.weights, strict=True)
-    return [*(g for pair in pairs for g in pair), grads.bias]
-
-
-def _keeps_graph() -> bool:
-    """Whether this backward may be followed by another over the same graph."""
-    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if keep is None else bool(keep())
 
 
 class _Refusing(torch.autograd.Function):
@@ -128,14 +90,93 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def is_half(student: Tensor | Projection) -> bool:
-    """Whether the student's gradients lie in float16."""
-    first = next(t for t in leaves(student) if t is not None)
-    return first.dtype == torch.float16
+class ReducedLoss(torch.autograd.Function):
+    """scale * sum(weight * row loss), its gradients computed in forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: Problem, scale: Tensor | float, *tensors: Tensor | None
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[2:]
+        coefficient, rest = in_units(problem, problem.weight, scale)
+        losses, gradients = fused.run(problem, coefficient, needed)
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.rest, ctx.overwritten, ctx.fused = rest, problem.overwrite, problem.backend.fused
+        ctx.gradients = None
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*gradients)
+        elif any(needed):  # so that backward may scale them in place and let them go
+            ctx.gradients = gradients
+            ctx.versions = [None if g is None else g._version for g in gradients]
+        loss = torch.dot(losses, coefficient)
+        return loss if rest is None else loss * rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors if ctx.gradients is None else ctx.gradients
+        if not gradients:
+            raise RuntimeError(
+                "distillation_loss: backward was called twice over a graph that was not kept. "
+                "Pass retain_graph=True to the first call."
+            )
+        keep = ctx.gradients is None or keeps_graph()
+        if ctx.overwritten and ctx.gradients is not None:
+            _check_untouched(gradients, ctx.versions)
+        factor = upstream if ctx.rest is None else (upstream * ctx.rest).to(upstream.dtype)
+        out: list[Tensor | None] = [None, None]
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
+            if gradient is not None:
+                gradient = scaled(gradient, factor, dtype, reuse=not keep, kernel=ctx.fused)
+            out.append(gradient)
+        if not keep:
+            ctx.gradients = ()
+        return tuple(out)
+
+
+class TokenLoss(torch.autograd.Function):
+    """Row losses [N], zero where they do not count; recomputed in backward under any upstream."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, *tensors: Tensor | None) -> Tensor:
+        saved: list[Tensor] = []
+        ctx.problem = take_out(problem, saved)
+        ctx.save_for_backward(*saved)
+        return fused.run(problem, problem.weight)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        problem = put_back(ctx.problem, ctx.saved_tensors)
+        if problem.overwrite and keeps_graph():
+            problem = dataclasses.replace(problem, overwrite=False)
+        if isinstance(problem.student, Projection) and not (problem.backend.fused or problem.shard):
+            # Rows without an upstream gradient do not count: 0 * inf would poison the others.
+            problem = dataclasses.replace(problem, rows=counted(upstream))
+        weight, rest = in_units(problem, upstream, 1.0)
+        needed = ctx.needs_input_grad[1:]
+        _, gradients = fused.run(problem, weight, needed)
+        out: list[Tensor | None] = [None]
+        for g, tensor in zip(gradients, leaves(problem.student), strict=True):
+            if g is not None and tensor is not None:
+                g = (g if rest is None else g * rest).to(tensor.dtype)
+            out.append(g)
+        return tuple(out)
+
+
+def _check_untouched(gradients: Any, versions: list[int | None]) -> None:
+    """The gradient that lies in the student's logits is what forward left there."""
+    for gradient, version in zip(gradients, versions, strict=True):
+        if gradient is not None and gradient._version != version:
+            raise RuntimeError(
+                "distillation_loss: student logits given with overwrite_student_logits must be "
+                "left alone until backward, which finds the gradient there, got a change in "
+                "place. Leave overwrite_student_logits out."
+            )
 
 
 def in_units(
-    student: Tensor | Projection, objective: Objective, weight: Tensor, scale: Tensor | float
+    problem: Problem, weight: Tensor, scale: Tensor | float
 ) -> tuple[Tensor, Tensor | float | None]:
     """(row coefficients, what is left of ``scale``) of the gradient of the raw logits.
 
@@ -144,30 +185,16 @@ def in_units(
     numbers, and a divergence may be a thousand times as steep. Everything else has the exponents
     for the whole scale.
     """
-    if isinstance(student, Tensor) or not is_half(student) or len(weight) == 0:
-        return weight * scale, None
+    student, objective = problem.student, problem.objective
+    half = isinstance(student, Projection) and student.pairs[0][0].dtype == torch.float16
+    if not half or len(weight) == 0:
+        return (weight * scale).to(weight.dtype), None
     steepest = max(objective.kd_weight / objective.temperature, objective.ce_weight)
-    if student.logit_scale is not None:
-        steepest *= abs(student.logit_scale)
+    if student.transform[0] is not None:  # type: ignore[union-attr]
+        steepest *= abs(student.transform[0])  # type: ignore[union-attr]
     heaviest = weight.abs().amax()
     unit = torch.where(heaviest == 0, 1.0, heaviest) * ((steepest or 1.0) / 32)
     return weight / unit, unit * scale
-
-
-def given_back(
-    grads: Gradients,
-    student: Tensor | Projection,
-    needed: tuple[bool, ...],
-    rest: Tensor | float | None,
-) -> list[Tensor | None]:
-    """The gradients that autograd asked for, times ``rest``, in their tensors' dtypes."""
-    out: list[Tensor | None] = []
-    for g, wanted, tensor in zip(in_order(grads, student), needed, leaves(student), strict=True):
-        if g is None or tensor is None or not wanted:
-            out.append(None)
-        else:
-            out.append((g if rest is None else g * rest).to(tensor.dtype))
-    return out
 
 
 def scaled(
@@ -196,111 +223,43 @@ def scaled(
     return out.to(dtype)
 
 
-Run = Callable[[Problem, Tensor, "Needs | None"], tuple[Tensor, Gradients]]
-"""A backend: row losses [N], and the gradient of sum(weight * losses) where it is needed."""
+def keeps_graph() -> bool:
+    """Whether this backward may be followed by another over the same graph."""
+    keep = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if keep is None else bool(keep())
 
 
-class ReducedLoss(torch.autograd.Function):
-    """scale * sum(weight * row loss), its gradients computed in forward."""
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor was, by its number among those taken out."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: Run,
-        problem: Problem,
-        weight: Tensor,
-        scale: Tensor | float,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        problem = detached(problem)
-        needed = ctx.needs_input_grad[4:]
-        coefficient, rest = in_units(problem.student, problem.objective, weight, scale)
-        losses, grads = run(problem, coefficient, Needs.of(problem.student, needed))
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        ctx.run, ctx.rest, ctx.overwritten = run, rest, problem.overwrite
-        ctx.gradients = None
-        if any(needed):
-            ordered = in_order(grads, problem.student)
-            kept = [g if n else None for g, n in zip(ordered, needed, strict=True)]
-            if torch.compiler.is_compiling():
-                ctx.save_for_backward(*kept)
-            else:  # so that backward may scale them in place and let them go
-                ctx.gradients = kept
-                ctx.versions = [None if g is None else g._version for g in kept]
-        loss = torch.dot(losses, coefficient.to(losses.dtype))
-        return loss if rest is None else loss * rest
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.saved_tensors if ctx.gradients is None else ctx.gradients
-        if not gradients:
-            raise RuntimeError(
-                "distillation_loss: backward was called twice over a graph that was not kept. "
-                "Pass retain_graph=True to the first call."
-            )
-        keep = ctx.gradients is None or _keeps_graph()
-        if ctx.gradients is not None and ctx.overwritten:
-            _check_untouched(gradients, ctx.versions)
-        factor = upstream if ctx.rest is None else (upstream * ctx.rest).to(upstream.dtype)
-        how = dict(reuse=not keep, kernel=ctx.run is not torch_backend.run)
-        out: list[Tensor | None] = [None] * 4
-        for g, dtype in zip(gradients, ctx.dtypes, strict=True):
-            out.append(None if g is None else scaled(g, factor, dtype, **how))
-            del g
-        if not keep:
-            ctx.gradients = ()
-        return tuple(out)
+    number: int
 
 
-def _check_untouched(gradients: Any, versions: list[int | None]) -> None:
-    """The gradient that lies in the student's logits is what forward left there."""
-    for gradient, version in zip(gradients, versions, strict=True):
-        if gradient is not None and gradient._version != version:
-            raise RuntimeError(
-                "distillation_loss: student logits given with overwrite_student_logits must be "
-                "left alone until backward, which finds the gradient there, got a change in "
-                "place. Leave overwrite_student_logits out."
-            )
+def take_out(value: T, tensors: list[Tensor]) -> T:
+    """``value``, dataclasses and tuples of them, without its tensors, which join ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Place(len(tensors) - 1)  # type: ignore[return-value]
+    if isinstance(value, (Backend, Objective)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(take_out(v, tensors) for v in value)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{k: take_out(v, tensors) for k, v in fields.items()})
+    return value
 
 
-def reduced(run: Run, problem: Problem, weight: Tensor, scale: Tensor | float) -> Tensor:
-    """scale * sum(weight * row loss)."""
-    student = problem.student
-    if isinstance(student, Tensor) and is_half(student):
-        losses = TokenLoss.apply(run, problem, weight, student)
-        return torch.dot(losses, weight) * scale
-    return ReducedLoss.apply(run, problem, weight, scale, *leaves(student))
-
-
-class TokenLoss(torch.autograd.Function):
-    """Row losses [N], zero where they do not count; recomputed in backward under any upstream."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, run: Run, problem: Problem, weight: Tensor, *tensors: Tensor | None
-    ) -> Tensor:
-        saved: list[Tensor] = []
-        ctx.problem, ctx.run = take_out(problem, saved), run
-        ctx.save_for_backward(*saved)
-        return run(put_back(ctx.problem, saved), weight, None)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        problem = put_back(ctx.problem, ctx.saved_tensors)
-        if problem.overwrite and _keeps_graph():
-            problem = dataclasses.replace(problem, overwrite=False)
-        if ctx.run is torch_backend.run:
-            problem = _where_counted(problem, upstream)
-        needed = ctx.needs_input_grad[3:]
-        weight, rest = in_units(problem.student, problem.objective, upstream, 1.0)
-        _, grads = ctx.run(problem, weight, Needs.of(problem.student, needed))
-        return (*(None, None, None), *given_back(grads, problem.student, needed, rest))
-
-
-def _where_counted(problem: Problem, upstream: Tensor) -> Problem:
-    """Rows without an upstream gradient do not count: 0 * inf would poison the others."""
-    rows, counts = problem.rows, upstream != 0
-    rows = counts.nonzero().squeeze(1) if rows is None else rows[counts[rows]]
-    return dataclasses.replace(problem, rows=None if len(rows) == len(counts) else rows)
+def put_back(value: T, tensors: tuple[Tensor, ...] | list[Tensor]) -> T:
+    """The inverse of ``take_out``; the tensors come back detached."""
+    if isinstance(value, _Place):
+        return tensors[value.number].detach()  # type: ignore[return-value]
+    if isinstance(value, (Backend, Objective)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(put_back(v, tensors) for v in value)  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{k: put_back(v, tensors) for k, v in fields.items()})
+    return value

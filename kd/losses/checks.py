@@ -1,18 +1,214 @@
-"""Every check at the door of the losses, and their messages."""
+"""What is checked when a loss is called, before anything is computed, and the messages."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd.losses.inputs import MAX_TAIL_TEMPERATURES, TAILS, Hidden, TopK
+from kd.losses.divergences import Divergence
+from kd.losses.inputs import MAX_TAIL_TEMPERATURES, TAIL_RULES, TAILS, Hidden, TopK
+from kd.losses.sparse import covers
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "torch", "triton", "reference")
+
+
+def options(
+    where: str,
+    temperature: float,
+    kd_weight: float,
+    ce_weight: float,
+    reduction: str,
+    num_items: float | Tensor | None,
+    backend: str,
+    min_logprob: float | None,
+) -> None:
+    """The numbers and names of a loss."""
+    positive("temperature", temperature, where)
+    for name, value in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
+        if isinstance(value, Tensor) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{where}: {name} must be a finite number >= 0, got {value!r}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"{where}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}."
+        )
+    denominator(where, reduction, num_items)
+    if backend not in BACKENDS:
+        raise ValueError(f"{where}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if min_logprob is not None and (
+        isinstance(min_logprob, Tensor) or not -math.inf < min_logprob < 0
+    ):
+        raise ValueError(
+            f"{where}: min_logprob must be a finite log-probability < 0 (for example -30.0), got "
+            f"{min_logprob}."
+        )
+
+
+def denominator(where: str, reduction: str, num_items: float | Tensor | None) -> None:
+    """A denominator is one finite number > 0, of "mean" alone.
+
+    A tensor's value is looked at on a CPU only: elsewhere that would wait for the device, and a
+    bad one makes the loss NaN instead.
+    """
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"{where}: num_items must be used with reduction='mean', which it divides, got "
+            f"reduction={reduction!r}. Leave it out."
+        )
+    value: float | bool = False
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(
+                f"{where}: num_items must be one number, got a tensor of shape "
+                f"{tuple(num_items.shape)}. Sum it."
+            )
+        if num_items.dtype == torch.bool or num_items.is_complex():
+            raise TypeError(f"{where}: num_items must be a number, got {num_items.dtype}.")
+        if num_items.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = float(num_items.detach())
+    elif isinstance(num_items, (int, float)) and not isinstance(num_items, bool):
+        value = float(num_items)
+    else:
+        raise TypeError(f"{where}: num_items must be a number, got {type(num_items).__name__}.")
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"{where}: num_items must be finite and > 0, got {value:g}. Pass the number of "
+            "trained tokens of the whole step."
+        )
+
+
+def combination(
+    where: str,
+    divergence: Divergence,
+    teacher: Any,
+    temperature: float,
+    ce_weight: float,
+    labels: Tensor | None,
+    min_logprob: float | None,
+) -> None:
+    """What does not go together, or has no meaning."""
+    if ce_weight > 0 and labels is None:
+        raise ValueError(f"{where}: ce_weight={ce_weight} needs labels, got labels=None.")
+    if not isinstance(teacher, TopK):
+        return
+    sparse(teacher, where)
+    check_temperature(
+        where,
+        temperature,
+        teacher.temperature,
+        teacher.tail,
+        teacher.tail_temperatures,
+        teacher.tail_at_temperature,
+    )
+    if teacher.tail == "drop" and divergence.name != "forward_kl":
+        raise ValueError(
+            f"{where}: tail='drop' must be used with forward_kl, got {divergence}. Its masses are "
+            "unbiased only in a loss linear in p; others reward emptying the top-k. Use "
+            "tail='bucket'."
+        )
+    if teacher.tail == "drop" and teacher.temperature != temperature:
+        raise ValueError(
+            f"{where}: tail='drop' must be used at the temperature the targets were captured at "
+            f"({teacher.temperature}), got temperature={temperature}: dropped mass cannot be "
+            "renormalised."
+        )
+    if teacher.tail == "renormalize" and divergence.needs_teacher_support and min_logprob is None:
+        raise ValueError(
+            f"{where}: tail='renormalize' leaves the teacher zero outside its top-k, where "
+            f"{divergence} is +inf for every student. Use tail='bucket', or bound it with "
+            "min_logprob."
+        )
+
+
+def check_temperature(
+    where: str,
+    temperature: float,
+    captured: float,
+    tail: str,
+    tail_temperatures: Sequence[float],
+    rule: str | None,
+) -> None:
+    """Refuse a loss at another temperature than the capture's where the tail there is unknown.
+
+    Raises:
+        ValueError: saying what a spread tail does, and the ways out.
+    """
+    if rule is not None and rule not in TAIL_RULES:
+        raise ValueError(
+            f"{where}: tail_at_temperature must be one of {', '.join(TAIL_RULES)} or None, got "
+            f"{rule!r}."
+        )
+    if tail != "bucket" or temperature == captured or rule is not None:
+        return
+    if covers(tail_temperatures, temperature):
+        return
+    known = ""
+    if tail_temperatures:
+        known = f" or from {min(tail_temperatures):g} to {max(tail_temperatures):g} (stored tails)"
+    raise ValueError(
+        f"{where}: temperature must be what the top-k targets were captured at ({captured:g})"
+        f"{known}, got {temperature:g}. The tail's mass at another temperature is not in them: "
+        "captured at 1 and used at 2, SmolLM2's trained a student to a held-out KL of 1.44 as "
+        "'spread' and 1.83 as 'one_outcome', where stored tails gave 1.25. Capture at "
+        f"temperature {temperature:g}, or again with stored tails (kd cache build, "
+        "tail_temperatures), or name a rule: tail_at_temperature='spread' or 'one_outcome'."
+    )
+
+
+def inputs(
+    where: str,
+    student: Any,
+    teacher: Any,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    vocab_size: int | None,
+) -> int:
+    """Shapes, dtypes and devices; returns the number of live tokens."""
+    for side, source in (("student", student), ("teacher", teacher)):
+        if isinstance(source, Hidden):
+            hidden(side, source, where)
+        elif isinstance(source, TopK):
+            if side == "student":
+                raise TypeError(f"{where}: student must be logits or kd.Hidden, got kd.TopK.")
+        elif source is not None or side == "student":
+            floating(side, source, where)
+            if source.ndim == 0:
+                raise ValueError(f"{where}: {side} must be [..., V], got a scalar.")
+    if labels is not None:
+        integers("labels", labels, where)
+    if weights is not None:
+        floating("weights", weights, where)
+        no_weight_gradient(weights, where)
+    shape, device = leading_shape(student), device_of(student)
+    if device.type == "meta":
+        raise ValueError(f"{where}: student must be on a device with memory, got meta.")
+    no_transform(where)
+    others = {"teacher": teacher, "labels": labels, "weights": weights}
+    for name, other in others.items():
+        if other is None:
+            continue
+        flat = other.shape if name in ("labels", "weights") else leading_shape(other)
+        if flat != shape:
+            raise ValueError(
+                f"{where}: {name} must have the student's leading shape {tuple(shape)}, got "
+                f"{tuple(flat)}. Nothing is broadcast or shifted."
+            )
+        other_device = other.device if isinstance(other, Tensor) else device_of(other)
+        if other_device != device:
+            raise ValueError(
+                f"{where}: {name} must be on the student's device {device}, got {other_device}."
+            )
+    if teacher is not None:
+        no_teacher_gradient(teacher, where)
+    return vocabulary(student, teacher, vocab_size, where)
 
 
 def floating(name: str, tensor: Any, where: str) -> None:
@@ -275,6 +471,26 @@ def values_on_cpu(
                 f"{where}: labels must lie in [0, {vocab_size}) or equal ignore_index="
                 f"{ignore_index}, got {int(labels[first])} at position {first}."
             )
+
+
+def may_overwrite(where: str, student: Any, reduction: str) -> None:
+    """Whether the gradient may replace the student's logits."""
+    if not isinstance(student, Tensor) or reduction == "none":
+        raise ValueError(
+            f"{where}: overwrite_student_logits needs logits and a reduced loss, got "
+            f"{'logits' if isinstance(student, Tensor) else 'kd.Hidden'} and "
+            f"reduction={reduction!r}. Leave it out: nothing is materialised for kd.Hidden."
+        )
+    if student.requires_grad and student.is_leaf:
+        raise ValueError(
+            f"{where}: overwrite_student_logits must not be used on a leaf tensor, whose values "
+            "the caller still owns. Pass a model's output, or leave it out."
+        )
+    if any(n > 1 and s == 0 for n, s in zip(student.shape, student.stride(), strict=True)):
+        raise ValueError(
+            f"{where}: overwrite_student_logits must be used on logits with memory of their own, "
+            "got an expanded tensor. Clone it, or leave it out."
+        )
 
 
 def check(name: str, tensor: Tensor, *, allow_minus_inf: bool = True) -> Tensor:

@@ -14,24 +14,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kd.losses.inputs import Student, Teacher
+from kd.losses.inputs import Student, Teacher
 
-NAMES = (
+__all__ = [
+    "Divergence",
+    "adaptive_kl",
+    "alpha_beta",
     "forward_kl",
-    "reverse_kl",
     "jsd",
+    "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",
     "total_variation",
-    "alpha_beta",
-    "adaptive_kl",
-)
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Divergence:
     ``kd.jsd(0.5)(student, teacher, temperature=2.0, reduction="none")``.
 
     Attributes:
-        name: one of ``kd.losses.divergences.NAMES``.
+        name: one of ``kd.losses.divergences.DEFINITIONS``.
         alpha: skew of the skew divergences, or ABKD's first exponent.
         beta: weight of the teacher in JSD's mixture, or ABKD's second exponent.
         detach_mixture: skew_reverse_kl alone: no gradient through the mixture (DistiLLM-2).
@@ -62,59 +63,55 @@ class Divergence:
     detach_mixture: bool = False
     head_mass: float = 0.5
 
+    compute: ClassVar[Callable[..., Tensor]]
+    """``kd.distillation_loss``; kd.losses.api, which is above this module, puts it here."""
+
     def __post_init__(self) -> None:
-        alpha, beta = self.alpha, self.beta
-        rules = {
-            "jsd": ("beta in (0, 1)", 0 < beta < 1),
-            "skew_forward_kl": ("alpha in [0, 1)", 0 <= alpha < 1),
-            "skew_reverse_kl": ("alpha in [0, 1)", 0 <= alpha < 1),
-            "alpha_beta": (
-                "finite alpha, beta >= 0, not both 0",
-                alpha >= 0 and beta >= 0 and 0 < alpha + beta < math.inf,
-            ),
-            "adaptive_kl": ("head_mass in (0, 1]", 0 < self.head_mass <= 1),
-        }
-        rule, ok = rules.get(self.name, (f"a name of {', '.join(NAMES)}", self.name in NAMES))
-        if not ok:
+        if self.name not in DEFINITIONS:
             raise ValueError(
-                f"Divergence: {self.name} must have {rule}, got alpha={alpha}, beta={beta}, "
-                f"head_mass={self.head_mass}."
+                f"Divergence: name must be one of {', '.join(DEFINITIONS)}, got {self.name!r}."
             )
+        rule, holds = DEFINITIONS[self.name].rule
+        if not holds(self):
+            shown = DEFINITIONS[self.name].parameters or ("head_mass",)
+            got = ", ".join(f"{name}={getattr(self, name)}" for name in shown)
+            raise ValueError(f"{self.name}: must have {rule}, got {got}.")
 
     def __call__(
         self, student: Student, teacher: Teacher, *, reduction: str = "mean", **options: Any
     ) -> Tensor:
         """The pure divergence of student from teacher; options as in ``kd.distillation_loss``."""
-        from kd.losses.objective import distillation_loss
-
         for name in ("kd_weight", "ce_weight", "scale_by_t2", "divergence"):
             if name in options:
                 raise TypeError(
                     f"{self.name}: a pure divergence takes no {name}, got {name}={options[name]!r}."
                     " Use kd.distillation_loss(..., divergence=...)."
                 )
-        return distillation_loss(
+        return Divergence.compute(
             student, teacher, divergence=self, scale_by_t2=False, reduction=reduction, **options
         )
 
     def __str__(self) -> str:
-        if self.name == "jsd":
-            return f"jsd({self.beta:g})"
-        if self.name == "alpha_beta":
-            return f"alpha_beta({self.alpha:g}, {self.beta:g})"
-        if self.name.startswith("skew"):
-            detached = ", detach_mixture" if self.detach_mixture else ""
-            return f"{self.name}({self.alpha:g}{detached})"
-        return self.name
+        shown = DEFINITIONS[self.name].parameters
+        values = [f"{getattr(self, parameter):g}" for parameter in shown]
+        if self.detach_mixture:
+            values.append("detach_mixture")
+        return f"{self.name}({', '.join(values)})" if values else self.name
 
     @property
     def needs_teacher_support(self) -> bool:
         """True where q > 0 = p makes the value +inf."""
-        return (
-            self.name in ("reverse_kl", "adaptive_kl")
-            or (self.name == "skew_reverse_kl" and self.alpha == 0)
-            or (self.name == "alpha_beta" and self.alpha == 0)
-        )
+        return DEFINITIONS[self.name].needs_teacher_support(self)
+
+    @property
+    def needs_head(self) -> bool:
+        """True where the teacher's most probable outcomes are told from the others."""
+        return self.name == "adaptive_kl"
+
+    @property
+    def kernel(self) -> str:
+        """The name of its branch in ``kd_kernels.algebra.terms``; a limit has one of its own."""
+        return DEFINITIONS[self.name].kernel(self)
 
     def terms(
         self, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, head: Tensor | None = None
@@ -126,7 +123,7 @@ class Divergence:
         over a normalised row, and cancel the rounding of both log-normalisers to first order.
         ``head`` is adaptive_kl's head, as a mask of 0 and 1.
         """
-        return _TERMS[self.name](self, p, q, log_p, log_q, head)
+        return DEFINITIONS[self.name].terms(self, p, q, log_p, log_q, head)
 
 
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
@@ -211,15 +208,58 @@ def _adaptive_kl(d, p, q, log_p, log_q, head):
     return phi, forward_share * forward_h + _times(share, reverse_h)
 
 
-_TERMS = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jsd": _jsd,
-    "skew_forward_kl": _skew_forward_kl,
-    "skew_reverse_kl": _skew_reverse_kl,
-    "total_variation": _total_variation,
-    "alpha_beta": _alpha_beta,
-    "adaptive_kl": _adaptive_kl,
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """What there is to know of a divergence; a new one is an entry of ``DEFINITIONS``, its branch
+    in kd_kernels.algebra.terms and its branch in kd.losses.oracle.divergence_of."""
+
+    terms: Callable[..., tuple[Tensor, Tensor]]
+    """(d, p, q, log_p, log_q, head) to phi and h."""
+    parameters: tuple[str, ...] = ()
+    """Which of ``Divergence``'s numbers it has; they must be given where ``default`` is False."""
+    rule: tuple[str, Callable[[Divergence], bool]] = ("no parameters", lambda d: True)
+    """Which values they may have, in words and as a test."""
+    default: dict[str, float] | None = None
+    """The parameters where the divergence is given by its name alone; None refuses that."""
+    needs_teacher_support: Callable[[Divergence], bool] = lambda d: False
+    kernel: Callable[[Divergence], str] = lambda d: d.name
+
+
+JSD_RULE = "beta in (0, 1) (use forward_kl for 0 and reverse_kl for 1)"
+DEFINITIONS = {
+    "forward_kl": Definition(_forward_kl, default={}),
+    "reverse_kl": Definition(_reverse_kl, default={}, needs_teacher_support=lambda d: True),
+    "jsd": Definition(_jsd, ("beta",), (JSD_RULE, lambda d: 0 < d.beta < 1), default={"beta": 0.5}),
+    "skew_forward_kl": Definition(
+        _skew_forward_kl,
+        ("alpha",),
+        ("alpha in [0, 1)", lambda d: 0 <= d.alpha < 1),
+        kernel=lambda d: d.name if d.alpha else "forward_kl",
+    ),
+    "skew_reverse_kl": Definition(
+        _skew_reverse_kl,
+        ("alpha",),
+        ("alpha in [0, 1)", lambda d: 0 <= d.alpha < 1),
+        needs_teacher_support=lambda d: d.alpha == 0,
+        kernel=lambda d: "reverse_kl" if d.alpha == 0 else d.name + "_detached" * d.detach_mixture,
+    ),
+    "total_variation": Definition(_total_variation, default={}),
+    "alpha_beta": Definition(
+        _alpha_beta,
+        ("alpha", "beta"),
+        (
+            "finite alpha and beta >= 0, not both 0",
+            lambda d: d.alpha >= 0 and d.beta >= 0 and 0 < d.alpha + d.beta < math.inf,
+        ),
+        needs_teacher_support=lambda d: d.alpha == 0,
+        kernel=lambda d: d.name + ("_forward" if d.beta == 0 else "_reverse" * (d.alpha == 0)),
+    ),
+    "adaptive_kl": Definition(
+        _adaptive_kl,
+        rule=("head_mass in (0, 1]", lambda d: 0 < d.head_mass <= 1),
+        default={},
+        needs_teacher_support=lambda d: True,
+    ),
 }
 
 
@@ -274,19 +314,14 @@ def head_mask(p: Tensor, head_mass: float) -> Tensor:
     return (p >= top.gather(-1, last)).to(p.dtype)
 
 
-def _number(function: str, argument: str, value: Any, rule: str, ok: bool) -> float:
-    if not ok:
-        raise ValueError(f"{function}: {argument} must {rule}, got {value!r}.")
-    return float(value)
-
-
-def _as_number(function: str, argument: str, value: Any) -> float:
-    if isinstance(value, Tensor) or not isinstance(value, (int, float)):
-        raise TypeError(
-            f"{function}: {argument} must be a number, got {type(value).__name__}. {function}(...)"
-            f" makes a divergence; compute it with kd.{function}(...)(student, teacher)."
-        )
-    return float(value)
+def _with_numbers(name: str, **numbers: Any) -> Divergence:
+    for argument, value in numbers.items():
+        if isinstance(value, Tensor) or not isinstance(value, (int, float)):
+            raise TypeError(
+                f"{name}: {argument} must be a number, got {type(value).__name__}. {name}(...) "
+                f"makes a divergence; compute it with kd.{name}(...)(student, teacher)."
+            )
+    return Divergence(name, **{argument: float(v) for argument, v in numbers.items()})  # type: ignore[arg-type]
 
 
 def jsd(beta: float = 0.5) -> Divergence:
@@ -301,9 +336,7 @@ def jsd(beta: float = 0.5) -> Divergence:
         ValueError: beta outside (0, 1). TypeError: beta is not a number.
     Source: Agarwal et al. 2024 (GKD), https://arxiv.org/abs/2306.13649, eq. 1.
     """
-    beta = _as_number("jsd", "beta", beta)
-    rule = "lie strictly between 0 and 1 (use forward_kl for 0 and reverse_kl for 1)"
-    return Divergence("jsd", beta=_number("jsd", "beta", beta, rule, 0 < beta < 1))
+    return _with_numbers("jsd", beta=beta)
 
 
 def skew_forward_kl(alpha: float = 0.1) -> Divergence:
@@ -315,11 +348,7 @@ def skew_forward_kl(alpha: float = 0.1) -> Divergence:
         ValueError: alpha outside [0, 1). TypeError: alpha is not a number.
     Source: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898, section 3.1.
     """
-    alpha = _as_number("skew_forward_kl", "alpha", alpha)
-    ok = 0 <= alpha < 1
-    return Divergence(
-        "skew_forward_kl", alpha=_number("skew_forward_kl", "alpha", alpha, "lie in [0, 1)", ok)
-    )
+    return _with_numbers("skew_forward_kl", alpha=alpha)
 
 
 def skew_reverse_kl(alpha: float = 0.1, *, detach_mixture: bool = False) -> Divergence:
@@ -334,10 +363,8 @@ def skew_reverse_kl(alpha: float = 0.1, *, detach_mixture: bool = False) -> Dive
     Source: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898, section 3.1; Ko et al.
         2025 (DistiLLM-2), https://arxiv.org/abs/2503.07067.
     """
-    name = "skew_reverse_kl"
-    alpha = _as_number(name, "alpha", alpha)
-    alpha = _number(name, "alpha", alpha, "lie in [0, 1)", 0 <= alpha < 1)
-    return Divergence(name, alpha=alpha, detach_mixture=bool(detach_mixture))
+    made = _with_numbers("skew_reverse_kl", alpha=alpha)
+    return dataclasses.replace(made, detach_mixture=bool(detach_mixture))
 
 
 def alpha_beta(alpha: float, beta: float) -> Divergence:
@@ -356,14 +383,7 @@ def alpha_beta(alpha: float, beta: float) -> Divergence:
         ValueError: out of range. TypeError: not numbers.
     Source: Wang et al. 2025 (ABKD), https://arxiv.org/abs/2505.04560, definition 3.1.
     """
-    alpha = _as_number("alpha_beta", "alpha", alpha)
-    beta = _as_number("alpha_beta", "beta", beta)
-    ok = alpha >= 0 and beta >= 0 and alpha + beta > 0 and math.isfinite(alpha + beta)
-    if not ok:
-        raise ValueError(
-            f"alpha_beta: alpha and beta must be finite and >= 0, not both 0, got {alpha}, {beta}."
-        )
-    return Divergence("alpha_beta", alpha=alpha, beta=beta)
+    return _with_numbers("alpha_beta", alpha=alpha, beta=beta)
 
 
 forward_kl = Divergence("forward_kl")
@@ -381,22 +401,15 @@ def resolve(divergence: str | Divergence) -> Divergence:
     """A divergence from its name (with its default parameters) or itself."""
     if isinstance(divergence, Divergence):
         return divergence
-    defaults = {
-        "forward_kl": forward_kl,
-        "reverse_kl": reverse_kl,
-        "total_variation": total_variation,
-        "adaptive_kl": adaptive_kl,
-    }
-    if divergence in defaults:
-        return defaults[divergence]
-    if divergence == "jsd":
-        return jsd(0.5)
-    if isinstance(divergence, str) and divergence in NAMES:
+    if not isinstance(divergence, str) or divergence not in DEFINITIONS:
+        raise ValueError(
+            f"distillation_loss: divergence must be one of {', '.join(DEFINITIONS)} or a "
+            f"kd.Divergence, got {divergence!r}."
+        )
+    default = DEFINITIONS[divergence].default
+    if default is None:
         raise ValueError(
             f"distillation_loss: divergence {divergence!r} must be given with its parameters, "
             f"for example divergence=kd.{divergence}(0.1)."
         )
-    raise ValueError(
-        f"distillation_loss: divergence must be one of {', '.join(NAMES)} or a kd.Divergence, "
-        f"got {divergence!r}."
-    )
+    return Divergence(divergence, **default)  # type: ignore[arg-type]

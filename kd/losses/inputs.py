@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 TAILS = ("bucket", "renormalize", "drop", "uniform")
@@ -79,30 +78,3 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded DTensor gathered (differentiably); any other tensor as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if callable(gather) else tensor
-
-
-def merge_duplicates(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum the probabilities of ids that repeat in a row.
-
-    ids, logprobs: [N, K]. Returns the same shapes, freed slots at id -1 and -inf. Empty slots
-    (id -1) come back with log-prob -inf whatever they held.
-    """
-    logprobs = logprobs.masked_fill(ids < 0, -torch.inf)
-    if ids.shape[1] < 2:
-        return ids, logprobs
-    sorted_ids, order = ids.sort(dim=1, stable=True)
-    repeats = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & (sorted_ids[:, 1:] >= 0)
-    looks = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # free, no sync
-    if looks and not bool(repeats.any()):
-        return ids, logprobs
-    log_sorted = logprobs.gather(1, order)
-    first = torch.ones_like(sorted_ids, dtype=torch.bool)
-    first[:, 1:] = ~repeats
-    group = first.cumsum(1) - 1  # [N, K] slot of the run that an entry belongs to
-    peak = torch.full_like(log_sorted, -torch.inf).scatter_reduce(1, group, log_sorted, "amax")
-    shift = peak.clamp(min=torch.finfo(peak.dtype).min)
-    mass = torch.zeros_like(log_sorted).scatter_add(
-        1, group, (log_sorted - shift.gather(1, group)).exp()
-    )
-    merged = torch.full_like(ids, -1).scatter(1, group, sorted_ids)
-    return merged, torch.where(merged < 0, -torch.inf, shift + mass.log())

@@ -2,7 +2,8 @@
 
 Forward and reverse KL, cross-entropy and every divergence of a sparse teacher take one SUM
 all-reduce of a few numbers a row; jsd, total variation, the skewed and alpha-beta divergences take
-a second one, of two numbers a row. How: kd.losses.exchange; a rank's own part: kd.losses.shards.
+a second one, of two numbers a row. How: kd.losses.rows_sharded; a rank's own part:
+kd.losses.columns.
 """
 
 from __future__ import annotations
@@ -10,17 +11,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd.losses import checks, objective, shards, triton_backend
+from kd.losses import checks
+from kd.losses.api import solve
 from kd.losses.divergences import Divergence, resolve
-from kd.losses.exchange import Shard, Sharded
 from kd.losses.inputs import Hidden, Student, Teacher, TopK
-from kd.losses.rows import Objective
-from kd.losses.sharded import loss as sharded_loss
-from kd.losses.torch_backend import Problem, compute_dtype
+from kd.losses.problem import Objective
+from kd.losses.rows_sharded import Shard
 
 WHERE = "vocab_parallel_loss"
 
@@ -78,26 +77,17 @@ def vocab_parallel_loss(
     Source: Shoeybi et al. 2019 (Megatron-LM), https://arxiv.org/abs/1909.08053, section 3, for the
         sharded softmax.
     """
-    min_logprob = checks.renamed_floor(WHERE, min_logprob, floor)
+    if floor is not None:
+        min_logprob = checks.renamed_floor(WHERE, min_logprob, floor)
     chosen = resolve(divergence)
-    objective._check_options(
+    checks.options(
         WHERE, temperature, kd_weight, ce_weight, reduction, num_items, backend, min_logprob
     )
-    objective._check_combination(
-        WHERE, chosen, teacher, temperature, ce_weight, labels, min_logprob
-    )
+    checks.combination(WHERE, chosen, teacher, temperature, ce_weight, labels, min_logprob)
     _check_shardable(chosen, teacher, kd_weight, backend)
-    shard, vocab = _shard(student, teacher, group, first_token, vocab_size)
-    objective._check_inputs(WHERE, student, _local(teacher), labels, weights, None)
-    shape = checks.leading_shape(student)
-    flat_labels = None if labels is None else labels.reshape(-1)
-    flat_teacher = objective._flat_teacher(teacher)
-    checks.values_on_cpu(flat_teacher, flat_labels, ignore_index, vocab, WHERE)
-    flat_student = objective._flat_student(student)
-    like = flat_student if isinstance(flat_student, Tensor) else flat_student.pairs[0][0]
-    dtype = compute_dtype(like.dtype)
-    weight = objective._row_weights(flat_labels, weights, teacher, ignore_index, like, dtype)
-    aim = Objective(
+    shard, vocab = _shard(student, teacher, group, first_token, vocab_size, reduce_hidden)
+    checks.inputs(WHERE, student, _local(teacher), labels, weights, None)
+    objective = Objective(
         divergence=chosen,
         temperature=float(temperature),
         kd_weight=0.0 if teacher is None else kd_weight * (temperature**2 if scale_by_t2 else 1.0),
@@ -105,23 +95,20 @@ def vocab_parallel_loss(
         vocab_size=vocab,
         min_logprob=min_logprob,
     )
-    on_triton = triton_backend.chosen(WHERE, backend, like)
-    sharded = Sharded(
-        Problem(flat_student, flat_teacher, flat_labels, None, aim),
-        weight,
-        shard,
-        _triton_shards() if on_triton else shards,
-        reduce_hidden,
+    return solve(
+        WHERE,
+        student,
+        teacher,
+        labels,
+        weights,
+        objective,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items=num_items,
+        overwrite=False,
+        backend=backend,
+        shard=shard,
     )
-    with torch.autocast(like.device.type, enabled=False):
-        scale = None if reduction == "none" else objective._scale(weight, reduction, num_items)
-        return sharded_loss(sharded, scale).reshape(shape if reduction == "none" else ())
-
-
-def _triton_shards() -> Any:
-    from kd.losses import triton_shards
-
-    return triton_shards
 
 
 def _local(teacher: Teacher | None) -> Teacher | None:
@@ -161,6 +148,7 @@ def _shard(
     group: Any,
     first_token: int | None,
     vocab_size: int | None,
+    reduce_hidden: bool,
 ) -> tuple[Shard, int]:
     """(this rank's columns, the number of live tokens)."""
     if not dist.is_available() or not dist.is_initialized():
@@ -192,4 +180,5 @@ def _shard(
             f"{WHERE}: teacher holds {teacher.ids.shape[-1]} entries a row, more than the {vocab} "
             "live tokens. Slice ids and logprobs, or correct vocab_size."
         )
-    return Shard(group, rank, ranks, first, max(0, min(width, vocab - first))), vocab
+    live = max(0, min(width, vocab - first))
+    return Shard(group, rank, ranks, first, live, reduce_hidden), vocab

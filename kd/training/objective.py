@@ -14,10 +14,9 @@ from torch import Tensor
 
 import kd
 from kd.losses import Hidden
-from kd.losses.checks import renamed_floor
+from kd.losses.checks import check_temperature, renamed_floor
 from kd.losses.divergences import resolve
 from kd.losses.inputs import TAILS
-from kd.losses.tails import check_temperature
 from kd.training.alignment import aligned_labels
 from kd.training.faults import check_context
 from kd.training.packs import documents_apart

@@ -33,8 +33,7 @@ from kd_kernels.algebra import (
     start_statistics,
     update_statistics,
 )
-from kd_kernels.rows import Logits, row_limit, target_of
-from kd_kernels.schedules import two_pass_shape
+from kd_kernels.launch import check_logits, row_limit, target_of, to_log2, two_pass_shape
 
 
 @triton.jit
@@ -247,13 +246,13 @@ def sample(
 
 def _options(logits: Tensor, vocab: int, temperature: float) -> dict:
     """Arguments that the row kernels share, by name."""
-    rows = Logits(logits)
+    check_logits(logits)
     target = target_of(logits.device)
     block, group, warps = two_pass_shape(logits, logits, target)
     limit = row_limit(logits, vocab)
     return dict(
         limit=limit,
-        outer=rows.to_log2(temperature)[1],
+        outer=to_log2(1.0, None, temperature)[1],
         EXACT=limit == vocab,
         CUDA=target.kind == "cuda",
         BLOCK=block,

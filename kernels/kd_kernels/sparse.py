@@ -1,87 +1,100 @@
-"""Launcher of the sparse row kernels: logits against K stored tokens and a tail."""
+"""The sparse row kernels and their PyTorch operator: logits against K stored tokens and a tail."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 from torch import Tensor
 
-from kd_kernels.rows import (
+from kd_kernels.launch import (
     LOG2E,
-    Logits,
-    RowLoss,
+    WIDE_TEMPERATURE,
+    check_logits,
+    log2_bound,
+    one_read_shape,
     row_limit,
     target_of,
+    to_log2,
+    two_pass_shape,
+    zero_padding,
 )
-from kd_kernels.schedules import one_read_shape, two_pass_shape, zero_padding
 from kd_kernels.sparse_one_read import mark_rows, sparse_rows_one_read, store_slots
 from kd_kernels.sparse_two_pass import sparse_rows_two_pass
 
 
 def sparse_losses(
-    student: Logits,
+    student: Tensor,
     ids: Tensor,
     log_p: Tensor,
     log_tail: Tensor,
     weights: Tensor,
-    loss: RowLoss,
-    *,
-    heads: Tensor | None = None,
-    labels: Tensor | None = None,
-    gradient: Tensor | None = None,
+    heads: Tensor | None,
+    labels: Tensor | None,
+    gradient: Tensor | None,
+    divergence: str,
+    vocab: int,
+    temperature: float = 1.0,
+    kd: float = 1.0,
+    ce: float = 0.0,
+    alpha: float = 0.0,
+    beta: float = 0.0,
+    min_logprob: float | None = None,
+    student_scale: float = 1.0,
+    student_cap: float | None = None,
 ) -> Tensor:
     """Unweighted losses [N] of every row; its weighted gradient into ``gradient``, where given.
 
     Args:
-        student: [N, width] logits.
+        student: [N, width] raw logits.
         ids: [N, K], unique in a row, -1 in empty slots. log_p: [N, K] nats at the loss temperature.
         log_tail: [N, 1] nats; -inf where there is no tail.
-        weights, labels, gradient: as in ``kd_kernels.dense.dense_losses``.
         heads: [N] nats, the least log_p of adaptive_kl's head; wanted by it alone.
+        weights, labels, gradient and the numbers: as in ``kd_kernels.dense.dense_losses``.
+    Raises:
+        TypeError, ValueError: logits that kernels cannot read.
     """
+    check_logits(student, gradient)
     rows, stored = ids.shape
-    losses = torch.empty(rows, dtype=torch.float32, device=student.tensor.device)
+    losses = torch.empty(rows, dtype=torch.float32, device=student.device)
     if rows == 0:
         return losses
     slots = triton.next_power_of_2(stored + 1)
     packed_ids, packed = pack_targets(ids, log_p, log_tail, slots)
-    hard = 0 if labels is None or loss.ce == 0 else (1 if loss.temperature == 1 else 2)
-    written = student.tensor if gradient is None else gradient
-    target = target_of(student.tensor.device)
-    shape = one_read_shape(student.tensor, None, gradient, loss.vocab, target)
-    tensors = (student.tensor, packed_ids, packed)
+    hard = 0 if labels is None or ce == 0 else (1 if temperature == 1 else 2)
+    written = student if gradient is None else gradient
+    target = target_of(student.device)
+    shape = one_read_shape(student, None, gradient, vocab, target)
+    tensors = (student, packed_ids, packed)
     rest = (
         written,
         losses,
         weights,
         labels if hard else weights,
         weights if heads is None else heads * LOG2E,
-        student.tensor.stride(0),
+        student.stride(0),
         written.stride(0),
     )
-    limit = row_limit(student.tensor, loss.vocab)
+    limit = row_limit(student, vocab)
     numbers = (
-        *student.to_log2(loss.temperature),
-        loss.temperature,
-        loss.alpha,
-        loss.beta,
-        -math.inf if loss.min_logprob is None else loss.min_logprob * LOG2E,
-        loss.kd,
-        loss.ce,
-        student.scale,
+        *to_log2(student_scale, student_cap, temperature),
+        temperature,
+        alpha,
+        beta,
+        log2_bound(min_logprob),
+        kd,
+        ce,
+        student_scale,
     )
-    block, group, warps = two_pass_shape(student.tensor, student.tensor, target)
+    block, group, warps = two_pass_shape(student, student, target)
     covered = block if shape is None else shape.first + shape.second
-    width = loss.vocab if gradient is None else zero_padding(gradient, loss.vocab, covered)
+    width = vocab if gradient is None else zero_padding(gradient, vocab, covered)
     options = dict(
-        DIVERGENCE=loss.divergence,
-        STUDENT_CAP=student.cap is not None,
-        STUDENT_EXACT=student.cap is None and limit == width == loss.vocab,
+        DIVERGENCE=divergence,
+        STUDENT_CAP=student_cap is not None,
+        STUDENT_EXACT=student_cap is None and limit == width == vocab,
         HARD=hard,
-        BOUNDED=loss.min_logprob is not None,
-        WIDE=loss.wide,
+        BOUNDED=min_logprob is not None,
+        WIDE=temperature >= WIDE_TEMPERATURE,
         GRADIENT=gradient is not None,
         CUDA=target.kind == "cuda",
         SLOTS=slots,
@@ -92,7 +105,7 @@ def sparse_losses(
         options |= {"maxnreg": 128} if target.kind == "cuda" else {}
         options |= dict(BLOCK=block, GROUP=group, num_warps=warps)
         sparse_rows_two_pass[(rows,)](
-            *tensors, *rest, stored, loss.vocab, limit, width, *numbers, **options
+            *tensors, *rest, stored, vocab, limit, width, *numbers, **options
         )
         return losses
     marks = packed_ids.new_zeros((rows, -(-covered // 32)))
@@ -106,7 +119,7 @@ def sparse_losses(
         *rest,
         4 * marks.shape[1],
         stored,
-        loss.vocab,
+        vocab,
         limit,
         width,
         *numbers,
@@ -117,6 +130,17 @@ def sparse_losses(
     if gradient is not None:
         store_slots[(rows,)](packed_ids, values, gradient, weights, gradient.stride(0), SLOTS=slots)
     return losses
+
+
+sparse_rows = torch.library.custom_op(
+    "kd_kernels::sparse_rows", sparse_losses, mutates_args=("gradient",)
+)
+"""``sparse_losses`` as an operator, which torch.compile keeps in one graph."""
+
+
+@sparse_rows.register_fake
+def _losses_of(student: Tensor, *rest: object, **numbers: object) -> Tensor:
+    return student.new_empty(student.shape[0], dtype=torch.float32)
 
 
 def pack_targets(ids: Tensor, log_p: Tensor, log_tail: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""The tail of a sparse teacher: the probability outside its K tokens, at the loss temperature.
+"""A sparse teacher: K tokens and a tail, moved to the loss temperature and compared.
+
+``canonical`` gives its rows with unique ids at the loss temperature, whatever was stored.
 
 With l the log-probabilities at the capture temperature T_c and u = T_c / T, the K + 1 outcomes at
 T have the masses exp(u * l_i) of the K tokens and exp(A(u)) of the tail, normalised, where
@@ -19,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.losses.inputs import TAIL_RULES, TopK
+from kd.losses.divergences import bounded_terms, head_mask, raw_terms
+from kd.losses.inputs import TopK
+from kd.losses.problem import Objective, SparseRows
 
 
 def resolution(dtype: torch.dtype) -> float:
@@ -70,6 +74,33 @@ def lagrange(nodes: Sequence[float], at: float) -> list[float]:
     ]
 
 
+def merge_duplicates(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the probabilities of ids that repeat in a row.
+
+    ids, logprobs: [N, K]. Returns the same shapes, freed slots at id -1 and -inf. Empty slots
+    (id -1) come back with log-prob -inf whatever they held.
+    """
+    logprobs = logprobs.masked_fill(ids < 0, -torch.inf)
+    if ids.shape[1] < 2:
+        return ids, logprobs
+    sorted_ids, order = ids.sort(dim=1, stable=True)
+    repeats = (sorted_ids[:, 1:] == sorted_ids[:, :-1]) & (sorted_ids[:, 1:] >= 0)
+    looks = ids.device.type == "cpu" and not torch.compiler.is_compiling()  # free, no sync
+    if looks and not bool(repeats.any()):
+        return ids, logprobs
+    log_sorted = logprobs.gather(1, order)
+    first = torch.ones_like(sorted_ids, dtype=torch.bool)
+    first[:, 1:] = ~repeats
+    group = first.cumsum(1) - 1  # [N, K] slot of the run that an entry belongs to
+    peak = torch.full_like(log_sorted, -torch.inf).scatter_reduce(1, group, log_sorted, "amax")
+    shift = peak.clamp(min=torch.finfo(peak.dtype).min)
+    mass = torch.zeros_like(log_sorted).scatter_add(
+        1, group, (log_sorted - shift.gather(1, group)).exp()
+    )
+    merged = torch.full_like(ids, -1).scatter(1, group, sorted_ids)
+    return merged, torch.where(merged < 0, -torch.inf, shift + mass.log())
+
+
 def at_temperature(
     logprobs: Tensor,
     log_tail: Tensor,
@@ -107,36 +138,55 @@ def at_temperature(
     return (entries - norm).to(dtype), moved.to(dtype)
 
 
-def check_temperature(
-    where: str,
-    temperature: float,
-    captured: float,
-    tail: str,
-    tail_temperatures: Sequence[float],
-    rule: str | None,
-) -> None:
-    """Refuse a loss at another temperature than the capture's where the tail there is unknown.
-
-    Raises:
-        ValueError: saying what a spread tail does, and the ways out.
-    """
-    if rule is not None and rule not in TAIL_RULES:
-        raise ValueError(
-            f"{where}: tail_at_temperature must be one of {', '.join(TAIL_RULES)} or None, got "
-            f"{rule!r}."
+def canonical(
+    teacher: TopK, rows: Tensor | slice, objective: Objective, dtype: torch.dtype
+) -> SparseRows:
+    """Rows of a teacher: repeats merged, the tail split off, at the loss temperature."""
+    ids = teacher.ids[rows].long()
+    stored = teacher.logprobs[rows]
+    stored = stored if stored.dtype == torch.float64 else stored.float()
+    ids, log_p = merge_duplicates(ids, stored)
+    tail_tokens = objective.vocab_size - (ids >= 0).sum(-1, keepdim=True)
+    log_tail = log_complement(log_p)
+    if teacher.tail == "renormalize":
+        norm = torch.logsumexp(log_p, -1, keepdim=True)
+        # A row without an entry has nothing to rescale: all in the tail, it says nothing.
+        log_tail = torch.where(norm == -torch.inf, 0.0, -torch.inf).to(log_tail.dtype)
+        log_p = torch.where(norm == -torch.inf, log_p, log_p - norm)
+    log_tail = log_tail.masked_fill(tail_tokens == 0, -torch.inf)
+    ratio = teacher.temperature / objective.temperature
+    known = log_partition(teacher, rows, objective.temperature)
+    if ratio != 1 or known is not None:
+        log_p, log_tail = at_temperature(
+            log_p, log_tail, tail_tokens, ratio, known, teacher.tail_at_temperature
         )
-    if tail != "bucket" or temperature == captured or rule is not None:
-        return
-    if covers(tail_temperatures, temperature):
-        return
-    known = ""
-    if tail_temperatures:
-        known = f" or from {min(tail_temperatures):g} to {max(tail_temperatures):g} (stored tails)"
-    raise ValueError(
-        f"{where}: temperature must be what the top-k targets were captured at ({captured:g})"
-        f"{known}, got {temperature:g}. The tail's mass at another temperature is not in them: "
-        "captured at 1 and used at 2, SmolLM2's trained a student to a held-out KL of 1.44 as "
-        "'spread' and 1.83 as 'one_outcome', where stored tails gave 1.25. Capture at "
-        f"temperature {temperature:g}, or again with stored tails (kd cache build, "
-        "tail_temperatures), or name a rule: tail_at_temperature='spread' or 'one_outcome'."
-    )
+    return SparseRows(ids, log_p.to(dtype), log_tail.to(dtype), teacher.tail)
+
+
+def densify(sparse: SparseRows, vocab_size: int, first: int, columns: int) -> Tensor:
+    """Log-probs [R, columns], from token ``first`` on, where the tail is spread evenly over the
+    other tokens of the vocabulary."""
+    count = (vocab_size - (sparse.ids >= 0).sum(-1, keepdim=True)).to(sparse.log_p.dtype)
+    fill = sparse.log_tail - count.clamp(min=1).log()
+    # One column past the end takes the empty slots, and tokens outside the columns.
+    dense = fill.expand(-1, columns + 1).clone()
+    index = sparse.ids - first
+    index = torch.where((sparse.ids < 0) | (index < 0) | (index >= columns), columns, index)
+    return dense.scatter_(1, index, sparse.log_p)[:, :columns]
+
+
+def outcome_terms(sparse: SparseRows, log_q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(value [R], d value / d z~ [R, K + 1]) on the outcomes: K stored tokens and the tail.
+
+    log_q [R, K + 1] float64. With tail="drop" p holds raw masses and no distribution.
+    """
+    d, bound = objective.divergence, objective.min_logprob
+    log_p = torch.cat([sparse.log_p, sparse.log_tail], -1).to(log_q.dtype)
+    p, q = log_p.exp(), log_q.exp()
+    if sparse.tail == "drop":
+        p[:, -1] = 0
+        phi, h = raw_terms(p, log_p, log_q, bound)
+    else:
+        head = head_mask(p, d.head_mass) if d.needs_head else None
+        phi, h = bounded_terms(d, p, q, log_p, log_q, bound, head)
+    return phi.sum(-1), h - q * h.sum(-1, keepdim=True)

@@ -1,25 +1,32 @@
-"""Rows across ranks: what crosses, and the losses and gradients that follow from it.
+"""Rows across ranks that hold parts of the vocabulary: what crosses, and what follows from it.
 
 One SUM all-reduce of a few numbers a row makes every rank's statistics everyone's: each rank adds
 into its own slot, so no MAX goes before it, nothing overflows, underflows or rounds on the way, and
 every rank combines the same numbers in the same order. What only one rank has (the student's logits
-at stored tokens and labels) is added beside the slots.
+at stored tokens and labels) is added beside the slots. A rank's own part: kd.losses.columns.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kd.losses.rows import WIDE_TEMPERATURE, SparseRows, sparse_terms
-from kd.losses.shards import Numbers, Tile, final_logits, merge, normaliser
-from kd.losses.torch_backend import Problem, compute_dtype
-from kd.losses.triton_backend import kernel_divergence
+from kd.losses.columns import (
+    IN_TORCH,
+    Columns,
+    Numbers,
+    by_kernels,
+    compute_dtype,
+    final_logits,
+    times,
+)
+from kd.losses.problem import Backend, SparseRows, Tile
+from kd.losses.rows_torch import WIDE_TEMPERATURE
+from kd.losses.sparse import densify, outcome_terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Shard:
     ranks: int
     first: int
     live: int
+    reduce_hidden: bool
 
     def columns(self, ids: Tensor) -> Tensor:
         """Token ids as columns of this shard, -1 where they are another's."""
@@ -67,45 +75,115 @@ class Known:
     hard: Tensor | None = None  # [R, K] softmax at T = 1, less one at the label
 
 
-@dataclasses.dataclass(frozen=True)
-class Sharded:
-    """A loss over shards: the problem of this rank's columns, and how rows count."""
+def backend(shard: Shard, on_triton: bool) -> Backend:
+    """A backend for one loss; what crossed ranks in a forward without gradients is kept, so that
+    its backward needs no collective but the hidden states' own."""
+    kept: dict[int, Known] = {}
+    parts = by_kernels() if on_triton else IN_TORCH
 
-    problem: Problem  # vocab_size in the objective is the whole vocabulary's
-    weight: Tensor  # [N]
-    shard: Shard
-    backend: ModuleType
-    reduce_hidden: bool
+    def rows(tile: Tile) -> Tensor:
+        tile, sparse, label = _of_this_rank(tile, shard)
+        known = kept.get(tile.first)
+        if known is None:
+            known = solve(tile, sparse, label, shard, parts)
+        if tile.gradient is None:
+            kept[tile.first] = known
+        else:
+            tile_gradient_(tile, known, parts)
+        return known.losses
+
+    return Backend(rows, wide=on_triton, fused=on_triton)
 
 
-def solve(tile: Tile, sparse: SparseRows | None, sharded: Sharded, label: Tensor | None) -> Known:
+def _of_this_rank(tile: Tile, shard: Shard) -> tuple[Tile, SparseRows | None, Tensor | None]:
+    """(the tile with this rank's columns alone, a sparse teacher's rows, labels as token ids)."""
+    teacher, transform, sparse = tile.teacher, tile.teacher_transform, None
+    if isinstance(teacher, SparseRows):
+        sparse, teacher = teacher, None
+        if sparse.tail == "uniform":  # log-probs, which are at the temperature already
+            teacher = densify(sparse, tile.objective.vocab_size, shard.first, shard.live)
+            transform, sparse = (tile.objective.temperature, None), None
+    label = None if tile.labels is None else tile.labels.long()
+    weight = tile.student.new_ones(len(tile.student)) if tile.weight is None else tile.weight
+    local = dataclasses.replace(
+        tile,
+        student=tile.student[:, : shard.live],
+        teacher=None if teacher is None else teacher[:, : shard.live],
+        labels=None if label is None else shard.columns(label),
+        weight=weight,
+        teacher_transform=transform,
+    )
+    return local, sparse, label
+
+
+def solve(
+    tile: Tile, sparse: SparseRows | None, label: Tensor | None, shard: Shard, parts: Columns
+) -> Known:
     """The losses of a tile's rows, across ranks. label [R] token ids where they enter the loss."""
-    unit = sharded.backend.UNIT
+    assert tile.weight is not None
     if label is None:
         owned = tile.weight.new_zeros((len(tile.weight), 0))
     else:
         assert tile.labels is not None
         owned = _picked(tile, tile.labels.unsqueeze(1))[0]
     if sparse is not None:
-        known = _solve_sparse(tile, sparse, sharded, label, owned)
+        known = _solve_sparse(tile, sparse, shard, parts, label, owned)
     else:
-        known = _solve_dense(tile, sharded, owned, unit)
+        known = _solve_dense(tile, shard, parts, owned)
     return dataclasses.replace(known, losses=known.losses.masked_fill(tile.weight == 0, 0.0))
 
 
-def _solve_dense(tile: Tile, sharded: Sharded, owned: Tensor, unit: float) -> Known:
-    objective, backend, shard = tile.objective, sharded.backend, sharded.shard
+def normaliser(peak: Tensor, total: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(top [R, 1], log-sum above it [R, 1], each rank's share [R, ranks]) in float64."""
+    peak, total = peak.double(), total.double()
+    top = peak.amax(-1, keepdim=True).clamp(min=-1e30)
+    mass = times(total, torch.exp((peak - top) * unit))
+    whole = mass.sum(-1, keepdim=True)
+    return top, whole.log() / unit, mass / whole
+
+
+def merge(
+    stats: Tensor, *, gap: str, temperature: float, unit: float
+) -> tuple[Tensor | None, Numbers]:
+    """(value [R, 1] in nats where the gap gives it, the rows' numbers) of every rank's statistics.
+
+    stats: [R, ranks, 7], the same on every rank, so the results are too.
+    """
+    peak, total, t_peak, t_total, reference, mean, hard = stats.double().unbind(-1)
+    s_top, s_log, s_share = normaliser(peak, total, unit)
+    s_log = s_log.masked_fill(s_log == -torch.inf, torch.nan)  # no token lives: no distribution
+    zero = torch.zeros_like(s_top)
+    t_top, t_log, t_share = (zero, zero, zero)
+    if gap:
+        t_top, t_log, t_share = normaliser(t_peak, t_total, unit)
+        t_log = t_log.masked_fill(t_log == -torch.inf, torch.nan)
+    value, h_sum, shift = None, zero, zero
+    if gap == "forward":
+        mean_gap = times(t_share, reference + mean).sum(-1, keepdim=True)
+        value = unit * (mean_gap + (s_top - t_top) + (s_log - t_log))
+    elif gap == "reverse":
+        mean_gap = times(s_share, reference + mean).sum(-1, keepdim=True)
+        value = unit * (mean_gap + (t_top - s_top) + (t_log - s_log))
+        shift = reference.gather(1, s_share.nan_to_num(-1.0).argmax(-1, keepdim=True))
+        h_sum = unit * times(s_share, (reference - shift) + mean).sum(-1, keepdim=True)
+    hard_mass = times(hard, torch.exp((peak - s_top) * (unit * temperature)))
+    hard_log = hard_mass.sum(-1, keepdim=True).log() / unit
+    return value, Numbers(s_top, s_log, t_top, t_log, h_sum, shift, hard_log)
+
+
+def _solve_dense(tile: Tile, shard: Shard, parts: Columns, owned: Tensor) -> Known:
+    objective, unit = tile.objective, parts.unit
     gap = ""
     if tile.teacher is not None:
-        kind = kernel_divergence(objective.divergence)
+        kind = objective.divergence.kernel
         names = {"forward_kl": "forward", "reverse_kl": "reverse"}
         plain = objective.min_logprob is None and objective.temperature < WIDE_TEMPERATURE
         gap = names.get(kind, "neither") if plain else "neither"
-    stats = backend.statistics(tile, gap=gap, hard=owned.shape[1] > 0)
+    stats = parts.statistics(tile, gap=gap)
     every, label_logit = shard.exchange(stats, owned.to(stats.dtype) / unit)
     value, numbers = merge(every, gap=gap, temperature=objective.temperature, unit=unit)
     if gap == "neither":
-        value, h_sum = shard.all_reduce(backend.sums(tile, numbers)).double().split(1, -1)
+        value, h_sum = shard.all_reduce(parts.sums(tile, numbers)).double().split(1, -1)
         numbers = dataclasses.replace(numbers, h_sum=h_sum)
     loss = torch.zeros_like(numbers.s_top) if value is None else objective.kd_weight * value
     if owned.shape[1]:
@@ -116,8 +194,8 @@ def _solve_dense(tile: Tile, sharded: Sharded, owned: Tensor, unit: float) -> Kn
 
 def _picked(tile: Tile, columns: Tensor) -> tuple[Tensor, Tensor]:
     """(logits at the temperature in nats, their slope) at columns [R, K], 0 where it is -1."""
-    if tile.student.shape[1] == 0:
-        zeros = tile.weight.new_zeros(columns.shape, dtype=compute_dtype(tile.student.dtype))
+    if tile.columns == 0:
+        zeros = tile.student.new_zeros(columns.shape, dtype=compute_dtype(tile.student))
         return zeros, zeros
     raw = tile.student.gather(1, columns.clamp(min=0))
     z, slope = final_logits(raw, tile.student_transform, tile.objective.temperature)
@@ -126,15 +204,20 @@ def _picked(tile: Tile, columns: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_sparse(
-    tile: Tile, sparse: SparseRows, sharded: Sharded, label: Tensor | None, owned: Tensor
+    tile: Tile,
+    sparse: SparseRows,
+    shard: Shard,
+    parts: Columns,
+    label: Tensor | None,
+    owned: Tensor,
 ) -> Known:
     """K stored tokens and a tail: each rank's tail is a number, and the rest is O(N * K)."""
-    objective, backend, unit = tile.objective, sharded.backend, sharded.backend.UNIT
+    objective, unit = tile.objective, parts.unit
     temperature = objective.temperature
-    columns, stored = sharded.shard.columns(sparse.ids), sparse.ids.shape[1]
-    stats = backend.statistics(tile, gap="", hard=label is not None, ids=columns)
+    columns, stored = shard.columns(sparse.ids), sparse.ids.shape[1]
+    stats = parts.statistics(tile, ids=columns)
     at_ids, _ = _picked(tile, columns)
-    every, owned = sharded.shard.exchange(stats, torch.cat([at_ids, owned], -1).to(stats.dtype))
+    every, owned = shard.exchange(stats, torch.cat([at_ids, owned], -1).to(stats.dtype))
     at_ids = owned[:, :stored].double().masked_fill(sparse.ids < 0, -torch.inf)
     tail_top, tail_log, _ = normaliser(every[..., 0], every[..., 1], unit)
     tail_top = unit * tail_top  # nats from here on
@@ -143,7 +226,7 @@ def _solve_sparse(
     tail = (tail_top - peak) + unit * tail_log
     outcomes = torch.cat([at_ids - peak, tail], -1)
     log_q = torch.log_softmax(outcomes, -1)
-    value, soft = (x.to(stats.dtype) for x in _outcomes(sparse, log_q, tile))
+    value, soft = (x.to(stats.dtype) for x in outcome_terms(sparse, log_q, objective))
     loss, soft = objective.kd_weight * value, objective.kd_weight * soft
     hard = None
     hard_log = torch.zeros_like(peak)
@@ -161,34 +244,23 @@ def _solve_sparse(
     return Known(loss, numbers, columns, soft, hard)
 
 
-def _outcomes(sparse: SparseRows, log_q: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """(value [R], d value / d z~ [R, K + 1]) on the stored tokens and the tail."""
-    log_p = torch.cat([sparse.log_p, sparse.log_tail], -1).to(log_q.dtype)
-    p, q = log_p.exp(), log_q.exp()
-    if sparse.tail == "drop":
-        p[:, -1] = 0
-    phi, h = sparse_terms(sparse.tail, p, q, log_p, log_q, tile.objective)
-    return phi.sum(-1), h - q * h.sum(-1, keepdim=True)
-
-
-def tile_gradient_(
-    out: Tensor, tile: Tile, known: Known, coefficient: Tensor, backend: ModuleType, hard: bool
-) -> None:
-    """Write the gradient of sum(coefficient * losses) with respect to the tile's raw logits."""
-    objective = tile.objective
+def tile_gradient_(tile: Tile, known: Known, parts: Columns) -> None:
+    """Write the gradient of sum(weight * losses) with respect to the tile's raw logits."""
+    objective, out = tile.objective, tile.gradient
+    assert out is not None and tile.weight is not None
     if known.columns is None:
         kind = "none"
         if tile.teacher is not None:
-            kind = kernel_divergence(objective.divergence)
-        backend.gradient_(out, tile, known.numbers, coefficient, kind=kind, hard=hard)
+            kind = objective.divergence.kernel
+        parts.gradient_(tile, known.numbers, kind=kind)
         return
-    weight = coefficient.double().unsqueeze(1)
+    weight = tile.weight.double().unsqueeze(1)
     assert known.soft is not None
     soft = known.soft * (weight / objective.temperature)
     numbers = dataclasses.replace(known.numbers, h_sum=soft[:, -1:])
     _, slope = _picked(tile, known.columns)
-    backend.gradient_(out, tile, numbers, coefficient, kind="tail", hard=hard)
-    if tile.student.shape[1] == 0 or known.columns.shape[1] == 0:
+    parts.gradient_(tile, numbers, kind="tail")
+    if tile.columns == 0 or known.columns.shape[1] == 0:
         return
     value = soft[:, :-1]
     if known.hard is not None:
