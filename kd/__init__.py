@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """The losses, and torch with them, when one is first asked for: ``kd --help`` is not kept."""
     if name == "__all__":
-        return [*importlib.import_module("kd.losses").__all__, "__version__"]
+        return sorted([*importlib.import_module("kd.losses").__all__, "__version__"])
     if not name.startswith("_"):
         losses = importlib.import_module("kd.losses")
         if name == "losses" or name in losses.__all__:

@@ -101,13 +101,13 @@ MUTATIONS = [
     ),
     edit(
         "mean over the vocabulary",
-        *(api, "solve", "scale_of(weight, reduction, num_items)"),
-        "scale_of(weight, reduction, num_items) / objective.vocab_size",
+        *(api, "_computed", "scale_of(problem.weight, reduction, num_items)"),
+        "scale_of(problem.weight, reduction, num_items) / problem.columns",
         regressions.test_mean_is_over_tokens_and_not_over_the_vocabulary,
     ),
     edit(
         "divided by the token count twice",
-        *(api, "scale_of", "1 / total)", "1 / total**2)"),
+        *(api, "scale_of", "return 1 / counted", "return 1 / counted**2"),
         regressions.test_tokens_are_divided_by_once,
     ),
     edit(
@@ -432,7 +432,7 @@ MUTATIONS = [
     ),
     edit(
         "one row of padding and tokens taken for a row of tokens",
-        *(rows_torch, "rows", "live = None if gradient is None else gradient[:, :vocab]"),
+        *(rows_torch, "rows", "live = None if gradient is None else _columns(gradient, vocab)"),
         "live = gradient",
         *(faults.test_one_row_with_padding, (1, 8), "cross_entropy", "torch", True),
     ),
