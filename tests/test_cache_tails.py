@@ -13,9 +13,9 @@ from kd.cache import CacheWriter, TeacherCache
 from kd.cache.merge import merge_caches
 from kd.cache.tails import DEFAULT, STEPS, coding_order
 from kd.cache.verify import verify_cache
+from kd.cli.cache import tail_temperatures
 from kd.teachers import Selection, build_cache
 from kd.teachers.build import cache_meta
-from kd.teachers.cli import tail_temperatures
 
 CODECS = ("float32", "log8", "compact")
 

@@ -1,6 +1,7 @@
 """The command line: help that teaches, errors in one line, completion, doctor."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,6 @@ import sys
 import pytest
 
 from kd.cli import doctor
-from kd.cli.completion import words
 from kd.cli.main import AREAS, main, one_line
 
 
@@ -75,28 +75,72 @@ def test_a_wrong_option_is_status_two(capsys):
     assert "unrecognized arguments" in capsys.readouterr().err
 
 
-def test_completion_knows_commands_recipes_presets_and_options():
-    known = words()
-    assert {"run", "recipes", "cache", "evaluate", "completion"} <= set(known[""])
-    assert {"heal", "quickstart"} <= set(known["run"])
-    assert {"offline", "7B", "--dry-run", "--kd.learning-rate"} <= set(known["run r1_to_qwen"])
-    assert "verify" in known["cache"] and "--teacher" in known["cache build"]
+def completed(line, folder):
+    """What kd answers to a shell that has this line when Tab is pressed."""
+    answer = folder / "answer"
+    environment = os.environ | {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_SHELL": "bash",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+    }
+    answer.write_text("")
+    subprocess.run([sys.executable, "-m", "kd"], env=environment, check=True)
+    return {word.strip() for word in answer.read_text().split("\n") if word}
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("kd ", {"run", "recipes", "cache", "evaluate", "completion"}),
+        ("kd run ", {"heal", "quickstart"}),
+        ("kd recipes ", {"heal", "quickstart"}),
+        ("kd run r1_to_qwen ", {"offline", "7B"}),
+        ("kd run r1_to_qwen 7B --", {"--dry-run", "--kd.learning-rate", "--check"}),
+        ("kd cache ", {"verify", "build"}),
+        ("kd cache build --", {"--teacher"}),
+        ("kd cache build --selection ", {"top_p", "hybrid"}),
+    ],
+)
+def test_completion_knows_commands_recipes_presets_and_options(line, expected, tmp_path):
+    pytest.importorskip("argcomplete")
+    assert expected <= completed(line, tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_bash_script_completes(tmp_path, capsys):
+    pytest.importorskip("argcomplete")
     assert main(["completion", "bash"]) == 0
     (tmp_path / "kd.sh").write_text(capsys.readouterr().out)
+    (tmp_path / "kd").write_text(f'#!/bin/sh\nexec {sys.executable} -m kd "$@"\n')
+    (tmp_path / "kd").chmod(0o755)
     script = (
-        f"source {tmp_path}/kd.sh\n"
-        't() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _kd; echo "${COMPREPLY[@]}"; }\n'
+        f"PATH={tmp_path}:$PATH; source {tmp_path}/kd.sh\n"
+        't() { COMP_LINE="$*" COMP_POINT=${#COMP_LINE}; COMP_WORDS=("$@"); COMP_TYPE=9\n'
+        "COMP_CWORD=$(($# - 1)); _python_argcomplete kd; echo ${COMPREPLY[@]}; }\n"
         "t kd ev; t kd run hea; t kd run r1_to_qwen off; t kd run heal --drop; t kd cache veri\n"
     )
     found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["evaluate", "heal", "offline", "--drop-layers", "verify"]
-    for shell, mark in (("zsh", "bashcompinit"), ("fish", "complete -c kd")):
+    for shell, mark in (("zsh", "compdef"), ("fish", "complete --command kd")):
         assert main(["completion", shell]) == 0
         assert mark in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", *sorted(set(AREAS) - {"doctor"})])
+def test_help_loads_neither_torch_nor_transformers(command):
+    words = [command, "--help"] if command else ["--help"]
+    code = (
+        "import sys; from kd.cli import main; "
+        f"status = main({words!r}); "
+        "heavy = {'torch', 'transformers', 'matplotlib'}; "
+        "assert status == 0; print(sorted(heavy & {*sys.modules}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.endswith("[]\n"), found.stdout[-200:]
 
 
 def test_doctor_says_what_will_be_used_and_why(capsys):

@@ -264,7 +264,7 @@ def test_the_tolerance_is_relative_to_the_reference():
 def test_one_registry_gives_one_answer_everywhere():
     """ "The answer is 7." under exact, by the library, both commands and a recipe's stage."""
     from kd.cli.evaluate import ALONE
-    from kd.traces.cli import NAMES
+    from kd.cli.traces import NAMES
 
     assert set(ALONE) < set(NAMES) < set(VERIFIERS)
     assert Exact()(Trace("q", "t", "The answer is 7.", reference="7")).correct

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,13 @@ def add_parser(subparsers: Any) -> None:
     how = parser.add_argument_group("how answers are drawn and judged")
     how.add_argument("--verifier", choices=ALONE, help=f"default: gym for gym:, else {DEFAULT}")
     how.add_argument("--samples", type=int, default=1, help="answers to each problem (1)")
-    how.add_argument("--pass-at", default="1", help="such as 1,4; at most --samples (1)")
+    how.add_argument(
+        "--pass-at",
+        type=_numbers,
+        default=(1,),
+        metavar="K,K,...",
+        help="such as 1,4; at most --samples (1)",
+    )
     how.add_argument("--temperature", type=float, help="0 is greedy; default 0, or 0.6 for several")
     how.add_argument("--top-p", type=float, default=0.95)
     how.add_argument(
@@ -53,7 +60,9 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument("--batch-size", type=int, default=16, help="answers drawn side by side (16)")
     how.add_argument("--limit", type=int, default=0, help="only the first so many problems")
     how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--no-chat", action="store_true", help="prompts are raw text, no template")
+    how.add_argument(
+        "--no-chat", action="store_false", dest="chat", help="prompts are raw text, no template"
+    )
     how.add_argument("--server", help="ask this OpenAI-compatible server; MODEL is its name there")
     how.add_argument("--key-variable", default="", help="environment variable with the API key")
     parser.add_argument("--output", type=Path, help="folder for report.html and results.json")
@@ -62,31 +71,23 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure what was asked for, print it, and write the page."""
-    if not (args.problems or args.text or args.cache):
-        raise ValueError(
-            "kd evaluate: something to measure must be given, got none. Add --problems, --text, "
-            "or --traces with --cache."
-        )
-    if bool(args.cache) != bool(args.traces):
-        raise ValueError("kd evaluate: --cache and --traces must be given together, got one.")
-    if args.server and (args.text or args.cache):
-        raise ValueError(
-            "kd evaluate: --server must be used with --problems alone, got --text or --cache too. "
-            "They need the model's own probabilities: give a local model."
-        )
     labels = dict(_label(name) for name in args.models)
     if len(labels) < len(args.models):
         raise ValueError("kd evaluate: models must have different labels. Write label=model.")
     if (args.problems or "").startswith("lm-eval:"):
         return _lm_eval(args, labels)
 
-    from kd.cli.measure import Measured, measure, write_page
+    from kd.evaluation.measure import Plan, measure
+    from kd.evaluation.summary import summarise
+    from kd.recipe import Progress
 
-    found: dict[str, Measured] = {}
-    for label, model in labels.items():
-        found[label] = measure(label, model, args)
-    text = write_page(found, args)
+    plan = Plan(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)})
+    found = {label: measure(label, model, plan, Progress) for label, model in labels.items()}
+    text, page = summarise(found, plan)
     print(text)
+    if args.output:
+        print(f"\nreport: {page.save(args.output / 'report.html')}")
+        _save(args.output, {label: one.to_dict() for label, one in found.items()})
     return 0
 
 
@@ -105,6 +106,14 @@ def _lm_eval(args: argparse.Namespace, labels: dict[str, str]) -> int:
         for name, value in figures.items():
             print(f"  {name:<32} {value:.4f}")
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "results.json").write_text(json.dumps(found, indent=1))
+        _save(args.output, found)
     return 0
+
+
+def _save(folder: Path, results: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))

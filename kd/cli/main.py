@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from kd.cli import completion
+
 DESCRIPTION = """\
 Distil large language models: reasoning traces, cached teacher logits, students, reports.
 
@@ -23,8 +25,8 @@ EPILOG = "Errors are one line with the fix; --debug (anywhere) shows the traceba
 
 # Areas that bring their own subcommand; loaded only when it is asked for.
 AREAS = {
-    "cache": ("kd.teachers.cli", "build, verify and convert caches of teacher log-probabilities"),
-    "traces": ("kd.traces.cli", "load, verify, filter, mix and render reasoning traces"),
+    "cache": ("kd.cli.cache", "build, verify and convert caches of teacher log-probabilities"),
+    "traces": ("kd.cli.traces", "load, verify, filter, mix and render reasoning traces"),
     "evaluate": ("kd.cli.evaluate", "score models on problems, on text, and beside a teacher"),
     "doctor": ("kd.cli.doctor", "what this machine has, and what kd will use"),
     "completion": ("kd.cli.completion", "print a script that completes kd's words with Tab"),
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("KD_DEBUG") == "1"
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        if completion.asked():
+            completion.complete()
         return _dispatch(arguments)
     except KeyboardInterrupt:
         print("stopped: run the same command again to continue.", file=sys.stderr)
@@ -100,9 +104,15 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     recipes = subparsers.add_parser("recipes", help="list the recipes and their presets")
-    recipes.add_argument("name", nargs="?", help="show this recipe's documentation and presets")
+    words = "show this recipe's documentation and presets"
+    named = recipes.add_argument("name", nargs="?", help=words)
+    named.completer = completion.recipe_names  # type: ignore[attr-defined]
     recipes.set_defaults(run=_recipes)
-    subparsers.add_parser("run", help="run a recipe: kd run NAME [PRESET] [--field value ...]")
+    run = subparsers.add_parser(
+        "run", help="run a recipe: kd run NAME [PRESET] [--field value ...]"
+    )
+    if command == "run":
+        completion.add_recipes(run)
     for name, (module, summary) in AREAS.items():
         if name == command:
             importlib.import_module(module).add_parser(subparsers)

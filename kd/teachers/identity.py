@@ -1,13 +1,16 @@
-"""Who the teacher is: enough to notice another revision, quantisation or adapter."""
+"""Who the teacher is: it and its tokenizer, and what notices another revision or adapter."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from kd.models import load_model, load_tokenizer
 
 # Fields of a config that change without the model changing.
 VOLATILE = (
@@ -73,3 +76,61 @@ def _dtype(model: Any) -> torch.dtype:
 
 def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def load_teacher(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> tuple[Any, Any]:
+    """A teacher, and the tokenizer that renders its data.
+
+    Args:
+        name: a transformers model: a hub id or a folder.
+        revision: of the teacher on the hub.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16" or "float16".
+        device: the GPU where there is one when None.
+        tokenizer: whose chat template renders the data, when not the teacher's own: it must have
+            the same vocabulary.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer; None in its place where the teacher's
+        folder has none.
+
+    Raises:
+        OSError: one of them cannot be loaded.
+        ValueError: the tokenizer has another vocabulary than the teacher's own.
+    """
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = load_model(name, on=device, revision=revision, dtype=kind).eval()
+    own = load_tokenizer(name, revision=revision) if _has_tokenizer(Path(name)) else None
+    if tokenizer is None:
+        return model, own
+    other = load_tokenizer(tokenizer)
+    if own is not None:
+        _refuse_other_ids(own, other)
+    return model, other
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """False where a folder has no files of one: transformers would make it up."""
+    return not folder.is_dir() or any(
+        path.name.startswith(("tokenizer", "vocab", "spiece")) or path.suffix == ".tiktoken"
+        for path in folder.iterdir()
+    )
+
+
+def _refuse_other_ids(teacher: Any, student: Any) -> None:
+    from kd.vocab import vocabulary_diff
+
+    diff = vocabulary_diff(teacher, student)
+    added = [token for _, token, ours in diff.special if ours is None]  # the teacher's own
+    if diff.ordinary or diff.probes or len(added) < len(diff.special):
+        raise ValueError(
+            "load_teacher: tokenizer must have the teacher's vocabulary, and may differ in its "
+            f"chat template alone, got\n{diff}\nCapture with the teacher's own and translate the "
+            "cache (kd.recipe.translate), as the recipe r1_to_qwen does."
+        )

@@ -98,6 +98,8 @@ def _lengths_figure(values: Sequence[int], bins: int = 24) -> Any:
     axes.hist([max(value, 1) for value in values], edges, color=KEPT)
     axes.set_xscale("log")
     axes.set_xlim(1, top)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
     return figure
 
 

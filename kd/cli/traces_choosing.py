@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kd.cli.traces_verbs import counts_of, finish, reread, tell
 from kd.models import load_tokenizer
 from kd.traces.trace import Trace
-from kd.traces.verbs import counts_of, finish, reread, tell
 from kd.traces.yields import Yield
 
 

@@ -224,7 +224,7 @@ def _backend(name: str) -> Any:
 
 
 def run_render(args: argparse.Namespace) -> int:
-    from kd.traces.cli import rendering_options
+    from kd.cli.options import rendering_options
     from kd.traces.files import write_rows
     from kd.traces.packing import pack
     from kd.traces.rows import AnyRenderer, render_rows

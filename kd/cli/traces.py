@@ -1,19 +1,30 @@
-"""``kd traces``: its verbs and their options; verbs.py does the work."""
+"""``kd traces``: its verbs and their options."""
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
 from typing import Any
 
-from kd.traces.clock import DATE
-from kd.traces.trace import TAGS
+from kd.cli import traces_choosing, traces_verbs
+from kd.cli.options import add_rendering
 from kd.traces.verifiers import VERIFIERS
 from kd.traces.verifiers.registry import DEFAULT
 from kd.traces.verifiers.verdict import STATUSES
 
 NAMES = tuple(name for name in VERIFIERS if name != "judge")  # that is a verb of its own
+RUN = {
+    "load": traces_verbs.run_load,
+    "generate": traces_verbs.run_generate,
+    "verify": traces_verbs.run_verify,
+    "judge": traces_verbs.run_judge,
+    "select": traces_choosing.run_select,
+    "filter": traces_choosing.run_filter,
+    "mix": traces_choosing.run_mix,
+    "render": traces_verbs.run_render,
+    "report": traces_verbs.run_report,
+    "sandbox": traces_verbs.run_sandbox,
+    "demo": traces_verbs.run_demo,
+}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
             made.add_argument("input", nargs=inputs, help="files, folders or owner/name of the hub")
         made.add_argument("-o", "--output", help="file (.jsonl, .jsonl.gz or .parquet)")
         made.add_argument("--report", help="JSON file of counts; added to when it exists")
-        made.set_defaults(run=_later(name))
+        made.set_defaults(run=RUN[name])
         return made
 
     load = verb("load", "read any known shape, write traces")
@@ -123,46 +134,6 @@ def _column(verb: Any) -> None:
     )
 
 
-def add_rendering(verb: Any) -> None:
-    """The options on which a rendering depends: the same for what is captured and trained on."""
-    verb.add_argument(
-        "--date",
-        default=DATE,
-        help="YYYY-MM-DD, told to a chat template that prints today's date (default: %(default)s, "
-        "on every day)",
-    )
-    verb.add_argument(
-        "--tags",
-        choices=[*sorted(TAGS), "template"],
-        default="r1",
-        help="how a thought is written; template: as the chat template does (default: %(default)s)",
-    )
-    verb.add_argument(
-        "--template-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="for the chat template, such as enable_thinking=true; may be given again",
-    )
-
-
-def rendering_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``add_rendering`` read, for a ``Renderer``."""
-    options = {}
-    for given in args.template_option:
-        name, found, value = given.partition("=")
-        if not found or not name.isidentifier():
-            raise ValueError(
-                "--template-option must be NAME=VALUE, such as enable_thinking=true, got "
-                f"{given!r}."
-            )
-        try:
-            options[name] = json.loads(value)
-        except ValueError:  # a word
-            options[name] = value
-    return {"date": args.date, "tags": TAGS.get(args.tags), "template_options": options}
-
-
 def _serving(verb: Any, required: bool = False) -> None:
     address = "OpenAI-compatible address, such as http://host:8000/v1"
     verb.add_argument("--server", required=required, help=address)
@@ -194,16 +165,3 @@ def _deciding(verb: Any) -> None:
         help="let tests that run beside the program make it correct; it could make them hold",
     )
     verb.add_argument("--journal", help="verdicts so far; a rerun continues from it")
-
-
-def _later(name: str) -> Callable[[argparse.Namespace], int]:
-    """The verb's function, imported when it runs."""
-
-    def run(args: argparse.Namespace) -> int:
-        from kd.traces import choosing_verbs, verbs
-
-        module = choosing_verbs if name in ("select", "filter", "mix") else verbs
-        found: Callable[[argparse.Namespace], int] = getattr(module, f"run_{name}")
-        return found(args)
-
-    return run
