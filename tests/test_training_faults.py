@@ -23,7 +23,8 @@ from kd.training import (
     prepare_student,
 )
 from kd.training.checkpoints import MARKER, checkpoints_in
-from kd.training.faults import TrainingInterrupted, check_coverage, context_length
+from kd.training.checks import check_coverage, context_length
+from kd.training.trainer import TrainingInterrupted
 
 TIMED = ("tokens_per_second", "peak_memory_gib", "train_runtime")
 TIMED += ("train_samples_per_second", "train_steps_per_second")

@@ -9,9 +9,8 @@ from transformers import TrainerCallback
 
 import kd
 from kd.training import DistillationCollator, DistillationTrainer, Objective, TokenClasses, fit
-from kd.training.metrics import StepMetrics
+from kd.training.metrics import ANSWER, DIGIT, THINK, StepMetrics
 from kd.training.objective import flat_targets
-from kd.training.tokens import ANSWER, DIGIT, THINK
 
 TEXTS = ["<pad>", "a ", "1", "</th", "ink>", "42", "b"] + [f"w{i} " for i in range(16)]
 

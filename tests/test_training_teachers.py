@@ -20,7 +20,7 @@ from kd.training import (
     linear,
     prepare_student,
 )
-from kd.training.faults import check_domains
+from kd.training.checks import check_domains
 from kd.training.objective import trained_weight
 from kd.training.teachers import Teachers
 

@@ -283,7 +283,7 @@ def long_run(mode, folder):
     from transformers import TrainerCallback
 
     from kd.training import DistillationTrainer
-    from kd.training.faults import TrainingInterrupted
+    from kd.training.trainer import TrainingInterrupted
 
     class Stop(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):

@@ -11,15 +11,16 @@ README.md beside this file tells the rest.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from kd.training.collator import DistillationCollator
+from kd.training.metrics import TokenClasses
 from kd.training.objective import Objective, compute_loss, trained_weight
 from kd.training.preflight import Check, check
 from kd.training.schedules import Schedule, cosine, linear
 from kd.training.student import prepare_student
 from kd.training.teachers import Teacher
-from kd.training.tokens import TokenClasses
 
 if TYPE_CHECKING:
     from kd.training.checkpoints import last_complete_checkpoint, mark_complete
@@ -46,17 +47,15 @@ __all__ = [
 ]
 
 
+_LATE = {  # transformers' Trainer takes seconds to import
+    "DistillationTrainer": "trainer",
+    "fit": "fitting",
+    "last_complete_checkpoint": "checkpoints",
+    "mark_complete": "checkpoints",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "DistillationTrainer":  # transformers' Trainer takes seconds to import
-        from kd.training.trainer import DistillationTrainer
-
-        return DistillationTrainer
-    if name == "fit":
-        from kd.training.fitting import fit
-
-        return fit
-    if name in ("last_complete_checkpoint", "mark_complete"):
-        from kd.training import checkpoints
-
-        return getattr(checkpoints, name)
+    if name in _LATE:
+        return getattr(importlib.import_module(f"kd.training.{_LATE[name]}"), name)
     raise AttributeError(f"module 'kd.training' has no attribute {name!r}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 HONOURED = frozenset(
@@ -165,24 +164,3 @@ def apply_arguments(arguments: Any, options: Mapping[str, Any]) -> None:
                 f"got {value!r}. This version of kd does not know the field, so it might pass it "
                 "by. Leave it out, or use a newer kd."
             )
-
-
-def check_resumable(folder: str | Path) -> None:
-    """Refuse to go on from a checkpoint that cannot give the same run.
-
-    Raises:
-        ValueError: it was written with ``save_only_model=True``, so that the optimizer would start
-            anew in the middle of its schedule.
-    """
-    folder = Path(folder)
-    sharded = any(folder.glob("global_step*")) or any(folder.glob("optimizer_*"))
-    missing = [name for name in ("scheduler.pt",) if not (folder / name).is_file()]
-    if not (folder / "optimizer.pt").is_file() and not sharded:
-        missing.insert(0, "optimizer.pt")
-    if missing and not sharded:
-        raise ValueError(
-            f"DistillationTrainer: resume_from_checkpoint must have the optimizer's state, got "
-            f"{folder} without {' and '.join(missing)} (save_only_model=True writes weights "
-            "alone): the run would go on another curve. Load its weights as the student of a new "
-            "run in another folder."
-        )

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.training.alignment import IGNORE
 from kd.training.objective import Objective
-from kd.training.rows import Row, read_row
+from kd.training.rows import IGNORE, read_row
 from kd.training.teachers import Document, Teachers
 
 
@@ -104,7 +103,8 @@ class DistillationCollator:
         if any(row.packed for row in read):
             batch["position_ids"] = _positions(shape, documents)
         elif self.attention_mask:
-            batch["attention_mask"] = _mask(read, length)
+            sizes = torch.tensor([len(row.input_ids) for row in read])
+            batch["attention_mask"] = (torch.arange(length) < sizes[:, None]).long()
         if teachers is not None:
             batch |= teachers.cached(shape, documents)
         return batch
@@ -135,11 +135,6 @@ def default_collator(model: Any, processing_class: Any = None) -> DistillationCo
         "data_collator=DistillationCollator(pad_token_id); the end-of-text token will do, as "
         "padding is never trained on."
     )
-
-
-def _mask(rows: Sequence[Row], length: int) -> Tensor:
-    lengths = torch.tensor([len(row.input_ids) for row in rows])
-    return (torch.arange(length) < lengths[:, None]).long()
 
 
 def _positions(shape: tuple[int, int], documents: Sequence[Document]) -> Tensor:

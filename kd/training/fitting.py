@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from kd.training import preflight
 from kd.training.collator import default_collator
+from kd.training.metrics import TokenClasses
 from kd.training.objective import Objective
-from kd.training.tokens import TokenClasses
 from kd.training.trainer import DistillationTrainer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor
 
 import kd
 from kd.heads import dense_logits
-from kd.losses import Hidden
 from kd.training.objective import Objective
-from kd.training.teachers import STAMP
-from kd.training.tokens import ANSWER, DIGIT, THINK
+from kd.training.rows import aligned_labels
+from kd.training.teachers import Target, per_token
 
+THINK, ANSWER, DIGIT = 1, 2, 4
 CLASSES = {"think": THINK, "answer": ANSWER, "digit": DIGIT}
+ENDS_OF_THOUGHT = ("</think>", "<|end_of_thought|>")
+MAX_TOKENS = 1 << 16  # a step's classes cost a few milliseconds of Python
 NAMES: tuple[str, ...] = ("tokens", "ce", "kd", "taught", "top1", "sparse", "mass")
 NAMES += tuple(f"{part}_{name}" for name in CLASSES for part in ("kd", "tokens"))
 MAX_ROWS = 2048  # agreement needs an argmax over the vocabulary: enough rows for two digits
@@ -34,12 +36,12 @@ class StepMetrics:
     def __init__(self) -> None:
         self.sums = torch.zeros(len(NAMES), dtype=torch.float64)
 
-    def observe(self, objective: Objective, student: Hidden, targets: dict[str, Any]) -> None:
+    def observe(self, objective: Objective, student: kd.Hidden, targets: dict[str, Any]) -> None:
         """Add one microbatch: student rows [N, H] and their targets."""
         rows = (targets["shift_labels"] != -100).nonzero().squeeze(1)[:MAX_ROWS]
         if rows.numel() == 0:
             return
-        taken = selected(targets, rows)
+        taken = per_token(targets, lambda values: values.index_select(0, rows))
         taken.pop("weights", None)  # the log has plain means over tokens
         student = dataclasses.replace(student, hidden=student.hidden.index_select(0, rows))
         found = dict.fromkeys(NAMES, 0.0)
@@ -78,7 +80,9 @@ class StepMetrics:
         return {key: value if math.isfinite(value) else math.nan for key, value in found.items()}
 
 
-def _soft_parts(objective: Objective, student: Hidden, taken: dict[str, Any]) -> dict[str, float]:
+def _soft_parts(
+    objective: Objective, student: kd.Hidden, taken: dict[str, Any]
+) -> dict[str, float]:
     """Divergences without weights or T**2, by class of token; agreement; mass covered."""
     soft = dataclasses.replace(objective, kd_weight=1.0, ce_weight=0.0, scale_by_t2=False)
     each = soft.loss(student, taken, reduction="none").double()
@@ -86,17 +90,13 @@ def _soft_parts(objective: Objective, student: Hidden, taken: dict[str, Any]) ->
     taught = torch.zeros_like(each, dtype=torch.bool)
     best = top_tokens(student, objective.vocab_size)
     for target, rows in objective.targets(taken):
-        if target is None:
-            continue
         rows = torch.ones_like(taught) if rows is None else rows
         if isinstance(target, kd.TopK):
             rows = rows & (target.ids >= 0).any(-1)  # a sequence that was skipped has none
-            wanted = target.ids.gather(-1, target.logprobs.argmax(-1, keepdim=True)).squeeze(-1)
             found["sparse"] += float(rows.sum())
             found["mass"] += target.logprobs[rows].double().exp().sum().item()
-        else:
-            wanted = top_tokens(target, objective.vocab_size)
-        found["top1"] += float(((best == wanted) & rows).sum())
+        same = (top_tokens(target, objective.vocab_size) == best).squeeze(-1)
+        found["top1"] += float((same & rows).sum())
         found["taught"] += float(rows.sum())
         taught |= rows
     found["kd"] = each[taught].sum().item() if found["taught"] else 0.0
@@ -109,25 +109,75 @@ def _soft_parts(objective: Objective, student: Hidden, taken: dict[str, Any]) ->
     return found
 
 
-def selected(flat: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Some rows of flattened targets."""
-    taken: dict[str, Any] = {}
-    for key, value in flat.items():
-        if isinstance(value, Hidden):
-            taken[key] = dataclasses.replace(value, hidden=value.hidden.index_select(0, rows))
-        elif key.startswith(("teacher_form", STAMP)):
-            taken[key] = value
-        else:
-            taken[key] = value.index_select(0, rows)
-    return taken
+def top_tokens(source: Target, vocab_size: int | None, k: int = 1) -> Tensor:
+    """The k likeliest tokens of every row, [N, <= k]; -1 where a sparse row has none.
+
+    [N, V] is never made from hidden states.
+    """
+    if isinstance(source, kd.TopK):
+        best = source.logprobs.topk(min(k, source.logprobs.shape[-1]), dim=-1)
+        return source.ids.gather(-1, best.indices).masked_fill(best.values == -math.inf, -1)
+    if isinstance(source, kd.Hidden):
+        parts = [
+            top_tokens(dense_logits(dataclasses.replace(source, hidden=part)), vocab_size, k)
+            for part in source.hidden.split(BLOCK)
+        ]
+        return torch.cat(parts)
+    logits = source[..., :vocab_size]
+    return logits.argmax(-1, keepdim=True) if k == 1 else logits.topk(k).indices
 
 
-def top_tokens(source: Hidden | Tensor, vocab_size: int | None) -> Tensor:
-    """The likeliest token of every row [N]; [N, V] is never made from hidden states."""
-    if isinstance(source, Tensor):
-        return source[:, :vocab_size].argmax(dim=-1)
-    best = []
-    for start in range(0, len(source.hidden), BLOCK):
-        part = dataclasses.replace(source, hidden=source.hidden[start : start + BLOCK])
-        best.append(dense_logits(part)[:, :vocab_size].argmax(dim=-1))
-    return torch.cat(best)
+class TokenClasses:
+    """Classes of a batch's labels, from their text: the marker may be cut into tokens anyhow.
+
+    Args:
+        tokenizer: with ``decode``; each token is decoded once.
+        ends_of_thought: texts that close the thoughts. What comes after the last of them in a
+            document is the answer; a document without one has neither class.
+    """
+
+    def __init__(self, tokenizer: Any, ends_of_thought: Sequence[str] = ENDS_OF_THOUGHT) -> None:
+        self.tokenizer, self.ends = tokenizer, tuple(ends_of_thought)
+        self._texts: dict[int, str] = {}
+
+    def __call__(self, batch: Mapping[str, Any]) -> Tensor:
+        """[B, L] sums of THINK or ANSWER and DIGIT; 0 for tokens that are not trained."""
+        labels = aligned_labels(batch, "TokenClasses").cpu()
+        positions = batch.get("position_ids")
+        kinds = torch.zeros(labels.shape, dtype=torch.uint8)
+        if labels.numel() > MAX_TOKENS:
+            labels = labels[: max(1, MAX_TOKENS // labels.shape[1])]
+        for row, tokens in enumerate(labels.tolist()):
+            starts = [0]
+            if positions is not None:
+                starts = (positions[row] == 0).nonzero().squeeze(1).tolist() or [0]
+            for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+                kinds[row, start:stop] = torch.tensor(
+                    self._document(tokens[start:stop]), dtype=torch.uint8
+                )
+        return kinds.to(batch["shift_labels"].device)
+
+    def _document(self, labels: list[int]) -> list[int]:
+        texts = [self._text(token) if token >= 0 else "" for token in labels]
+        text = "".join(texts)
+        end = max(
+            (at + len(marker) for marker in self.ends if (at := text.rfind(marker)) >= 0),
+            default=-1,
+        )
+        kinds, start = [], 0
+        for token, part in zip(labels, texts, strict=True):
+            kind = 0
+            if token >= 0:
+                if end >= 0:
+                    kind = THINK if start < end else ANSWER
+                if any(letter.isdigit() for letter in part):
+                    kind |= DIGIT
+            kinds.append(kind)
+            start += len(part)
+        return kinds
+
+    def _text(self, token: int) -> str:
+        found = self._texts.get(token)
+        if found is None:
+            found = self._texts[token] = self.tokenizer.decode([token])
+        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +14,21 @@ import torch
 from torch import Tensor
 
 import kd
-from kd.losses import Hidden
 from kd.losses.checks import check_temperature, renamed_floor
 from kd.losses.divergences import resolve
-from kd.losses.inputs import TAILS
-from kd.training.alignment import aligned_labels
-from kd.training.faults import check_context
+from kd.training.checks import check_apart, check_context
 from kd.training.packs import documents_apart
-from kd.training.schedules import Schedule
-from kd.training.sharing import check_apart
-from kd.training.teachers import MODEL_KEYS, STAMP, Teachers
+from kd.training.rows import aligned_labels
+from kd.training.schedules import Schedule, ends
+from kd.training.teachers import (
+    MODEL_KEYS,
+    STAMP,
+    Target,
+    Teachers,
+    per_token,
+    record_in,
+    top_k_of,
+)
 
 SCHEDULED = ("kd_weight", "ce_weight", "temperature")
 
@@ -75,18 +81,32 @@ class Objective:
 
     def __post_init__(self, floor: float | None) -> None:
         bound = renamed_floor("Objective", self.min_logprob, floor)
-        object.__setattr__(self, "min_logprob", bound)
-        object.__setattr__(self, "_given", (self.kd_weight, self.ce_weight))
-        object.__setattr__(self, "teacher", Teachers.of(self.teacher))
+        given = (self.kd_weight, self.ce_weight)
+        self._set(min_logprob=bound, _given=given, teacher=Teachers.of(self.teacher))
         if self.kd_weight is None:
-            object.__setattr__(self, "kd_weight", 0.0 if self.teacher is None else 1.0)
-        soft = not _is_zero(self.kd_weight)
-        object.__setattr__(self, "_taught", soft)
+            self._set(kd_weight=0.0 if self.teacher is None else 1.0)
+        self._set(_taught=any(ends(self.kd_weight)))
         if self.ce_weight is None:
-            object.__setattr__(self, "ce_weight", 0.0 if soft else 1.0)
+            self._set(ce_weight=0.0 if self._taught else 1.0)  # type: ignore[attr-defined]
         self._check_options()
-        if self.teacher is not None:
-            self._agree_with(self.teacher)
+        for member in () if self.teacher is None else self.teacher.members:
+            if member.record is not None:
+                self._check_record(member.record)
+                for temperature in ends(self.temperature) if self.soft else ():
+                    check_temperature(
+                        "Objective",
+                        temperature,
+                        member.record["temperature"],
+                        member.record["tail"],
+                        member.record["tail_temperatures"],
+                        self.tail_at_temperature,
+                    )
+            if self.vocab_size is None and member.cached and member.meta is not None:
+                self._set(vocab_size=member.meta.live_vocab)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def _check_options(self) -> None:
         try:
@@ -95,9 +115,8 @@ class Objective:
             raise type(error)(str(error).replace("distillation_loss:", "Objective:")) from None
         for name in SCHEDULED:
             value = getattr(self, name)
-            ends = (value.start, value.end) if isinstance(value, Schedule) else (value,)
             least = 0 if name != "temperature" else 1e-6
-            if not all(math.isfinite(end) and end >= least for end in ends):
+            if not all(math.isfinite(end) and end >= least for end in ends(value)):
                 raise ValueError(
                     f"Objective: {name} must be a finite number "
                     f"{'above' if least else 'of at least'} 0, got {value}. "
@@ -109,45 +128,15 @@ class Objective:
                 f"{self.kd_weight}. Leave the teacher out to train on the labels alone, or "
                 "kd_weight for a weight of 1."
             )
-        if _is_zero(self.kd_weight) and _is_zero(self.ce_weight):
+        if not (any(ends(self.kd_weight)) or any(ends(self.ce_weight))):
             raise ValueError(
                 "Objective: kd_weight or ce_weight must be above 0, got 0 and 0. "
                 "Nothing would be trained."
             )
 
-    def taught_by(self, teacher: Any) -> Objective:
-        """The same objective with a teacher; weights that were left out are those of one."""
-        kd_weight, ce_weight = self._given  # type: ignore[attr-defined]
-        return dataclasses.replace(self, teacher=teacher, kd_weight=kd_weight, ce_weight=ce_weight)
-
-    def _agree_with(self, teachers: Teachers) -> None:
-        """Refuse what contradicts a cache's own record, and take its live vocabulary."""
-        for member in teachers.members:
-            meta = getattr(member.source, "meta", None)
-            if member.kind not in ("sparse", "hidden") or meta is None:
-                continue
-            if member.kind == "sparse":
-                self._check_form(float(meta.temperature), meta.tail)
-                self._check_temperature(meta)
-            if self.vocab_size is None:
-                object.__setattr__(self, "vocab_size", meta.live_vocab)
-
-    def _check_temperature(self, meta: Any) -> None:
-        """Refuse now what the loss would refuse in a step, at both ends of a schedule."""
-        wanted = self.temperature
-        ends = (wanted.start, wanted.end) if isinstance(wanted, Schedule) else (wanted,)
-        stored = tuple(getattr(meta, "tail_temperatures", ()))
-        for end in ends if self.soft else ():
-            check_temperature(
-                "Objective",
-                end,
-                float(meta.temperature),
-                meta.tail,
-                stored,
-                self.tail_at_temperature,
-            )
-
-    def _check_form(self, temperature: float, tail: str) -> None:
+    def _check_record(self, record: Mapping[str, Any]) -> None:
+        """Refuse what contradicts a cache's own record."""
+        temperature, tail = record["temperature"], record["tail"]
         if self.teacher_temperature not in (1.0, temperature):
             raise ValueError(
                 "Objective: teacher_temperature must be what the cache was captured at, "
@@ -165,15 +154,24 @@ class Objective:
                 "Capture at that temperature, or use a top-k cache."
             )
 
+    def taught_by(self, teacher: Any) -> Objective:
+        """The same objective with a teacher; weights that were left out are those of one."""
+        kd_weight, ce_weight = self._given  # type: ignore[attr-defined]
+        return dataclasses.replace(self, teacher=teacher, kd_weight=kd_weight, ce_weight=ce_weight)
+
     def at(self, step: int, total: int) -> Objective:
         """The objective of one optimiser step, counted from 0, of a run of ``total``."""
-        scheduled = [name for name in SCHEDULED if isinstance(getattr(self, name), Schedule)]
+        scheduled = self.scheduled
         if not scheduled:
             return self
         now = copy.copy(self)
-        for name in scheduled:
-            object.__setattr__(now, name, getattr(self, name).at(step, total))
+        now._set(**{name: getattr(self, name).at(step, total) for name in scheduled})
         return now
+
+    @property
+    def scheduled(self) -> list[str]:
+        """The fields that are schedules."""
+        return [name for name in SCHEDULED if isinstance(getattr(self, name), Schedule)]
 
     @property
     def soft(self) -> bool:
@@ -182,33 +180,53 @@ class Objective:
 
     def loss(
         self,
-        student: Hidden | Tensor,
+        student: kd.Hidden | Tensor,
         batch: Mapping[str, Any],
         *,
         reduction: str = "mean",
         num_items: Any = None,
     ) -> Tensor:
         """The objective on the ``shift_labels`` of a batch, row by row of the student's."""
-        for name in SCHEDULED:
-            if isinstance(getattr(self, name), Schedule):
-                raise TypeError(
-                    f"Objective: {name} must be a number in a step, got a Schedule. Pass "
-                    "objective.at(step, steps)."
-                )
+        for name in self.scheduled:
+            raise TypeError(
+                f"Objective: {name} must be a number in a step, got a Schedule. Pass "
+                "objective.at(step, steps)."
+            )
         labels = self.check_batch(batch, "Objective.loss")
-        form = batch.get("teacher_form")
-        if self.teacher is None and self.vocab_size is None and form is not None:
-            now = copy.copy(self)  # the cache's own record counts, here as with teacher=cache
-            object.__setattr__(now, "vocab_size", int(form[0, 2]) or None)
-            if now.vocab_size is not None:
-                return now.loss(student, batch, reduction=reduction, num_items=num_items)
         passes = list(self._passes(batch))
         if len(passes) > 1 and reduction == "mean" and num_items is None:
             num_items = trained_weight(labels, batch.get("weights")).clamp(min=1e-30)
-        losses = [
-            self._one(student, batch, *item, reduction=reduction, num_items=num_items)
-            for item in passes
-        ]
+        vocab_size = self.vocab_size
+        if vocab_size is None and self.teacher is None:  # the cache's own record counts
+            vocab_size = (record_in(batch) or {}).get("live_vocab")
+        options: dict[str, Any] = {
+            "weights": batch.get("weights"),
+            "vocab_size": vocab_size,
+            "reduction": reduction,
+            "num_items": num_items,
+            "backend": self.backend,
+        }
+        losses = []
+        for target, kd_weight, ce_weight, rows in passes:
+            mine = labels if rows is None else labels.masked_fill(~rows, -100)
+            if target is None:
+                loss = kd.cross_entropy(student, mine, **options)
+                losses.append(loss if ce_weight == 1 else loss * ce_weight)
+                continue
+            losses.append(
+                kd.distillation_loss(
+                    student,
+                    target,
+                    divergence=self.divergence,
+                    temperature=self.temperature,  # type: ignore[arg-type]
+                    scale_by_t2=self.scale_by_t2,
+                    labels=mine,
+                    kd_weight=kd_weight,
+                    ce_weight=ce_weight,
+                    min_logprob=self.min_logprob,
+                    **options,
+                )
+            )
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
     def check_batch(self, batch: Mapping[str, Any], asked: str) -> Tensor:
@@ -217,19 +235,21 @@ class Objective:
         told = sorted(key for key in batch if key.startswith("teacher_"))
         stamps = [key for key in told if key.startswith(STAMP)]
         fix = "Give the collator the objective: DistillationCollator(pad_token_id, objective)."
-        if self.teacher is not None and stamps not in ([], [self.teacher.stamp]):
-            raise ValueError(
-                f"{asked}: batch must hold what the objective's own teachers said, got targets of "
-                f"other teachers, weights or domains. {fix}"
-            )
-        if self.teacher is None and told and not self._taught:  # type: ignore[attr-defined]
+        if self.teacher is not None:
+            if stamps not in ([], [self.teacher.stamp]):
+                raise ValueError(
+                    f"{asked}: batch must hold what the objective's own teachers said, got targets "
+                    f"of other teachers, weights or domains. {fix}"
+                )
+            return labels
+        if told and not self._taught:  # type: ignore[attr-defined]
             raise ValueError(
                 f"{asked}: batch must hold no teacher's targets where the objective has no "
                 f"teacher, got {told}. Pass Objective(teacher=...) to learn from them, or give the "
                 "collator no cache."
             )
-        several = [key for key in told if key.removeprefix(STAMP)[-2:-1] == "_"]
-        if self.teacher is None and told and (several or "domain" in batch):
+        several = [key for key in told if re.search(r"_\d+$", key) and key not in stamps]
+        if told and (several or "domain" in batch):
             raise ValueError(
                 f"{asked}: objective must have the teachers of the batch, which are several or "
                 f"have domains, got none. Pass Objective(teacher=...). {fix}"
@@ -238,129 +258,79 @@ class Objective:
 
     def _passes(
         self, batch: Mapping[str, Any]
-    ) -> Iterator[tuple[Any, float, float, Tensor | None]]:
+    ) -> Iterator[tuple[Target | None, float, float, Tensor | None]]:
         """(target or None, kd_weight, ce_weight, rows or None): their losses add up.
 
         The cross-entropy of a row goes with the first teacher of its domain, so that a row with
         one teacher is computed once.
         """
-        if not self.soft:
-            yield None, 0.0, self.ce_weight, None  # type: ignore[misc]
-            return
+        kd_weight, ce_weight = float(self.kd_weight), float(self.ce_weight)  # type: ignore[arg-type]
         teachers = self.teacher
+        if not self.soft:
+            yield None, 0.0, ce_weight, None
+            return
         if teachers is None:
-            yield self.batch_target(batch), self.kd_weight, self.ce_weight, None  # type: ignore[misc]
+            yield self._target_in(batch), kd_weight, ce_weight, None
             return
         everything = any(member.domains is None for member in teachers.members)
-        names = range(-1 if everything else 0, len(teachers.domains))
+        names = set(range(-1 if everything else 0, len(teachers.domains)))
         owed, asked = set(names), False  # owed: domains whose cross-entropy is still to come
         for number, member in enumerate(teachers.members):
-            weight = self.kd_weight * member.weight
-            if member.kind == "none" or weight == 0:
+            if member.kind == "none":
                 continue
-            target = teachers.target(
-                number, batch, self.tail, self.teacher_temperature, self.tail_at_temperature
-            )
+            target = teachers.target(number, batch, self._record, self.tail_at_temperature)
             if target is None:
                 continue
             mine = {name for name in names if teachers.teaches(number, name)}
             rows = teachers.mask(number, batch["domain"]) if member.domains is not None else None
-            with_labels = self.ce_weight if mine <= owed else 0.0
+            with_labels = ce_weight if mine <= owed else 0.0
             if with_labels:
                 owed -= mine
             asked = True
-            yield target, weight, with_labels, rows  # type: ignore[misc]
-        if (
-            not asked and not self.ce_weight
-        ):  # no row of this batch has a teacher: zero, with a graph
+            yield target, kd_weight * member.weight, with_labels, rows
+        if not asked and not ce_weight:  # no row has a teacher: zero, with a graph
             yield None, 0.0, 1.0, torch.zeros_like(batch["shift_labels"], dtype=torch.bool)
-        if owed and self.ce_weight:
+        if owed and ce_weight:
             rows = None
-            if owed != set(names):
+            if owed != names:
                 left = torch.tensor(sorted(owed), device=batch["domain"].device)
                 rows = torch.isin(batch["domain"], left)
-            yield None, 0.0, self.ce_weight, rows  # type: ignore[misc]
+            yield None, 0.0, ce_weight, rows
 
-    def _one(
-        self,
-        student: Hidden | Tensor,
-        batch: Mapping[str, Any],
-        target: Any,
-        kd_weight: float,
-        ce_weight: float,
-        rows: Tensor | None,
-        *,
-        reduction: str,
-        num_items: Any,
-    ) -> Tensor:
-        labels, weights = batch["shift_labels"], batch.get("weights")
-        if rows is not None:
-            labels = torch.where(rows, labels, torch.full_like(labels, -100))
-        options: dict[str, Any] = {
-            "weights": weights,
-            "vocab_size": self.vocab_size,
-            "reduction": reduction,
-            "num_items": num_items,
-            "backend": self.backend,
-        }
-        if target is None:
-            loss = kd.cross_entropy(student, labels, **options)
-            return loss if ce_weight == 1 else loss * ce_weight
-        return kd.distillation_loss(
-            student,
-            target,
-            divergence=self.divergence,
-            temperature=self.temperature,  # type: ignore[arg-type]
-            scale_by_t2=self.scale_by_t2,
-            labels=labels,
-            kd_weight=kd_weight,
-            ce_weight=ce_weight,
-            min_logprob=self.min_logprob,
-            **options,
-        )
-
-    def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[Any, Tensor | None]]:
+    def targets(self, batch: Mapping[str, Any]) -> Iterator[tuple[Target, Tensor | None]]:
         """Every teacher's answer about a batch, and the rows it teaches (None: all)."""
         soft = dataclasses.replace(self, kd_weight=1.0, ce_weight=0.0)
-        yield from ((target, rows) for target, _, _, rows in soft._passes(batch))
+        yield from (
+            (target, rows) for target, _, _, rows in soft._passes(batch) if target is not None
+        )
 
-    def batch_target(self, batch: Mapping[str, Any]) -> kd.TopK:
-        """The batch's cached targets as a ``kd.TopK``."""
+    @property
+    def _record(self) -> dict[str, Any]:
+        """How rows of caches are read that do not say it themselves."""
+        return {
+            "tail": self.tail,
+            "temperature": self.teacher_temperature,
+            "tail_temperatures": (),
+            "weight": 1.0,
+        }
+
+    def _target_in(self, batch: Mapping[str, Any]) -> kd.TopK:
+        """The cached targets that a batch holds, for an objective without a teacher."""
         if batch.get("teacher_ids") is None:
             raise ValueError(
                 "Objective: batch must hold teacher_ids and teacher_logprobs when kd_weight > 0, "
                 f"got {sorted(batch)}. Give the collator a cache, give the objective a teacher, or "
                 "set kd_weight=0."
             )
-        temperature, tail = self.teacher_temperature, self.tail
-        stored: list[float] = []
-        form = batch.get("teacher_form")
-        if form is not None:
-            # Seven digits are what float32 carried: 0.7 is 0.7 again.
-            temperature, number, _, weight, *stored = (
-                float(f"{value:.7g}") for value in form[0].tolist()
+        record = record_in(batch) or self._record
+        self._check_record(record)
+        if record["weight"] != 1:
+            raise ValueError(
+                f"Objective: teacher must be given where its weight is not 1, got none for "
+                f"{record['weight']:g}. Pass Objective(teacher=...) and DistillationCollator("
+                "pad_token_id, objective)."
             )
-            tail = TAILS[int(number)]
-            self._check_form(temperature, tail)
-            if weight != 1:
-                raise ValueError(
-                    f"Objective: teacher must be given where its weight is not 1, got none for "
-                    f"{weight:g}. Pass Objective(teacher=...) and DistillationCollator("
-                    "pad_token_id, objective)."
-                )
-        return kd.TopK(
-            batch["teacher_ids"],
-            batch["teacher_logprobs"],
-            tail=tail,
-            temperature=temperature,
-            tail_log_partition=batch.get("teacher_tails"),
-            tail_temperatures=tuple(stored),
-            tail_at_temperature=self.tail_at_temperature,
-        )
-
-
-def _is_zero(weight: float | Schedule) -> bool:
-    return (weight.start, weight.end) == (0, 0) if isinstance(weight, Schedule) else weight == 0
+        return top_k_of(batch, 0, record, self.tail_at_temperature)
 
 
 def trained_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -369,52 +339,7 @@ def trained_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
     return (trained if weights is None else weights * trained).sum().float()
 
 
-Observer = Callable[[Hidden, dict[str, Any]], None]
-TOKEN_KEYS = ("shift_labels", "weights", "domain", "token_class")
-
-
-def flat_targets(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The per-token entries of a batch with batch and length made one dimension."""
-    flat: dict[str, Any] = {}
-    for key, value in batch.items():
-        if value is None:
-            continue
-        if isinstance(value, Hidden):
-            flat[key] = dataclasses.replace(value, hidden=value.hidden.flatten(0, 1))
-        elif key.startswith(("teacher_form", STAMP)):
-            flat[key] = value
-        elif key in TOKEN_KEYS or key.startswith("teacher_"):
-            flat[key] = value.flatten(0, 1)
-    return flat
-
-
-def head_loss(
-    objective: Objective,
-    batch: Mapping[str, Any],
-    num_items: Any = None,
-    observe: Observer | None = None,
-) -> Callable[[Hidden], Tensor]:
-    """What the student's lm_head computes instead of logits (see kd.training.student)."""
-
-    def loss(student: Hidden) -> Tensor:
-        flat = dataclasses.replace(student, hidden=student.hidden.flatten(0, 1))  # [N, H]
-        targets = flat_targets(batch)
-        if observe is not None:
-            with torch.no_grad():
-                observe(flat, targets)
-        return objective.loss(flat, targets, num_items=num_items)
-
-    return loss
-
-
-def _check_prepared(model: Any) -> None:
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    if modules and not any(getattr(m, "_kd_original_forward", None) is not None for m in modules):
-        raise TypeError(
-            "compute_loss: model must be one that prepare_student was called on, got "
-            f"{type(model).__name__}. Call kd.training.prepare_student(model) once, before DDP, "
-            "FSDP or accelerate wrap it."
-        )
+Observer = Callable[[kd.Hidden, dict[str, Any]], None]
 
 
 def compute_loss(
@@ -446,7 +371,13 @@ def compute_loss(
     """
     objective = objective or Objective()
     objective.check_batch(batch, "compute_loss")
-    _check_prepared(model)
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    if modules and not any(getattr(m, "_kd_original_forward", None) is not None for m in modules):
+        raise TypeError(
+            "compute_loss: model must be one that prepare_student was called on, got "
+            f"{type(model).__name__}. Call kd.training.prepare_student(model) once, before DDP, "
+            "FSDP or accelerate wrap it."
+        )
     check_apart(model, objective.teacher)
     config = getattr(getattr(model, "module", model), "config", None)
     if config is not None:
@@ -455,10 +386,25 @@ def compute_loss(
     inputs = {key: batch[key] for key in MODEL_KEYS if batch.get(key) is not None}
     if objective.soft and objective.teacher is not None:
         batch = objective.teacher.forward(batch)
-    output = model(**inputs, head_loss=head_loss(objective, batch, num_items, observe))
+
+    def head_loss(student: kd.Hidden) -> Tensor:
+        """What the student's lm_head computes instead of logits (see kd.training.student)."""
+        flat = dataclasses.replace(student, hidden=student.hidden.flatten(0, 1))  # [N, H]
+        targets = flat_targets(batch)
+        if observe is not None:
+            with torch.no_grad():
+                observe(flat, targets)
+        return objective.loss(flat, targets, num_items=num_items)
+
+    output = model(**inputs, head_loss=head_loss)
     loss, added = output["loss"], output["aux_loss"]
     if added is None or not torch.is_grad_enabled():
         return loss
     if num_items is not None:  # a mean over microbatches and ranks, weighted by their tokens
         added = added * (trained_weight(batch["shift_labels"], batch.get("weights")) / num_items)
     return loss + added.to(loss.device)
+
+
+def flat_targets(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The per-token entries of a batch with batch and length made one dimension."""
+    return per_token(batch, lambda values: values.flatten(0, 1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kd.heads import causal_lm
 from kd.traces import isolates_documents
-from kd.training.teachers import STAMP, Teachers
+from kd.training.teachers import RECORD, STAMP, Teachers
 
 # They read borders in every row of a batch; any other (flash) reads them in a single row only.
 SEVERAL_ROWS = ("eager", "sdpa", "flex_attention", None)
@@ -73,7 +73,7 @@ def flattened(batch: Mapping[str, Any]) -> dict[str, Any]:
     rows, length = batch["input_ids"].shape
     made: dict[str, Any] = {}
     for key, value in batch.items():
-        if key.startswith(("teacher_form", STAMP)):  # the same in every row
+        if key.startswith((RECORD, STAMP)):  # the same in every row
             made[key] = value[:1]
         elif isinstance(value, Tensor) and value.shape[:2] == (rows, length):
             made[key] = value.flatten(0, 1)[None]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from kd.training.metrics import NAMES, StepMetrics
-from kd.training.objective import Objective, compute_loss
+from kd.training.metrics import NAMES, StepMetrics, top_tokens
+from kd.training.objective import Objective, compute_loss, flat_targets
 from kd.training.packs import documents_apart
+from kd.training.rows import IGNORE
 from kd.training.student import prepare_student
 from kd.training.teachers import MODEL_KEYS
 
@@ -24,6 +28,7 @@ SAME = 2e-3
 """Relative difference from the model's own loss that rounding explains (bfloat16: 2e-2)."""
 NEVER_IDLE = ("teacher", "backend", "kd_weight", "ce_weight", "vocab_size")
 OPEN, CLOSE = "⟦", "⟧"
+Batch = Mapping[str, Any]
 
 
 class Checked(Exception):
@@ -129,7 +134,7 @@ def check(
     Raises:
         ValueError: there are no rows, or the batch itself is refused.
     """
-    objective = objective or Objective()
+    objective = (objective or Objective()).at(0, 2)
     taken = _first(rows, batch_size * batches)
     if not taken:
         raise ValueError("check: rows must hold at least one row, got none.")
@@ -138,14 +143,11 @@ def check(
     prepare_student(student)
     with _undisturbed(student):
         made = [_on(collator(part), student) for part in parts]
-        asked = [
-            objective.teacher.forward(batch) if objective.teacher is not None else batch
-            for batch in made
-        ]
-        _count(found, made, taken, student, tokenizer)
+        _count(found, made, taken)
+        _ends(found, taken, student, tokenizer)
         _losses(found, student, made, objective)
         if objective.soft:
-            _teacher(found, student, made, asked, objective)
+            _teacher(found, student, made, objective)
         _idle_fields(found, student, made, objective)
         _gradients(found, student, made, objective)
     return found
@@ -160,7 +162,7 @@ def _first(rows: Any, count: int) -> list[Mapping[str, Any]]:
     return [row for row, _ in zip(rows, range(count), strict=False)]
 
 
-def _on(batch: Mapping[str, Any], student: Any) -> dict[str, Any]:
+def _on(batch: Batch, student: Any) -> dict[str, Any]:
     device = next(student.parameters()).device
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
@@ -184,34 +186,30 @@ def _undisturbed(student: Any) -> Iterator[None]:
             module.training = mode
 
 
+def _labels(row: Mapping[str, Any]) -> list[int]:
+    return torch.as_tensor(row["labels"]).tolist()
+
+
 def _shown(row: Mapping[str, Any], tokenizer: Any) -> str:
     """A row as text, its trained tokens between brackets."""
-    ids = torch.as_tensor(row["input_ids"]).tolist()
-    labels = torch.as_tensor(row["labels"]).tolist()
-    pieces: list[str] = []
-    start = 0
-    while start < len(ids):
-        trained, stop = labels[start] != -100, start
-        while stop < len(ids) and (labels[stop] != -100) == trained:
-            stop += 1
-        part = ids[start:stop]
+    pairs = zip(torch.as_tensor(row["input_ids"]).tolist(), _labels(row), strict=True)
+    pieces = []
+    for trained, group in itertools.groupby(pairs, lambda pair: pair[1] != IGNORE):
+        part = [token for token, _ in group]
         text = tokenizer.decode(part) if tokenizer is not None else " ".join(map(str, part))
         if len(text) > CHARACTERS:
             text = f"{text[: CHARACTERS // 2]} ... {text[-CHARACTERS // 2 :]}"
         pieces.append(f"{OPEN}{text}{CLOSE}" if trained else text)
-        start = stop
     return "".join(pieces).replace("\n", "\\n")
 
 
-def _count(
-    found: Check, made: Sequence[Mapping[str, Any]], rows: Any, student: Any, tokenizer: Any
-) -> None:
-    trained = sum(int((batch["shift_labels"] != -100).sum()) for batch in made)
+def _count(found: Check, made: Sequence[Batch], rows: Sequence[Mapping[str, Any]]) -> None:
+    trained = sum(int((batch["shift_labels"] != IGNORE).sum()) for batch in made)
     places = sum(batch["input_ids"].numel() for batch in made)
     real = sum(len(row["input_ids"]) for row in rows)
     found.facts["rows, tokens"] = f"{len(rows)}, {real:,} ({1 - real / places:.0%} padding beside)"
     found.facts["trained tokens"] = f"{trained:,} ({trained / real:.0%} of the tokens)"
-    untrained = [n for n, row in enumerate(rows) if not _any_trained(row)]
+    untrained = [n for n, row in enumerate(rows) if set(_labels(row)) == {IGNORE}]
     if not trained:
         found.problems.append(
             f"no token is trained: labels must differ from -100 somewhere, got -100 in all "
@@ -224,31 +222,23 @@ def _count(
             "every token is trained, the prompts too. Mask a prompt with -100 to train the "
             "completion alone."
         )
-    if trained and getattr(tokenizer, "eos_token_id", None) is not None:
-        _ends(found, [row for row in rows if _any_trained(row)], student, tokenizer)
-
-
-def _any_trained(row: Mapping[str, Any]) -> bool:
-    return any(label != -100 for label in torch.as_tensor(row["labels"]).tolist())
 
 
 def _ends(found: Check, rows: Sequence[Mapping[str, Any]], student: Any, tokenizer: Any) -> None:
     """Whether the student learns to stop, by a token at which generation stops."""
+    ends_of_rows = [[label for label in _labels(row) if label != IGNORE][-2:] for row in rows]
+    ends_of_rows = [end for end in ends_of_rows if end]
+    if not ends_of_rows or getattr(tokenizer, "eos_token_id", None) is None:
+        return
     stops = getattr(getattr(student, "generation_config", None), "eos_token_id", None)
     stops = {stops} if isinstance(stops, int) else set(stops or ())
     stops.add(tokenizer.eos_token_id)
-    last = set()
-    for row in rows:  # templates may leave a line break behind the end
-        trained = [label for label in torch.as_tensor(row["labels"]).tolist() if label != -100]
-        if stops & set(trained[-2:]):
-            return
-        last.add(trained[-1])
+    if any(stops & set(end) for end in ends_of_rows):  # a template may leave a line break behind it
+        return
+    last = {end[-1] for end in ends_of_rows}
     got = ", ".join(repr(tokenizer.decode([token])) for token in sorted(last)[:4])
     wanted = " or ".join(repr(tokenizer.decode([token])) for token in sorted(stops))
-    text = all(
-        label != -100 for row in rows for label in torch.as_tensor(row["labels"]).tolist()[1:]
-    )
-    if text:
+    if all(IGNORE not in _labels(row)[1:] for row in rows if set(_labels(row)) != {IGNORE}):
         found.remarks.append(f"rows are plain text: none ends with {wanted}")
     elif last <= set(tokenizer.added_tokens_decoder):
         found.remarks.append(
@@ -265,38 +255,22 @@ def _ends(found: Check, rows: Sequence[Mapping[str, Any]], student: Any, tokeniz
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def _plain(objective: Objective) -> Objective:
-    """The hard part alone, at full weight."""
-    return dataclasses.replace(
-        objective, teacher=None, kd_weight=0.0, ce_weight=1.0, temperature=1.0
-    )
-
-
 @torch.no_grad()
-def _losses(
-    found: Check, student: Any, made: Sequence[Mapping[str, Any]], objective: Objective
-) -> None:
+def _losses(found: Check, student: Any, made: Sequence[Batch], objective: Objective) -> None:
     """Our cross-entropy beside what the model's own logits give on the same labels."""
-    ours, own, tokens = 0.0, 0.0, 0
+    hard = dataclasses.replace(objective, teacher=None, kd_weight=0.0, ce_weight=1.0, temperature=1)
+    ours = own = tokens = 0.0
     for batch in made:
         labels = batch["shift_labels"]
-        count = int((labels != -100).sum())
-        if not count:
-            continue
-        hard = ("weights", "domain")
-        flat = {k: v for k, v in batch.items() if k not in hard and not k.startswith("teacher_")}
-        ours += count * float(compute_loss(student, flat, _plain(objective), num_items=count))
+        beside = ("weights", "domain")
+        bare = {k: v for k, v in batch.items() if k not in beside and not k.startswith("teacher_")}
+        ours += float(compute_loss(student, bare, hard, num_items=1.0))  # the sum
         read = documents_apart(student, batch)
         inputs = {key: read[key] for key in MODEL_KEYS if read.get(key) is not None}
         logits = student(**inputs, use_cache=False).logits.flatten(0, 1).float()
-        if objective.vocab_size is not None:
-            logits = logits[:, : objective.vocab_size]
-        own += float(
-            torch.nn.functional.cross_entropy(
-                logits, labels.flatten(), ignore_index=-100, reduction="sum"
-            )
-        )
-        tokens += count
+        logits = logits[:, : objective.vocab_size]
+        own += float(cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum"))
+        tokens += int((labels != IGNORE).sum())
     if not tokens:
         return
     ours, own = ours / tokens, own / tokens
@@ -310,24 +284,12 @@ def _losses(
         )
 
 
-def _teacher(
-    found: Check,
-    student: Any,
-    made: Sequence[Mapping[str, Any]],
-    asked: Sequence[Mapping[str, Any]],
-    objective: Objective,
-) -> None:
+@torch.no_grad()
+def _teacher(found: Check, student: Any, made: Sequence[Batch], objective: Objective) -> None:
     """Coverage, agreement, and whether the targets stand at the labels that they are about."""
     metrics = StepMetrics()
-    objective = objective.at(0, 2)
-    with torch.no_grad():
-        for batch in made:
-            compute_loss(
-                student,
-                batch,
-                objective,
-                observe=lambda hidden, flat: metrics.observe(objective, hidden, flat),
-            )
+    for batch in made:
+        compute_loss(student, batch, objective, observe=partial(metrics.observe, objective))
     sums = dict(zip(NAMES, metrics.sums.tolist(), strict=True))
     taught, trained, said = sums["taught"], sums["tokens"], metrics.summary()
     found.facts["tokens with targets"] = f"{taught:,.0f} of {trained:,.0f} trained"
@@ -343,35 +305,39 @@ def _teacher(
             f"most trained tokens must have teacher targets, got {taught:,.0f} of {trained:,.0f}. "
             "Build the cache from these rows, with this template and tokenizer."
         )
-    fits = _fits(asked, objective)
-    if fits:
-        here = fits[0]
-        found.facts["teacher likes the label"] = f"{here:.1%} of tokens (in its top 8)"
-        best = max(fits, key=lambda shift: fits[shift])
-        if best != 0 and fits[best] > here + 0.1:
-            found.problems.append(
-                f"teacher targets must stand at the token that they predict, got the label among "
-                f"the teacher's top 8 at {here:.1%} of tokens here and at {fits[best]:.1%} when "
-                f"shifted by {best:+d}. Capture the cache again, row i about the token after "
-                "token i."
-            )
-        elif here < 0.3:
-            found.problems.append(
-                f"the teacher must find the traces likely, got the label among its top 8 at "
-                f"{here:.1%} of tokens. Look at its chat template, its tokenizer, and whether the "
-                "cache is of these rows."
-            )
+    fits = _fits(made, objective)
+    if not fits:
+        return
+    here, best = fits[0], max(fits, key=lambda shift: fits[shift])
+    found.facts["teacher likes the label"] = f"{here:.1%} of tokens (in its top 8)"
+    if best != 0 and fits[best] > here + 0.1:
+        found.problems.append(
+            f"teacher targets must stand at the token that they predict, got the label among the "
+            f"teacher's top 8 at {here:.1%} of tokens here and at {fits[best]:.1%} when shifted by "
+            f"{best:+d}. Capture the cache again, row i about the token after token i."
+        )
+    elif here < 0.3:
+        found.problems.append(
+            f"the teacher must find the traces likely, got the label among its top 8 at {here:.1%} "
+            "of tokens. Look at its chat template, its tokenizer, and whether the cache is of "
+            "these rows."
+        )
 
 
-def _fits(asked: Sequence[Mapping[str, Any]], objective: Objective) -> dict[int, float]:
+def _fits(made: Sequence[Batch], objective: Objective) -> dict[int, float]:
     """How often a label is among the teacher's top 8, where it stands and one place off."""
     hits = {0: 0.0, -1: 0.0, 1: 0.0}
     counts = dict.fromkeys(hits, 0)
-    for batch in asked:
-        for top in _top_tokens(batch, objective):  # [B, L, <= 8]
+    for batch in made:
+        asked = batch if objective.teacher is None else objective.teacher.forward(batch)
+        for target, rows in objective.targets(flat_targets(asked)):
+            top = top_tokens(target, objective.vocab_size, 8)
+            if rows is not None:
+                top = top.masked_fill(~rows[:, None], -1)
+            top = top.unflatten(0, batch["shift_labels"].shape)  # [B, L, <= 8]
             for shift in hits:
                 labels = batch["shift_labels"].roll(shift, dims=1)
-                usable = (labels != -100) & (top >= 0).any(-1)
+                usable = (labels != IGNORE) & (top >= 0).any(-1)
                 usable[:, 0 if shift > 0 else -1] &= shift == 0  # rolled in from the other end
                 hits[shift] += float((top == labels[..., None]).any(-1)[usable].sum())
                 counts[shift] += int(usable.sum())
@@ -380,62 +346,40 @@ def _fits(asked: Sequence[Mapping[str, Any]], objective: Objective) -> dict[int,
     return {shift: hits[shift] / max(counts[shift], 1) for shift in hits}
 
 
-def _top_tokens(batch: Mapping[str, Any], objective: Objective) -> Iterator[Tensor]:
-    """Each teacher's likeliest tokens, [B, L, <= 8]."""
-    from kd.losses import Hidden
-    from kd.training.metrics import dense_logits
-
-    for key, value in batch.items():
-        if key.startswith("teacher_ids"):
-            scores = batch[key.replace("ids", "logprobs")]
-            best = scores.topk(min(8, scores.shape[-1]), dim=-1)
-            yield value.gather(-1, best.indices).masked_fill(best.values == -math.inf, -1)
-        elif isinstance(value, Hidden) or key.startswith("teacher_logits"):
-            with torch.no_grad():
-                logits = dense_logits(value) if isinstance(value, Hidden) else value
-                yield logits[..., : objective.vocab_size].topk(8, dim=-1).indices
-
-
 # --- what does nothing ----------------------------------------------------------------------------
 
 
-def _idle_fields(
-    found: Check, student: Any, made: Sequence[Mapping[str, Any]], objective: Objective
-) -> None:
+@torch.no_grad()
+def _idle_fields(found: Check, student: Any, made: Sequence[Batch], objective: Objective) -> None:
     """Fields that were set and leave the loss of these batches as it would be without them."""
-    objective = objective.at(0, 2)
 
-    def loss(changed: Objective, batches: Sequence[Mapping[str, Any]] = made) -> list[float]:
-        with torch.no_grad():
-            return [float(compute_loss(student, batch, changed)) for batch in batches]
+    def losses(changed: Objective, batches: Sequence[Batch] = made) -> list[float]:
+        return [float(compute_loss(student, batch, changed)) for batch in batches]
 
-    now, idle = loss(objective), []
+    def same(others: list[float]) -> bool:
+        return all(math.isclose(a, b, rel_tol=1e-7) for a, b in zip(now, others, strict=True))
+
+    now, idle = losses(objective), []
     for item in dataclasses.fields(objective):
         value = getattr(objective, item.name)
         if item.name in NEVER_IDLE or value == item.default:
             continue
         try:
             default: Any = {item.name: item.default}
-            without = loss(dataclasses.replace(objective, **default))
+            without = losses(dataclasses.replace(objective, **default))
         except (ValueError, TypeError):
             continue  # it is needed
-        if all(math.isclose(a, b, rel_tol=1e-7) for a, b in zip(now, without, strict=True)):
+        if same(without):
             idle.append(f"{item.name}={value!r}")
     if all(batch.get("weights") is not None for batch in made):
         bare = [{k: v for k, v in batch.items() if k != "weights"} for batch in made]
-        if all(
-            math.isclose(a, b, rel_tol=1e-7)
-            for a, b in zip(now, loss(objective, bare), strict=True)
-        ):
+        if same(losses(objective, bare)):
             idle.append("weights of the rows")
     if idle:
         found.remarks.append(f"changes nothing on these batches: {', '.join(idle)}")
 
 
-def _gradients(
-    found: Check, student: Any, made: Sequence[Mapping[str, Any]], objective: Objective
-) -> None:
-    objective = objective.at(0, 2)
+def _gradients(found: Check, student: Any, made: Sequence[Batch], objective: Objective) -> None:
     total = 0.0
     for batch in made:
         loss = compute_loss(student, batch, objective)

@@ -32,11 +32,10 @@ class Schedule:
                 f"Schedule: shape must be one of {', '.join(SHAPES)}, got {self.shape!r}. "
                 "A constant is a plain number."
             )
-        for name in ("start", "end"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(
-                    f"Schedule: {name} must be a finite number, got {getattr(self, name)}."
-                )
+        if not (math.isfinite(self.start) and math.isfinite(self.end)):
+            raise ValueError(
+                f"Schedule: start and end must be finite, got {self.start} and {self.end}."
+            )
         if self.delay < 0 or (self.steps is not None and self.steps < 1):
             raise ValueError(
                 "Schedule: steps must be at least 1 and delay at least 0, got "
@@ -60,3 +59,8 @@ def linear(start: float, end: float, steps: int | None = None, delay: int = 0) -
 def cosine(start: float, end: float, steps: int | None = None, delay: int = 0) -> Schedule:
     """From ``start`` to ``end`` on half a cosine; by the run's last step if ``steps`` is None."""
     return Schedule(start, end, "cosine", steps, delay)
+
+
+def ends(value: float | Schedule) -> tuple[float, ...]:
+    """The least and largest that a number or a schedule comes to, in its order."""
+    return (value.start, value.end) if isinstance(value, Schedule) else (value,)

@@ -1,20 +1,22 @@
 """Where a student's soft targets come from: caches, models in memory, or several of both.
 
-A teacher's part of a batch is one or two tensors, ``[B, L, ...]`` and aligned with the student's
-rows: ``teacher_ids`` and ``teacher_logprobs`` from a cache of sparse targets, ``teacher_hidden``
-from a hidden-state cache (both put there by the collator) or from a model in memory (put there by
-``Teachers.forward``), or ``teacher_logits`` from a model whose lm_head is not a plain matrix. The
-second teacher's keys end in ``_1``, and so on.
+A teacher's part of a batch is one or a few tensors ``[B, L, ...]``, aligned with the student's
+rows: ``teacher_ids``, ``teacher_logprobs`` and perhaps ``teacher_tail_log_partition`` from a cache
+of sparse targets (the fields of ``kd.TopK``), ``teacher_hidden`` from a hidden-state cache (both
+put there by the collator) or from a model in memory (put there by ``Teachers.forward``; logits
+where its lm_head is not a plain matrix). The second teacher's keys end in ``_1``, and so on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +24,17 @@ from torch import Tensor
 
 import kd
 from kd.heads import causal_lm, final_hidden, reading
-from kd.losses.inputs import TAILS
 
 Document = tuple[int, int, Tensor, int]  # row of the batch, where it starts, its tokens, domain
+Target = kd.TopK | kd.Hidden | Tensor
 STAMP = "teacher_stamp_"  # of a batch: in a key's name, so that no GPU is waited for to read it
+RECORD = "teacher_record"
 FLAT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of one row
 MODEL_KEYS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *FLAT_KEYS)
+TOKEN_KEYS = ("shift_labels", "weights", "domain", "token_class")
+# A cache's answer by field, with what an empty row holds.
+SPARSE = {"ids": -1, "logprobs": -math.inf, "tail_log_partition": 0.0}
+HIDDEN = {"hidden": 0.0}
 
 
 @dataclass(frozen=True)
@@ -72,9 +79,30 @@ class Teacher:
         if self.source is None:
             return "none"
         if callable(getattr(self.source, "batch", None)):
-            meta = getattr(self.source, "meta", None)
-            return "hidden" if getattr(meta, "selection", "") == "hidden" else "sparse"
+            return "hidden" if getattr(self.meta, "selection", "") == "hidden" else "sparse"
         return "model" if isinstance(self.source, torch.nn.Module) else "unknown"
+
+    @property
+    def cached(self) -> bool:
+        return self.kind in ("sparse", "hidden")
+
+    @property
+    def meta(self) -> Any:
+        """What a cache says about itself, or None."""
+        return getattr(self.source, "meta", None)
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """How a cache's sparse rows are to be read, where it says so."""
+        if self.kind != "sparse" or self.meta is None:
+            return None
+        return {
+            "temperature": float(self.meta.temperature),
+            "tail": self.meta.tail,
+            "tail_temperatures": list(getattr(self.meta, "tail_temperatures", ())),
+            "live_vocab": getattr(self.meta, "live_vocab", None),
+            "weight": self.weight,
+        }
 
 
 class Teachers:
@@ -90,8 +118,12 @@ class Teachers:
         self.domains = tuple(dict.fromkeys(names))
         self._offloaded: set[int] = set()
         self.apart_from: weakref.WeakSet[Any] = weakref.WeakSet()  # students compared already
-        self.stamp = STAMP + hashlib.sha256(repr(self._record()).encode()).hexdigest()[:12]
-        if not any(member.kind != "none" for member in members):
+        same = [  # what two lists of teachers must have in common to stand for each other
+            (one.kind, float(one.weight), one.domains, one.meta or type(one.source).__name__)
+            for one in members
+        ]
+        self.stamp = STAMP + hashlib.sha256(repr(same).encode()).hexdigest()[:12]
+        if all(member.kind == "none" for member in members):
             raise ValueError("Teachers: at least one must have a source, got none.")
 
     @classmethod
@@ -102,25 +134,19 @@ class Teachers:
         several = teacher if isinstance(teacher, (list, tuple)) else [teacher]
         return cls([item if isinstance(item, Teacher) else Teacher(item) for item in several])
 
-    def _record(self) -> list[Any]:
-        """What two lists of teachers must have in common to stand for each other."""
-        metas = [getattr(member.source, "meta", None) for member in self.members]
-        return [
-            (
-                member.kind,
-                float(member.weight),
-                member.domains,
-                type(member.source).__name__ if meta is None else meta,
-            )
-            for member, meta in zip(self.members, metas, strict=True)
-        ]
-
     def same(self, other: Teachers) -> bool:
         """Whether both ask the same sources, with the same weights and domains."""
         pairs = zip(self.members, other.members, strict=False)
         return self.stamp == other.stamp and all(
-            a.source is b.source or getattr(a.source, "meta", None) is not None for a, b in pairs
+            a.source is b.source or a.meta is not None for a, b in pairs
         )
+
+    def to(self, device: Any) -> Teachers:
+        """Move every model that is not offloaded."""
+        for member in self.members:
+            if member.kind == "model" and not member.offload:
+                member.source.to(device)
+        return self
 
     # --- what the collator asks -------------------------------------------------------------------
 
@@ -147,24 +173,16 @@ class Teachers:
         """The caches' part of a batch of ``shape`` [B, L]."""
         batch: dict[str, Tensor] = {}
         for number, member in enumerate(self.members):
-            if member.kind not in ("sparse", "hidden"):
+            if not member.cached:
                 continue
             mine = [item for item in documents if self.teaches(number, item[3])]
-            for name, (values, empty) in _looked_up(member, shape, mine).items():
-                batch[keyed(name, number)] = _placed(values, empty, shape, mine)
-            meta = getattr(member.source, "meta", None)
-            if member.kind == "sparse" and meta is not None:
-                live = float(getattr(meta, "live_vocab", None) or 0)
-                form = torch.tensor(
-                    [
-                        float(meta.temperature),
-                        float(TAILS.index(meta.tail)),
-                        live,
-                        member.weight,
-                        *getattr(meta, "tail_temperatures", ()),
-                    ]
+            for name, values in _looked_up(member, shape, mine).items():
+                batch[keyed(f"teacher_{name}", number)] = values
+            if member.record is not None:
+                text = torch.frombuffer(
+                    bytearray(json.dumps(member.record).encode()), dtype=torch.uint8
                 )
-                batch[keyed("teacher_form", number)] = form.expand(shape[0], -1).clone()
+                batch[keyed(RECORD, number)] = text.repeat(shape[0], 1)
         batch[self.stamp] = torch.zeros(shape[0], dtype=torch.int8)
         if self.domains:
             domain = torch.full(shape, -1, dtype=torch.long)
@@ -179,95 +197,115 @@ class Teachers:
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with what every model in memory says about it."""
         found = dict(batch)
+        inputs = {key: batch[key] for key in MODEL_KEYS if batch.get(key) is not None}
         for number, member in enumerate(self.members):
             if member.kind != "model":
                 continue
-            inputs = {key: batch[key] for key in MODEL_KEYS if batch.get(key) is not None}
-            rows = None
-            if member.domains is not None:
-                rows = self.mask(number, batch["domain"]).any(1).nonzero().squeeze(1)
-                if len(rows) < len(batch["input_ids"]):
-                    inputs = {
-                        key: value if key in FLAT_KEYS else value[rows]
-                        for key, value in inputs.items()
-                    }
-            if rows is None or len(rows):
-                said = self._run(member, inputs)
-                found[keyed("teacher_hidden", number)] = _spread(
-                    said, rows, len(batch["input_ids"])
-                )
+            mine = None if member.domains is None else self.mask(number, batch["domain"]).any(1)
+            if mine is None or bool(mine.all()):
+                found[keyed("teacher_hidden", number)] = self._run(member, inputs)
+            elif bool(mine.any()):
+                some = {k: v if k in FLAT_KEYS else v[mine] for k, v in inputs.items()}
+                said = self._run(member, some)
+                found[keyed("teacher_hidden", number)] = _mapped(said, partial(_spread, mine))
         return found
 
-    def _run(self, member: Teacher, inputs: dict[str, Tensor]) -> kd.Hidden | Tensor:
-        model = member.source
-        device = inputs["input_ids"].device
+    def _run(self, member: Teacher, inputs: dict[str, Any]) -> kd.Hidden | Tensor:
+        model, device = member.source, inputs["input_ids"].device
         if member.offload and id(model) not in self._offloaded:
-            offload(model, device)
+            from accelerate import cpu_offload
+
+            reading(model)  # compared while its weights are at hand
+            cpu_offload(causal_lm(model).get_decoder(), execution_device=device)
             self._offloaded.add(id(model))
         if model.training:
             model.eval()
         if not member.offload:
             there = next(model.parameters()).device
-            inputs = {
-                key: value.to(there) if isinstance(value, Tensor) else value
-                for key, value in inputs.items()
-            }
+            inputs = {k: v.to(there) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         return _on(hidden_of(model, inputs), device)
 
     def target(
-        self,
-        number: int,
-        flat: Mapping[str, Any],
-        tail: str,
-        temperature: float,
-        tail_at_temperature: str | None = None,
-    ) -> kd.TopK | kd.Hidden | Tensor | None:
+        self, number: int, flat: Mapping[str, Any], record: Mapping[str, Any], rule: str | None
+    ) -> Target | None:
         """What a teacher says about flattened rows [N, ...]; None where it was not asked.
 
-        ``tail`` and ``temperature`` are for caches that do not say themselves;
-        ``tail_at_temperature`` is the rule where they do not store it (kd.TopK).
+        Args:
+            number: the teacher's.
+            flat: per-token entries of a batch, flattened.
+            record: how rows are read of caches that do not say themselves.
+            rule: the ``tail_at_temperature`` of ``kd.TopK``.
         """
         member = self.members[number]
+        if member.kind == "model":
+            return flat.get(keyed("teacher_hidden", number))
         needed = keyed("teacher_ids" if member.kind == "sparse" else "teacher_hidden", number)
-        if member.kind != "model" and flat.get(needed) is None:
+        if flat.get(needed) is None:
             raise ValueError(
                 f"Objective: batch must hold {needed}, got {sorted(flat)}. Give the collator the "
                 "same teachers: DistillationCollator(pad_token_id, objective.teacher)."
             )
-        if member.kind == "model":
-            return flat.get(keyed("teacher_hidden", number))
-        if member.kind == "hidden":
-            head = member.source.head
-            hidden = flat[keyed("teacher_hidden", number)]
-            made = kd.Hidden(hidden, head.weight, head.bias, head.logit_scale, head.softcap)
-            return _on(made, hidden.device)
-        meta = getattr(member.source, "meta", None)
-        return kd.TopK(
-            flat[keyed("teacher_ids", number)],
-            flat[keyed("teacher_logprobs", number)],
-            tail=tail if meta is None else meta.tail,
-            temperature=temperature if meta is None else float(meta.temperature),
-            tail_log_partition=flat.get(keyed("teacher_tails", number)),
-            tail_temperatures=tuple(getattr(meta, "tail_temperatures", ())),
-            tail_at_temperature=tail_at_temperature,
-        )
+        if member.kind == "sparse":
+            return top_k_of(flat, number, member.record or record, rule)
+        head = member.source.head
+        made = kd.Hidden(flat[needed], head.weight, head.bias, head.logit_scale, head.softcap)
+        return _on(made, made.hidden.device)
 
     def mask(self, number: int, domain: Tensor) -> Tensor:
         """Which of the rows a teacher teaches."""
         wanted = [at for at in range(-1, len(self.domains)) if self.teaches(number, at)]
         return torch.isin(domain, torch.tensor(wanted, device=domain.device))
 
-    def to(self, device: Any) -> Teachers:
-        """Move every model that is not offloaded."""
-        for member in self.members:
-            if member.kind == "model" and not member.offload:
-                member.source.to(device)
-        return self
-
 
 def keyed(name: str, number: int) -> str:
     """The batch's key of a teacher's part."""
     return name if number == 0 else f"{name}_{number}"
+
+
+def top_k_of(
+    flat: Mapping[str, Any], number: int, record: Mapping[str, Any], rule: str | None
+) -> kd.TopK:
+    """A cache's part of a batch, as the ``record`` says that it is to be read."""
+    fields: dict[str, Any] = {n: flat.get(keyed(f"teacher_{n}", number)) for n in SPARSE}
+    return kd.TopK(
+        **fields,
+        tail=record["tail"],
+        temperature=record["temperature"],
+        tail_temperatures=tuple(record["tail_temperatures"]),
+        tail_at_temperature=rule,
+    )
+
+
+def record_in(batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of the first teacher's cache that a batch carries, or None."""
+    text = batch.get(RECORD)
+    return None if text is None else json.loads(bytes(text[0].tolist()))
+
+
+def per_token(
+    batch: Mapping[str, Any], change: Callable[[Tensor], Tensor], *, every: bool = False
+) -> dict[str, Any]:
+    """A batch's targets with ``change`` made to every entry that has a value for each token.
+
+    What belongs to the whole batch stays as it is; ``every`` keeps what is no target, too.
+    """
+    found: dict[str, Any] = {}
+    for key, value in batch.items():
+        if value is None:
+            continue
+        if key.startswith((RECORD, STAMP)):
+            found[key] = value
+        elif isinstance(value, kd.Hidden) or key in TOKEN_KEYS or key.startswith("teacher_"):
+            found[key] = _mapped(value, change)
+        elif every:
+            found[key] = value
+    return found
+
+
+def _mapped(said: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(said, Tensor):
+        return change(said)
+    return dataclasses.replace(said, hidden=change(said.hidden))
 
 
 def hidden_of(model: Any, inputs: Mapping[str, Any]) -> kd.Hidden | Tensor:
@@ -285,72 +323,39 @@ def hidden_of(model: Any, inputs: Mapping[str, Any]) -> kd.Hidden | Tensor:
     return final_hidden(model, **inputs)
 
 
+def _spread(rows: Tensor, values: Tensor) -> Tensor:
+    """Values of some rows [B] of a batch, zeros for the others."""
+    whole = values.new_zeros((len(rows), *values.shape[1:]))
+    whole[rows] = values
+    return whole
+
+
 def _on(said: Any, device: torch.device) -> Any:
     """A teacher's answer with its head on the student's device."""
     if isinstance(said, Tensor):
         return said.to(device)
-    moved = {
-        name: getattr(said, name).to(device)
-        for name in ("hidden", "weight", "bias")
-        if getattr(said, name) is not None
-    }
+    parts = {name: getattr(said, name) for name in ("hidden", "weight", "bias")}
+    moved = {name: part.to(device) for name, part in parts.items() if part is not None}
     return dataclasses.replace(said, **moved)
-
-
-def _spread(said: Any, rows: Tensor | None, count: int) -> Any:
-    """The answer about some rows of a batch of ``count``, zeros for the others."""
-    if rows is None or len(rows) == count:
-        return said
-    values = said if isinstance(said, Tensor) else said.hidden
-    whole = values.new_zeros((count, *values.shape[1:]))
-    whole[rows] = values
-    return whole if isinstance(said, Tensor) else dataclasses.replace(said, hidden=whole)
-
-
-def offload(model: Any, device: torch.device) -> None:
-    """Leave the decoder's weights in CPU memory; a layer visits ``device`` while it computes."""
-    from accelerate import cpu_offload
-
-    reading(model)  # compared while its weights are at hand
-    cpu_offload(causal_lm(model).get_decoder(), execution_device=device)
 
 
 def _looked_up(
     member: Teacher, shape: tuple[int, int], documents: Sequence[Document]
-) -> dict[str, tuple[Tensor, float]]:
-    """A cache's rows of some documents, [D, longest, ...], and what an empty row holds."""
+) -> dict[str, Tensor]:
+    """A cache's rows of some documents where those are in a batch of ``shape``, by field."""
     sequences = [tokens for _, _, tokens, _ in documents]
-    length = max((len(tokens) for tokens in sequences), default=0)
-    if len(sequences) == shape[0] and all(start == 0 for _, start, _, _ in documents):
-        length = shape[1]
-    if not sequences:  # nothing of this domain in the batch: one empty slot
-        if member.kind == "hidden":
-            size = int(member.source.meta.selection_options["hidden_size"])
-            return {"teacher_hidden": (torch.zeros(0, 0, size), 0.0)}
-        stored = getattr(getattr(member.source, "meta", None), "tail_temperatures", ())
-        return {
-            "teacher_ids": (torch.zeros(0, 0, 1, dtype=torch.long), -1),
-            "teacher_logprobs": (torch.zeros(0, 0, 1), -math.inf),
-            **({"teacher_tails": (torch.zeros(0, 0, len(stored)), 0.0)} if stored else {}),
-        }
-    found = member.source.batch(sequences, length)
-    if member.kind == "hidden":
-        return {"teacher_hidden": (found.hidden, 0.0)}
-    looked = {"teacher_ids": (found.ids, -1), "teacher_logprobs": (found.logprobs, -math.inf)}
-    tails = getattr(found, "tail_log_partition", None)
-    return looked if tails is None else {**looked, "teacher_tails": (tails, 0.0)}
-
-
-def _placed(
-    values: Tensor, empty: float, shape: tuple[int, int], documents: Sequence[Document]
-) -> Tensor:
-    """Documents' rows [D, longest, ...] put where the documents are in the batch."""
-    if values.shape[:2] == shape and [item[0] for item in documents] == list(range(shape[0])):
-        return values
-    placed = values.new_full((*shape, values.shape[-1]), empty)
-    for at, (row, start, tokens, _) in enumerate(documents):
-        placed[row, start : start + len(tokens)] = values[at, : len(tokens)]
-    return placed
-
-
-__all__ = ["Teacher", "Teachers", "hidden_of"]
+    a_row_each = [row for row, start, _, _ in documents if not start] == list(range(shape[0]))
+    a_row_each &= len(sequences) == shape[0]
+    longest = max((len(tokens) for tokens in sequences), default=0)
+    found = member.source.batch(sequences, shape[1] if a_row_each else longest)
+    looked_up = {}
+    for name, empty in (HIDDEN if member.kind == "hidden" else SPARSE).items():
+        values = getattr(found, name, None)
+        if values is not None and not a_row_each:
+            placed = values.new_full((*shape, values.shape[-1]), empty)
+            for at, (row, start, tokens, _) in enumerate(documents):
+                placed[row, start : start + len(tokens)] = values[at, : len(tokens)]
+            values = placed
+        if values is not None:
+            looked_up[name] = values
+    return looked_up

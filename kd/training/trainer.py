@@ -6,31 +6,69 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from kd.training import faults
-from kd.training.alignment import aligned_labels
-from kd.training.arguments import apply_arguments, check_resumable
-from kd.training.checkpoints import keep_newest, last_complete_checkpoint, mark_complete
+from kd.training import checkpoints
+from kd.training.arguments import apply_arguments
+from kd.training.checkpoints import mark_complete
+from kd.training.checks import (
+    bad_batch,
+    check_apart,
+    check_coverage,
+    check_domains,
+    context_length,
+)
 from kd.training.collator import DistillationCollator, default_collator
-from kd.training.metrics import StepMetrics
+from kd.training.metrics import StepMetrics, TokenClasses
 from kd.training.objective import Objective, compute_loss, trained_weight
 from kd.training.report import append_metrics, peak_memory, write_report
-from kd.training.sharing import check_apart
+from kd.training.rows import aligned_labels
 from kd.training.student import prepare_student
 from kd.training.teachers import Teachers
-from kd.training.tokens import TokenClasses
 
 CARRIED = "kd_state.json"
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the step in hand was finished and a checkpoint written."""
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.name:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listens inside, in the main thread (signals reach no other)."""
+        self.name = ""
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class _Steps(TrainerCallback):
@@ -98,7 +136,7 @@ class DistillationTrainer(Trainer):
         self.objective, collator = _joined(objective or Objective(), collator, teacher_model)
         check_apart(model, self.objective.teacher, "DistillationTrainer")
         if isinstance(collator, DistillationCollator) and collator.max_length is None:
-            most = faults.context_length(model.config)
+            most = context_length(model.config)
             collator = dataclasses.replace(collator, max_length=most)
         options["data_collator"] = collator
         super().__init__(model=model, args=args, **options)
@@ -109,18 +147,15 @@ class DistillationTrainer(Trainer):
         if token_classes is None and hasattr(tokenizer, "decode"):
             token_classes = TokenClasses(tokenizer)
         self.token_classes, self.write_report = token_classes, report
-        self._place_teachers()
+        if self.objective.teacher is not None:
+            self.objective.teacher.to(args.device)
         self._metrics = StepMetrics()
         self._tokens_seen: Any = 0.0
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # loss and tokens, summed
         self._last_log = (time.perf_counter(), 0.0)
-        self._stop, self._stop_agreed = faults.StopSignal(), False
+        self._stop, self._stop_agreed = StopSignal(), False
         self._resumed_from: str | None = None
         self.callback_handler.callbacks.insert(0, _Steps(self))
-
-    def _place_teachers(self) -> None:
-        if self.objective.teacher is not None:
-            self.objective.teacher.to(self.args.device)
 
     # --- the loss ---------------------------------------------------------------------------------
 
@@ -161,7 +196,7 @@ class DistillationTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             again = None if self.args.world_size > 1 else partial(self.compute_loss, model)
-            self._not_finite("loss", loss.item(), faults.bad_batch(inputs, again))
+            self._not_finite("loss", loss.item(), bad_batch(inputs, again))
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -245,17 +280,18 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             reduce = self._sum_over_ranks if self.args.world_size > 1 else None
             logs.update(self._metrics.summary(reduce))
-            for name in ("kd_weight", "temperature"):
-                if self.objective.at(0, 2) is not self.objective:  # it has a schedule
-                    now = self.objective.at(self.state.global_step - 1, self.state.max_steps)
-                    logs[name] = getattr(now, name)
+            if self.objective.scheduled:
+                now = self.objective.at(self.state.global_step - 1, self.state.max_steps)
+                logs |= {name: getattr(now, name) for name in ("kd_weight", "temperature")}
             seen = float(self._tokens_seen)
             now_time, (then, before) = time.perf_counter(), self._last_log
             if seen > before:
                 logs["tokens_per_second"] = (seen - before) / max(now_time - then, 1e-9)
             self._last_log = (now_time, seen)
             logs["peak_memory_gib"] = peak_memory(self.args.device)
-            skipped = self._skipped()
+            teachers = self.objective.teacher
+            members = () if teachers is None else teachers.members
+            skipped = sum(getattr(member.source, "skipped", 0) for member in members)
             if skipped:
                 logs["skipped_sequences"] = skipped
         if "train_loss" in logs:
@@ -263,11 +299,6 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
         if self.args.should_save:
             append_metrics(Path(self.args.output_dir), self.state.log_history[-1])
-
-    def _skipped(self) -> int:
-        teachers = self.objective.teacher
-        members = [] if teachers is None else teachers.members
-        return sum(getattr(member.source, "skipped", 0) for member in members)
 
     def _mean_loss(self) -> float:
         """Over all steps of the run, also those before a resume."""
@@ -302,16 +333,12 @@ class DistillationTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 mark_complete(folder)
-        except (OSError, RuntimeError) as error:
-            raise faults.checkpoint_error(folder, error) from error
-        except Exception as error:  # safetensors has an error class of its own
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise faults.checkpoint_error(folder, error) from error
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise checkpoints.checkpoint_error(folder, error) from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            keep_newest(self.args.output_dir, limit, self.state.best_model_checkpoint)
+            checkpoints.keep_newest(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
     def _mean_over_ranks(self, value: Tensor) -> float:
         if self.args.world_size > 1:
@@ -340,28 +367,25 @@ class DistillationTrainer(Trainer):
         """
         folder = Path(self.args.output_dir)
         if resume_from_checkpoint is True or not resume_from_checkpoint:
-            self._on_first_rank(
-                lambda: faults.claim_folder(
-                    folder, faults.run_identity(self), bool(resume_from_checkpoint)
-                )
-            )
+            identity, going_on = checkpoints.run_identity(self), bool(resume_from_checkpoint)
+            self._on_first_rank(lambda: checkpoints.claim_folder(folder, identity, going_on))
         if resume_from_checkpoint is True:
-            found = self._on_first_rank(lambda: last_complete_checkpoint(folder))
+            found = self._on_first_rank(lambda: checkpoints.last_complete_checkpoint(folder))
             resume_from_checkpoint = None if found is None else str(found)
         if self.objective.soft:
-            faults.check_domains(self.train_dataset, self.objective.teacher)
-            missing = faults.check_coverage(self.train_dataset, self.objective.teacher)
+            check_domains(self.train_dataset, self.objective.teacher)
+            missing = check_coverage(self.train_dataset, self.objective.teacher)
             if missing:
                 print(f"{missing} sequences are not in the teacher cache; they have labels only")
         self._resumed_from = resume_from_checkpoint or None
         if self._resumed_from:
-            check_resumable(self._resumed_from)
+            checkpoints.check_resumable(self._resumed_from)
         self._stop_agreed = False
         self._last_log = (time.perf_counter(), float(self._tokens_seen))
         with self._stop.listening():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._stop_agreed and self.state.global_step < self.state.max_steps:
-            raise faults.TrainingInterrupted(
+            raise TrainingInterrupted(
                 f"stopped at step {self.state.global_step} of {self.state.max_steps}; "
                 f"checkpoint-{self.state.global_step} is written. Run again to continue."
             )
