@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd.losses import autograd, checks, rows_sharded, rows_torch, rows_triton
 from kd.losses.divergences import Divergence, forward_kl, resolve
-from kd.losses.inputs import Hidden, Student, Teacher, TopK, full_tensor
+from kd.losses.inputs import Hidden, Student, Teacher, TopK
 from kd.losses.problem import Objective, Problem, Projection
 
 
@@ -197,7 +197,8 @@ def solve(
         if reduction == "none":
             return weighted.reshape(shape)
         return weighted.sum() * scale_of(weight.double(), reduction, num_items)
-    on_triton = rows_triton.chosen(where, backend, like)
+    asked = backend == "triton" or (backend == "auto" and like.is_cuda)
+    on_triton = asked and rows_triton.available(where, like, required=backend == "triton")
     chosen = rows_triton.BACKEND if on_triton else rows_torch.BACKEND
     if shard is not None:
         chosen = rows_sharded.backend(shard, on_triton)
@@ -269,6 +270,12 @@ def flat(
         a, b = factors
         pairs.append((source.lora[2] * (hidden @ a.T), b))  # type: ignore[operator,union-attr]
     return Projection(tuple(pairs), bias, (source.logit_scale, source.softcap))
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded DTensor gathered (differentiably); any other tensor as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if callable(gather) else tensor
 
 
 def _row_weights(

@@ -37,7 +37,8 @@ def options(
         raise ValueError(
             f"{where}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}."
         )
-    denominator(where, reduction, num_items)
+    if num_items is not None:
+        denominator(where, reduction, num_items)
     if backend not in BACKENDS:
         raise ValueError(f"{where}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if min_logprob is not None and (
@@ -49,14 +50,12 @@ def options(
         )
 
 
-def denominator(where: str, reduction: str, num_items: float | Tensor | None) -> None:
+def denominator(where: str, reduction: str, num_items: float | Tensor) -> None:
     """A denominator is one finite number > 0, of "mean" alone.
 
     A tensor's value is looked at on a CPU only: elsewhere that would wait for the device, and a
     bad one makes the loss NaN instead.
     """
-    if num_items is None:
-        return
     if reduction != "mean":
         raise ValueError(
             f"{where}: num_items must be used with reduction='mean', which it divides, got "
@@ -317,14 +316,13 @@ def sparse(teacher: TopK, where: str) -> None:
             f"{where}: teacher.tail must be one of {', '.join(TAILS)}, got {teacher.tail!r}."
         )
     positive("teacher.temperature", teacher.temperature, where)
-    stored_tails(teacher, where)
+    if teacher.tail_log_partition is not None or teacher.tail_temperatures:
+        stored_tails(teacher, where)
 
 
 def stored_tails(teacher: TopK, where: str) -> None:
     """A TopK's tail_log_partition and tail_temperatures."""
     stored, temperatures = teacher.tail_log_partition, teacher.tail_temperatures
-    if stored is None and not temperatures:
-        return
     for temperature in temperatures:
         positive("teacher.tail_temperatures", temperature, where)
     if not 1 <= len(set(temperatures)) == len(temperatures) <= MAX_TAIL_TEMPERATURES:

@@ -397,6 +397,14 @@ adaptive_kl = Divergence("adaptive_kl")
 holding half its mass) and tail; the weights carry no gradient. Wu et al. 2024, arXiv:2404.02657."""
 
 
+DEFAULTS = {
+    name: Divergence(name, **definition.default)  # type: ignore[arg-type]
+    for name, definition in DEFINITIONS.items()
+    if definition.default is not None
+}
+"""What a name alone stands for."""
+
+
 def resolve(divergence: str | Divergence) -> Divergence:
     """A divergence from its name (with its default parameters) or itself."""
     if isinstance(divergence, Divergence):
@@ -406,10 +414,9 @@ def resolve(divergence: str | Divergence) -> Divergence:
             f"distillation_loss: divergence must be one of {', '.join(DEFINITIONS)} or a "
             f"kd.Divergence, got {divergence!r}."
         )
-    default = DEFINITIONS[divergence].default
-    if default is None:
+    if divergence not in DEFAULTS:
         raise ValueError(
             f"distillation_loss: divergence {divergence!r} must be given with its parameters, "
             f"for example divergence=kd.{divergence}(0.1)."
         )
-    return Divergence(divergence, **default)  # type: ignore[arg-type]
+    return DEFAULTS[divergence]

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kd.losses import chunks
+from kd.losses.chunks import part
 from kd.losses.inputs import TopK
 from kd.losses.problem import NO_TRANSFORM, Problem, Projection, SparseRows, Tile
 from kd.losses.sparse import canonical
@@ -32,18 +32,12 @@ SLAB_ELEMENTS = 1 << 18
 SLAB_WIDTH = 512
 """Hidden width from which a projection is made slab by slab."""
 
-T = TypeVar("T", Tensor, "Tensor | None")
 Gradients = list[Tensor | None]
 """d loss / d the student's tensors, in the order of ``kd.losses.autograd.leaves``."""
 
 
 Index = slice | Tensor | None
 """Which of the rows; None is all."""
-
-
-def part(tensor: T, index: Index) -> T:
-    """The rows of a tensor that ``index`` says; a tensor that is not there stays so."""
-    return tensor if tensor is None or index is None else tensor[index]  # type: ignore[index]
 
 
 def run(

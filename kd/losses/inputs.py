@@ -72,9 +72,3 @@ class TopK:
 
 Student: TypeAlias = "Tensor | Hidden"
 Teacher: TypeAlias = "Tensor | Hidden | TopK"
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded DTensor gathered (differentiably); any other tensor as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    return gather() if callable(gather) else tensor

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from kd.losses.chunks import part
 from kd.losses.divergences import bounded_terms, head_mask
 from kd.losses.problem import NO_TRANSFORM, Backend, Objective, SparseRows, Tile, Transform
 from kd.losses.sparse import densify, outcome_terms
@@ -71,10 +72,10 @@ def rows(tile: Tile) -> Tensor:
         def work(first: int, last: int) -> None:
             index: Any = slice(first, last) if counted is None else counted[first:last]
             index = None if last - first == len(student) else index
-            raw, size = _columns(_rows(student, index), vocab), last - first
-            z = _rows(live, index) if direct else block("student", size)
-            weight = None if gradient is None or tile.weight is None else _rows(tile.weight, index)
-            teacher: Any = _rows(tile.teacher, index)
+            raw, size = _columns(part(student, index), vocab), last - first
+            z = part(live, index) if direct else block("student", size)
+            weight = None if gradient is None or tile.weight is None else part(tile.weight, index)
+            teacher: Any = part(tile.teacher, index)
             if isinstance(teacher, Tensor):
                 teacher = _columns(teacher, vocab)
             if in_place:  # read where it lies: a copy of each side less
@@ -87,7 +88,7 @@ def rows(tile: Tile) -> Tensor:
                     teacher = block("teacher", size).copy_(teacher)
                 if z.data_ptr() != raw.data_ptr():
                     z.copy_(raw)
-                loss = block_loss_(z, teacher, _rows(tile.labels, index), weight, tile)
+                loss = block_loss_(z, teacher, part(tile.labels, index), weight, tile)
             parts[first] = loss
             if live is not None and not direct:
                 live[slice(None) if index is None else index] = z.to(live.dtype)
@@ -102,11 +103,6 @@ def rows(tile: Tile) -> Tensor:
     if counted is None:
         return losses
     return losses.new_zeros(len(student)).index_copy_(0, counted, losses)
-
-
-def _rows(given: Any, index: Any) -> Any:
-    """The rows ``index`` of a tensor or of sparse rows; None is all."""
-    return given if given is None or index is None else given[index]
 
 
 def _columns(logits: Tensor, vocab: int) -> Tensor:
@@ -162,8 +158,10 @@ def block_loss_(
     teacher: [R, V] raw logits (scratch), sparse rows, or None for cross-entropy alone. weight [R]
     (None is one) is applied to the gradient and not to the losses.
     """
-    slope = finish_(z, tile.student_transform)
-    if isinstance(teacher, Tensor):
+    slope = None
+    if tile.student_transform != NO_TRANSFORM:
+        slope = finish_(z, tile.student_transform)
+    if isinstance(teacher, Tensor) and tile.teacher_transform != NO_TRANSFORM:
         finish_(teacher, tile.teacher_transform)
     column = 1.0 if weight is None else weight.unsqueeze(1)
     loss = final_loss_(z, teacher, labels, column, tile.objective)

@@ -18,16 +18,14 @@ from kd.losses.problem import Backend, Objective, SparseRows, Tile, Transform
 from kd.losses.sparse import densify
 
 
-def chosen(where: str, backend: str, like: Tensor) -> bool:
-    """Whether the Triton backend computes this loss.
+def available(where: str, like: Tensor, *, required: bool) -> bool:
+    """Whether the Triton backend can compute this loss.
 
     Raises:
         RuntimeError: it was asked for by name and cannot run here.
     """
-    if backend not in ("triton", "auto") or (backend == "auto" and not like.is_cuda):
-        return False
     reason = _unavailable(like)
-    if reason is not None and backend == "triton":
+    if reason is not None and required:
         raise RuntimeError(f"{where}: the Triton backend is unavailable: {reason}")
     return reason is None
 

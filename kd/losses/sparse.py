@@ -155,7 +155,9 @@ def canonical(
         log_p = torch.where(norm == -torch.inf, log_p, log_p - norm)
     log_tail = log_tail.masked_fill(tail_tokens == 0, -torch.inf)
     ratio = teacher.temperature / objective.temperature
-    known = log_partition(teacher, rows, objective.temperature)
+    known = None
+    if teacher.tail_log_partition is not None:
+        known = log_partition(teacher, rows, objective.temperature)
     if ratio != 1 or known is not None:
         log_p, log_tail = at_temperature(
             log_p, log_tail, tail_tokens, ratio, known, teacher.tail_at_temperature
