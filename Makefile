@@ -5,6 +5,8 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 # Processes that share the tests, whole files each; about 2 GiB of memory for one.
 JOBS   ?= 2
+# Options of the benchmarks, such as BENCH="--tokens 512 -k linear".
+BENCH  ?=
 
 .PHONY: quickstart test test-all lint errors gradients steps aot bench bench-gpu bench-compare help clean
 
@@ -38,19 +40,20 @@ gradients: $(STAMP)  ## gradients of a batch split over processes, against one p
 	$(BIN)/python tests/training_ranks.py --table
 
 steps: $(STAMP)  ## time of a training step, beside TRL's where it is installed
-	$(BIN)/python benchmarks/bench_training.py --results benchmarks/results
+	$(BIN)/python -m pytest benchmarks/bench_training.py --results benchmarks/results $(BENCH)
 
 aot: $(STAMP)  ## compile every kernel for GPUs that are not here and check the counts
 	$(BIN)/python benchmarks/aot_table.py --check tests/aot_budgets.json --write benchmarks/results/aot/table
 
 bench: $(STAMP)  ## measure this machine's CPU; peers take part where they are installed
-	$(BIN)/python benchmarks/run.py --device cpu --results benchmarks/results
+	$(BIN)/python -m pytest benchmarks --results benchmarks/results $(BENCH)
 
 bench-gpu: $(STAMP)  ## measure this machine's GPU; a rerun continues
-	$(BIN)/python benchmarks/run.py --device cuda --results benchmarks/results
+	$(BIN)/python -m pytest benchmarks --device cuda --results benchmarks/results $(BENCH)
 
-bench-compare: $(STAMP)  ## what became slower: make bench-compare OLD=folder NEW=folder
-	$(BIN)/python benchmarks/run.py --compare $(OLD) $(NEW)
+bench-compare: $(STAMP)  ## two results side by side: make bench-compare OLD=folder NEW=folder
+	$(BIN)/pytest-benchmark compare $(OLD)/results.json $(NEW)/results.json \
+		--group-by=fullname --columns=min,median --sort=name
 
 clean:  ## remove the environment, runs and caches
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

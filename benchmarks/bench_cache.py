@@ -1,250 +1,198 @@
-"""Reading speed, capture overhead and the share of a training step, measured on this machine.
+"""Teacher targets on disk: writing a cache, and reading training batches from it.
 
-    python benchmarks/bench_cache.py --model FOLDER    with capture and training steps of it
-    python benchmarks/bench_cache.py                   reading alone
-
-Prints Markdown (`--output FILE` also writes it). build_cache encodes and writes shards in a thread
-of its own beside torch's `--threads`. Reading is the median of repeated runs. Overhead compares
-build_cache, opening and closing included, with the model's bare forward of the same batches:
-pairs run right after one another, and the median of the pairs' ratios counts; all are shown. The
-one shard of so few tokens is encoded at the end; in a long capture that happens beside the forward.
+What is written is read back and compared with float64 before it is timed: the error is that of the
+stored probabilities. The rows are of a power law at random ids, the worst case
+for a codec.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import sys
+import functools
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from kd.cache import CacheMeta, CacheWriter, TeacherCache
+from kd_bench.suite import (
+    SMOKE_MODELS,
+    Answer,
+    Implementation,
+    Inputs,
+    Problem,
+    Shape,
+    Step,
+    Suite,
+    Truth,
+)
 
-from kd.cache import CacheMeta, CacheWriter, TeacherCache  # noqa: E402
-from kd_bench.cache_suite import power_law_rows  # noqa: E402
-from kd_bench.models import make_model  # noqa: E402
-
-QWEN = 151_936
-QWEN_SHAPE = "qwen2.5-0.5b-shape"
-TOKENS = 4096  # captured
-
-
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def both_times(function: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock seconds, and seconds of CPU in all threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - wall, time.process_time() - cpu
+READ_AT_ONCE = 4  # sequences
 
 
-def median(function: Callable[[], object], repeats: int) -> float:
-    function()
-    return statistics.median(timed(function) for _ in range(repeats))
+def power_law_rows(
+    rng: np.random.Generator, length: int, k: int, live: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens [L], ids [L, K] and log-probs [L, K] of one sequence; the rows hold 0.95 each."""
+    tokens = rng.integers(0, live, length).astype(np.int32)
+    wide = min(4 * k, live)
+    ids = np.argsort(rng.random((length, wide)), 1)[:, :k] * (live // wide)
+    ids += rng.integers(0, live // wide, ids.shape)
+    exponent = rng.uniform(1.1, 2.2, (length, 1))
+    logits = -exponent * np.log(np.arange(1, k + 1))
+    log_p = logits - np.logaddexp.reduce(logits, 1, keepdims=True) + np.log(0.95)
+    return tokens, ids.astype(np.int32), log_p.astype(np.float32)
 
 
-def make_cache(
-    path: Path, codec: str, count: int, length: int, k: int, live: int = QWEN
-) -> list[np.ndarray]:
-    """A cache of power-law rows at random ids; returns its sequences."""
-    rng = np.random.default_rng(0)
-    meta = CacheMeta({"id": "simulated"}, {}, live, live, top_k=k, codec=codec)
-    sequences = []
-    with CacheWriter(path, meta) as writer:
-        for _ in range(count):
-            tokens, ids, logprobs = power_law_rows(rng, length, k, live)
-            writer.add(tokens, ids, logprobs)
-            sequences.append(tokens)
-    return sequences
+def make_targets(problem: Problem) -> Inputs:
+    """tokens [S, L], ids and logprobs [S, L, K]."""
+    rng, s = np.random.default_rng(0), problem.shape
+    count = max(1, s.tokens // s.length)
+    rows = [power_law_rows(rng, s.length, s.top_k, s.vocab) for _ in range(count)]
+    parts = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return dict(zip(("tokens", "ids", "logprobs"), parts, strict=True))
 
 
-def reading(repeats: int) -> None:
-    say("\n| codec | batch | tokens/s/core, k=64 | bytes/token |\n|---|---|---|---|")
-    for codec in ("compact", "log8", "float32"):
+def answer_of_rows(ids: Tensor, logprobs: Tensor) -> Answer:
+    """Of targets [..., K], whatever their order in a row: mean sum of p log p; p and ids."""
+    ids, order = ids.flatten(0, -2).long().sort(-1)
+    wide = logprobs.flatten(0, -2).double().gather(-1, order)
+    p = wide.exp()
+    value = torch.where(p > 0, p * wide, 0.0).sum(-1).mean()
+    return value, {"probabilities": p, "ids": ids}
+
+
+def exact_targets(problem: Problem, inputs: Inputs) -> Truth:
+    value, results = answer_of_rows(inputs["ids"], inputs["logprobs"])
+    return Truth(float(value), {name: tensor.double() for name, tensor in results.items()})
+
+
+class Store:
+    """One way to keep targets: writes a folder, and reads a batch of sequences from it."""
+
+    def __init__(self, problem: Problem, inputs: Inputs, codec: str) -> None:
+        self.inputs = {name: tensor.cpu() for name, tensor in inputs.items()}
+        self.vocab, self.codec = problem.shape.vocab, codec
+
+    def write(self, folder: Path) -> None:
+        options = {"top_k": self.inputs["ids"].shape[-1], "codec": self.codec}
+        meta = CacheMeta({"id": "simulated"}, {}, self.vocab, self.vocab, **options)
+        with CacheWriter(folder, meta) as writer:
+            for row in zip(*self.inputs.values(), strict=True):
+                writer.add(*(tensor.numpy() for tensor in row))
+
+    def open(self, folder: Path) -> Any:
+        return TeacherCache(folder)
+
+    def read(self, opened: Any, at: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
+        tokens = self.inputs["tokens"][at]
+        if packed:
+            found = opened.packed([list(tokens)], tokens.numel())
+        else:
+            found = opened.batch(list(tokens), tokens.shape[1])
+        shape = (*tokens.shape, -1)
+        return found.ids.view(shape), found.logprobs.view(shape)
+
+
+class TorchStore(Store):
+    """torch.save of int32 ids and float32 log-probs, read through a memory map."""
+
+    def write(self, folder: Path) -> None:
+        torch.save(self.inputs, folder / "targets.pt")
+
+    def open(self, folder: Path) -> Any:
+        return torch.load(folder / "targets.pt", mmap=True, weights_only=True)
+
+    def read(self, opened: Any, at: Tensor, packed: bool = False) -> tuple[Tensor, Tensor]:
+        return opened["ids"][at].long(), opened["logprobs"][at]
+
+
+class Write(Step):
+    """Everything written into a new folder; ``check`` reads it back."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __call__(self) -> Answer:
         with tempfile.TemporaryDirectory() as folder:
-            sequences = make_cache(Path(folder), codec, 64, 512, 64)
-            cache = TeacherCache(folder)
-            size = sum(entry.bytes for entry in cache.manifest.shards) / cache.tokens
-            order = np.random.default_rng(1).permutation(64)
-            for batch in (4, 16):
-                chosen = [sequences[i] for i in order[:batch]]
-                seconds = median(lambda c=chosen, t=cache: t.batch(c, 512), repeats)
-                rate = batch * 512 / seconds
-                say(f"| {codec} | {batch} x 512, padded | {rate:,.0f} | {size:.1f} |")
-            packs = [[sequences[i] for i in order[j : j + 4]] for j in (0, 4)]
-            seconds = median(lambda c=packs, t=cache: t.packed(c, 2048), repeats)
-            say(f"| {codec} | 2 x 2048, packed | {2 * 2048 / seconds:,.0f} | {size:.1f} |")
+            self.store.write(Path(folder))
+        return torch.zeros(()), {}
+
+    def check(self) -> Answer:
+        tokens = self.store.inputs["tokens"]
+        with tempfile.TemporaryDirectory() as name:
+            self.store.write(Path(name))
+            size = sum(path.stat().st_size for path in Path(name).rglob("*") if path.is_file())
+            self.detail = f"{size / tokens.numel():.1f} bytes/token"
+            return answer_of_rows(
+                *self.store.read(self.store.open(Path(name)), torch.arange(len(tokens)))
+            )
 
 
-def qwen_shaped() -> torch.nn.Module:
-    """Random weights in the shape of Qwen2.5-0.5B, bfloat16: what a forward costs there."""
-    return make_model(896, 24, QWEN, 0, torch.bfloat16, intermediate=4864, kv_heads=2).eval()
+class Read(Step):
+    """Every sequence once, in shuffled batches, from a cache that is open."""
+
+    def __init__(self, store: Store, packed: bool) -> None:
+        self.store, self.packed, self.folder = store, packed, tempfile.TemporaryDirectory()
+        store.write(Path(self.folder.name))
+        self.opened = store.open(Path(self.folder.name))
+        order = torch.Generator().manual_seed(1)
+        batches = torch.randperm(len(store.inputs["tokens"]), generator=order)
+        self.batches = batches.split(READ_AT_ONCE)
+
+    def __call__(self) -> Answer:
+        for at in self.batches:
+            self.store.read(self.opened, at, self.packed)
+        return torch.zeros(()), {}
+
+    def check(self) -> Answer:
+        found = [self.store.read(self.opened, at, self.packed) for at in self.batches]
+        order = torch.cat(self.batches).argsort()
+        return answer_of_rows(*(torch.cat(side)[order] for side in zip(*found, strict=True)))
 
 
-def capture(model_folder: str, repeats: int, ks: list[int], count: int) -> None:
-    import pydoc_data.topics
+def build_store(codec: str, problem: Problem, inputs: Inputs) -> Step:
+    store = (TorchStore if codec == "torch" else Store)(problem, inputs, codec)
+    if problem.suite.name == "cache-write":
+        return Write(store)
+    return Read(store, packed=problem.suite.name == "cache-read-packed")
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from kd.teachers import build_cache
-    from kd.teachers.build import batches
+# --- the suites -----------------------------------------------------------------------------------
 
-    if model_folder == QWEN_SHAPE:
-        model, live = qwen_shaped(), QWEN
-        tokens = np.random.default_rng(0).integers(0, live, count).tolist()
-    else:
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
-        tokenizer = AutoTokenizer.from_pretrained(model_folder)
-        tokens = tokenizer("\n".join(pydoc_data.topics.topics.values()))["input_ids"]
-        live = len(tokenizer)
-    sequences = [np.array(tokens[i : i + 256]) for i in range(0, count, 256)]
 
-    def bare() -> None:
-        with torch.inference_mode():
-            for batch in batches(sequences, 1024, None, None):
-                model(input_ids=torch.from_numpy(np.stack(batch)).long(), use_cache=False)
-
-    def whole(k: int) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            build_cache(
-                model, sequences, folder, top_k=k, batch_tokens=1024,
-                live_vocab=live, progress=False,
-            )  # fmt: skip
-
-    say(
-        f"\n| capture of {count:,} tokens | bare forward, s | build_cache, s | overhead: median "
-        "(all pairs) | in CPU time: median (all) |\n|---|---|---|---|---|"
+def cache_suite(name: str, what: str, *codecs: tuple[str, str, str]) -> Suite:
+    made = [
+        Implementation(who, functools.partial(build_store, codec), note=note, approximate=True)
+        for who, codec, note in codecs
+    ]
+    return Suite(
+        name,
+        what,
+        inputs=make_targets,
+        few=dict,
+        truth=exact_targets,
+        implementations=tuple(made),
+        memory=lambda problem, _: 40 * problem.shape.tokens * problem.shape.top_k,
+        bytes=lambda shape, itemsize: 12 * shape.tokens * shape.top_k,
+        error_name="error of p",
     )
-    for k in ks:
-        whole(k)  # warm
-        pairs = []
-        for number in range(repeats):  # each goes first in turn
-            first, second = (bare, lambda k=k: whole(k))[:: 1 - 2 * (number % 2)]
-            pair = both_times(first), both_times(second)
-            pairs.append(pair[:: 1 - 2 * (number % 2)])
-            print(f"pair {number}: (wall, CPU) s bare, capture: {pairs[-1]}", file=sys.stderr)
-        seconds = [statistics.median(side[0] for side in sides) for sides in zip(*pairs)]  # noqa: B905
-        shown = []
-        for kind in (0, 1):
-            extra = sorted(100 * (mine[kind] / base[kind] - 1) for base, mine in pairs)
-            listed = ", ".join(f"{value:+.1f}" for value in extra)
-            shown.append(f"{statistics.median(extra):+.1f} % ({listed})")
-        name = f"{Path(model_folder).name}, k={k}"
-        say(f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {shown[0]} | {shown[1]} |")
 
 
-def parts(repeats: int) -> None:
-    """What capture does differently from a bare forward, in CPU time: the head's product in chunks
-    into one buffer instead of at once, and the selection. The decoder is the same in both."""
-    from kd.teachers.selection import top_k_rows
-
-    say(
-        "\n| lm_head | bare head, us/token | in chunks, us | selection k=64, us | in all, us |\n"
-        "|---|---|---|---|---|"
-    )
-    for name, vocabulary, hidden_size in (
-        ("SmolLM2-135M", 49_152, 576),
-        ("Qwen2.5-0.5B", QWEN, 896),
-    ):
-        weight = torch.randn(vocabulary, hidden_size, dtype=torch.bfloat16)
-        hidden = torch.randn(512, hidden_size).bfloat16()
-        buffer = torch.empty(256, vocabulary, dtype=torch.bfloat16)
-        taken: dict[str, list[float]] = {"bare": [], "chunked": [], "selection": []}
-        with torch.inference_mode():
-            for _ in range(repeats):
-                bare = both_times(lambda h=hidden, w=weight: torch.nn.functional.linear(h, w))[1]
-                chunked = selection = 0.0
-                for part in hidden.split(256):
-                    multiply = lambda p=part, w=weight, b=buffer: torch.mm(p, w.t(), out=b)  # noqa: E731
-                    chunked += both_times(multiply)[1]
-                    selection += both_times(lambda b=buffer: top_k_rows(b, 64, 1.0))[1]
-                for kind, seconds in zip(taken, (bare, chunked, selection), strict=True):
-                    taken[kind].append(1e6 * seconds / len(hidden))
-        base, mine, kept = (statistics.median(values) for values in taken.values())
-        shape = f"{name}: {vocabulary:,} x {hidden_size}"
-        say(f"| {shape} | {base:.0f} | {mine:.0f} | {kept:.0f} | {mine + kept - base:+.0f} |")
+OURS = (("kd", "compact", ""), ("kd log8", "log8", ""), ("kd float32", "float32", "lossless"))
+PLAIN = ("pytorch", "torch", "torch.save and a memory map")
+WRITE = cache_suite("cache-write", "targets written into a new cache", *OURS, PLAIN)
+READ = cache_suite("cache-read", "shuffled batches read, padded", *OURS, PLAIN)
+PACKED = cache_suite("cache-read-packed", "shuffled batches read as packed rows", *OURS)
+CACHE = Shape("qwen2.5-ids,k=64", 8192, 151_936, 0, 0, 64, length=512)
 
 
-def step(model_folder: str, repeats: int) -> None:
-    """A student's training step (forward, sparse loss on hidden states, backward, AdamW) beside
-    reading its batch from the cache; the student is the model, and its first two layers."""
-    from transformers import AutoModelForCausalLM
-
-    import kd
-
-    say(
-        "\n| student | batch | step, ms | reading its targets, ms | reading / step |\n"
-        "|---|---|---|---|---|"
-    )
-    for layers in (None, 2):
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).train()
-        if layers is not None:
-            model.model.layers = model.model.layers[:layers]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-        vocabulary = model.config.vocab_size
-        with tempfile.TemporaryDirectory() as folder:
-            sequences = make_cache(Path(folder), "compact", 16, 256, 64, vocabulary)
-            cache = TeacherCache(folder)
-            tokens = torch.from_numpy(np.stack(sequences[:4])).long()
-
-            def train(model=model, optimizer=optimizer, cache=cache, tokens=tokens) -> None:
-                found = cache.batch(list(tokens), 256)
-                hidden = model.model(input_ids=tokens).last_hidden_state
-                teacher = kd.TopK(found.ids, found.logprobs, found.tail, found.temperature)
-                loss = kd.distillation_loss(kd.Hidden(hidden, model.lm_head.weight), teacher)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
-            whole = median(train, repeats)
-            read = median(lambda c=cache, t=tokens: c.batch(list(t), 256), 5 * repeats)
-        name = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters"
-        say(f"| {name} | 4 x 256 | {1e3 * whole:,.0f} | {1e3 * read:.2f} | {read / whole:.2%} |")
+def problems(device: str, tokens: int | None, smoke: bool) -> list[Problem]:
+    """What a run measures; ``tokens`` is of the losses alone."""
+    return [Problem(suite, SMOKE_MODELS if smoke else CACHE) for suite in (WRITE, READ, PACKED)]
 
 
-LINES: list[str] = []
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-    LINES.append(text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help=f"folder of a causal LM, or {QWEN_SHAPE}: random weights")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="captured")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--top-k", type=int, nargs="+", default=[64], help="of the captures")
-    parser.add_argument("--only", choices=["reading", "parts", "capture", "step"])
-    parser.add_argument("--output", type=Path, help="also write the Markdown there")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    from kd_bench import machine
-
-    say(f"{machine.line_of(machine.machine_info('cpu'))}")
-    if args.only in (None, "reading"):
-        reading(args.repeats)
-    if args.only in (None, "parts"):
-        parts(args.repeats)
-    if args.model and args.only in (None, "capture"):
-        capture(args.model, args.repeats, args.top_k, args.tokens)
-    if args.model and args.only in (None, "step"):
-        step(args.model, max(1, args.repeats // 2))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("\n".join(LINES) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def test_cache(row, measure):
+    measure(row)

@@ -1,127 +1,188 @@
-"""The losses' must-reach table on a CPU: multiples of the bare matmuls, extra memory, peers.
+"""Every loss, forward and backward, beside PyTorch, torch.compile and the peers that are installed.
 
-    python benchmarks/bench_losses.py                        # all four cases, about 15 minutes
-    python benchmarks/bench_losses.py bf16 --against liger   # one case against some peers
-    python benchmarks/bench_losses.py --table-only           # the table of what is measured
-    KD_PEERS=folder python benchmarks/bench_losses.py        # peers from pip install --target
-
-The fused-linear cases give forward + backward of forward KL as a multiple of the matmuls that
-nobody can avoid (both projections, dH, dW, each once, through one buffer), round by round in the
-same run. The logits case gives TRL GKD's time over ours. Cases run in pieces: what is measured is
-kept in the result folder and a piece adds to it. Exit status 1 when ours misses a bound.
+pytest benchmarks/bench_losses.py --benchmark-enable -k "linear and bfloat16" --tokens 512
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import contextlib
+import dataclasses
+import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
-from kd_bench import machine
-from kd_bench.report import load_groups, times_floor, write_report
-from kd_bench.runner import Group, run_groups
-from kd_bench.shapes import NARROW_HEADS, QWEN_05B_15B
+from kd_bench import losses, peers
+from kd_bench.suite import NARROW_HEADS, QWEN, SMOKE, Implementation, Problem, Shape, Suite
 
-CASES = {
-    "f32": (Group("linear", QWEN_05B_15B, "float32"), 1.05),
-    "bf16": (Group("linear", QWEN_05B_15B, "bfloat16"), 1.10),
-    "narrow": (Group("linear", NARROW_HEADS, "float32"), 1.15),
-    "logits": (Group("dense", QWEN_05B_15B, "float32"), 3.0),
-}
-EXTRA_MIB = 300.0
+CPU_TOKENS = 64  # a whole run takes minutes
 
 
-def ratios(group: Group, result: dict, row: dict) -> tuple[float, float] | None:
-    """(by the fastest rounds, by the medians): times the matmuls; for logits, TRL GKD over ours.
-
-    On a shared machine the fastest round is the one that others disturbed least: it is what the
-    bounds are for, and the median shows how much was disturbed.
-    """
-    if group.suite == "linear":
-        seconds, floor = row["seconds"], row["floor_seconds"]
-        median = times_floor(seconds, floor)
-        return None if median is None else (min(seconds) / min(floor), median)
-    peer = next((r for r in result["rows"] if r["implementation"] == "trl gkd"), None)
-    if peer is None or not peer["seconds"]:
-        return None
-    theirs, ours = peer["seconds"], row["seconds"]
-    return min(theirs) / min(ours), statistics.median(theirs) / statistics.median(ours)
+def lower_flops(shape: Shape, teacher: bool) -> int:
+    """Multiply-adds (times two) that nobody avoids: the student's logits, dH, dW; the teacher's."""
+    widths = 3 * shape.student_hidden + (shape.teacher_hidden if teacher else 0)
+    return 2 * shape.tokens * shape.vocab * widths
 
 
-def holds(group: Group, bound: float, value: float | None, row: dict) -> bool:
-    if value is None:
-        return False
-    if group.suite == "linear":
-        return value <= bound and row["extra_memory"] / 2**20 <= EXTRA_MIB
-    return value >= bound
+def lower_bytes(shape: Shape, itemsize: int, logits: int, heads: int, stored: int) -> int:
+    """Bytes that cross memory once: [N, V] tensors, lm_heads with hidden states, stored rows."""
+    sides = (2 * shape.student_hidden, shape.teacher_hidden)[:heads]
+    read = logits * shape.tokens * shape.vocab + (shape.vocab + shape.tokens) * sum(sides)
+    return read * itemsize + stored * shape.tokens * shape.top_k
 
 
-def table(results: dict[str, dict]) -> bool:
-    """Print every case; whether ours holds every bound that was measured."""
-    good = True
-    for name, (group, bound) in CASES.items():
-        result = results.get(group.name)
-        if result is None:
-            print(f"\n{name}: not measured")
-            continue
-        sign = "<=" if group.suite == "linear" else ">="
-        what = "x matmuls" if group.suite == "linear" else "x faster than TRL GKD"
-        print(f"\n### {name}: {group.name}\n\n{machine.line_of(result['machine'])}\n")
-        print(f"| implementation | {what}: fastest round | median | seconds | extra MiB |", end="")
-        print(" value error | grad error |\n|---|---:|---:|---:|---:|---:|---:|")
-        for row in result["rows"]:
-            title = f"{row['implementation']} {row['version'] or ''}".strip()
-            if not row["seconds"]:
-                print(f"| {title} | {row.get('skipped', '')} | | | | | |")
-                continue
-            both = ratios(group, result, row)
-            shown, median = ("-", "-") if both is None else (f"{x:.3f}" for x in both)
-            if row["implementation"] == "kd":
-                ok = holds(group, bound, both and both[0], row)
-                good &= ok
-                shown += f" (must be {sign} {bound}: {'holds' if ok else 'MISSED'})"
-            seconds = f"{min(row['seconds']):.3f}..{max(row['seconds']):.3f}"
-            memory = f"{row['extra_memory'] / 2**20:.0f}"
-            found = [
-                f"{row[key]:.1e}" if key in row else "-" for key in ("value_error", "grad_error")
-            ]
-            cells = (title, shown, median, seconds, memory, *found)
-            print("| " + " | ".join(cells) + " |")
-    return good
+def input_bytes(problem: Problem) -> int:
+    s, suite = problem.shape, problem.suite.name
+    both = {"dense": 2, "dense-loaded": 2, "sparse": 1, "selection": 1}.get(suite, 0)
+    widths = (suite in losses.FUSED) * s.student_hidden + (suite == "linear") * s.teacher_hidden
+    return (both * s.tokens * s.vocab + (s.vocab + s.tokens) * widths) * problem.itemsize
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; all when none is named")
-    parser.add_argument("--against", action="append", help="part of an implementation's name")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=90.0, help="for a case's timed rounds")
-    parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument(
-        "--fresh", action="store_true", help="forget what was measured of the cases"
+def memory_needed(problem: Problem, implementation: Implementation) -> int:
+    """Rough peak of one implementation in bytes: inputs, gradients, [N, V] temporaries."""
+    s, wide = problem.shape, implementation.copies * problem.shape.tokens * problem.shape.vocab * 4
+    gradients = 4 * s.vocab * s.student_hidden if problem.suite.name in losses.FUSED else 0
+    if gradients and (implementation.bare or implementation.name == "kd"):
+        wide = min(wide, 512 << 20)  # they work in chunks
+    return int(input_bytes(problem) + gradients + wide)
+
+
+@contextlib.contextmanager
+def competing_process() -> Iterator[None]:
+    """One process that takes all of a core that it can get."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+KD = Implementation("kd", losses.build_kd, copies=1.2)
+IN_PLACE = Implementation("kd in place", losses.build_kd_in_place, copies=1.2)
+BARE = Implementation(
+    "bare GEMM", losses.build_bare_gemm, note="lower bound: each GEMM once, one buffer", bare=True
+)
+PYTORCH = Implementation("pytorch", losses.build_pytorch, copies=7)
+COMPILED = Implementation("pytorch compiled", losses.build_pytorch_compiled, copies=7)
+
+
+def suite(name: str, what: str, implementations: Any, **options: Any) -> Suite:
+    shared = {"inputs": losses.make_inputs, "few": losses.first_rows, "truth": losses.exact_answer}
+    return Suite(
+        name=name,
+        what=f"{what}, forward + backward",
+        implementations=(*implementations, *peers.PEERS.get(name, ())),
+        memory=memory_needed,
+        **{**shared, **options},
     )
-    parser.add_argument("--table-only", action="store_true")
-    args = parser.parse_args(argv)
-    unknown = set(args.cases) - set(CASES)
-    if unknown:
-        parser.error(f"cases must be of {', '.join(CASES)}, got {', '.join(sorted(unknown))}")
-    default = Path(__file__).parent / "results" / machine.folder_name("cpu")
-    folder = args.out or default
-    if not args.table_only:
-        run_groups(
-            [CASES[name][0] for name in args.cases or CASES],
-            folder / "groups",
-            fresh=args.fresh,
-            add=args.against is not None and not args.fresh,
-            against=None if args.against is None else tuple(args.against),
-            rounds=args.rounds,
-            seconds=args.seconds,
-        )
-        write_report(folder)
-    found = {group["group"]: group for group in load_groups(folder)}
-    return 0 if table(found) else 1
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+LINEAR = suite(
+    "linear",
+    "student and teacher as hidden states and lm_head",
+    (KD, BARE, PYTORCH, COMPILED),
+    flops=lambda s: lower_flops(s, teacher=True),
+    bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=2, stored=0),
+    any_divergence=True,
+)
+LINEAR_SPARSE = suite(
+    "linear-sparse",
+    "the same against a stored top-k",
+    (KD, BARE, PYTORCH, COMPILED),
+    flops=lambda s: lower_flops(s, teacher=False),
+    bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=1, stored=12),
+    any_divergence=True,
+)
+CROSS_ENTROPY = suite(
+    "cross-entropy",
+    "hard labels, fused with the lm_head",
+    (KD, BARE, PYTORCH, COMPILED),
+    flops=lambda s: lower_flops(s, teacher=False),
+    bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=1, stored=0) + 8 * s.tokens,
+)
+DENSE = suite(
+    "dense",
+    "both sides as logits",
+    (KD, IN_PLACE, PYTORCH, COMPILED),
+    bytes=lambda s, size: lower_bytes(s, size, logits=3, heads=0, stored=0),
+    any_divergence=True,
+)
+LOADED = dataclasses.replace(
+    DENSE,
+    name="dense-loaded",
+    what=f"{DENSE.what}, beside a process that takes all of a core that it can get",
+    surroundings=competing_process,
+)
+SPARSE = suite(
+    "sparse",
+    "student logits against a stored top-k",
+    (KD, IN_PLACE, PYTORCH, COMPILED),
+    bytes=lambda s, size: lower_bytes(s, size, logits=2, heads=0, stored=12),
+    any_divergence=True,
+)
+SELECTION = suite(
+    "selection",
+    "top-k log-probabilities of logits, as a capture keeps them",
+    (
+        Implementation("kd", losses.build_selection),
+        Implementation("pytorch", losses.build_plain_selection, copies=3),
+    ),
+    truth=losses.exact_selection,
+    bytes=lambda s, size: lower_bytes(s, size, logits=1, heads=0, stored=12),
+    errors=losses.selection_errors,
+    error_name="error of log p",
+)
+SUITES = (LINEAR, LINEAR_SPARSE, CROSS_ENTROPY, DENSE, LOADED, SPARSE, SELECTION)
+GPU_SHAPES = (
+    dataclasses.replace(QWEN, tokens=8192),
+    Shape("qwen2.5-1.5b<-r1-distill-7b", 8192, 151_936, 1536, 3584),
+    Shape("qwen2.5-7b<-r1-distill-32b", 8192, 152_064, 3584, 5120),
+    Shape("llama3-1b<-8b", 8192, 128_256, 2048, 4096),
+    Shape("llama3-8b<-70b", 8192, 128_256, 4096, 8192),
+    Shape("gemma2-2b<-9b", 4096, 256_000, 2304, 3584),
+    Shape("qwen2.5-0.5b<-1.5b-1k", 1024, 151_936, 896, 1536),
+    Shape("qwen2.5-0.5b<-1.5b-64k", 65_536, 151_936, 896, 1536),
+)
+
+
+def scaling(base: Shape, dtype: str) -> list[Problem]:
+    """One size at a time: V and N for logits on both sides, K for a cache."""
+    base = dataclasses.replace(base, name="scaling")
+    sizes = [{"vocab": v} for v in (32_000, 64_000, 128_256, 256_000)]
+    made = [Problem(DENSE, base.scaled(**size), dtype) for size in sizes]
+    for tokens in (base.tokens // 4, base.tokens // 2, base.tokens):
+        made.append(Problem(LINEAR, base.scaled(tokens=tokens), dtype))
+    return made + [Problem(SPARSE, base.scaled(top_k=k), dtype) for k in (8, 64, 512)]
+
+
+def problems(device: str, tokens: int | None, smoke: bool) -> list[Problem]:
+    """What a run measures, the most telling first: fewer tokens and models on a CPU."""
+    if smoke:
+        return [Problem(suite, SMOKE) for suite in SUITES]
+    if device == "cpu":
+        n = tokens or CPU_TOKENS
+        qwen, narrow = (s if n == s.tokens else s.scaled(tokens=n) for s in (QWEN, NARROW_HEADS))
+        made = [Problem(LINEAR, qwen), Problem(LINEAR, qwen, "bfloat16"), Problem(LINEAR, narrow)]
+        made += [Problem(suite, qwen) for suite in (DENSE, LOADED, SPARSE, SELECTION)]
+        made += scaling(NARROW_HEADS.scaled(tokens=2 * n), "float32")
+        made += [Problem(LINEAR_SPARSE, narrow), Problem(CROSS_ENTROPY, narrow)]
+        return made + [
+            Problem(suite, shape, "float32", "jsd(0.5)")
+            for suite, shape in ((DENSE, qwen), (LINEAR, narrow))
+        ]
+    shapes = [s if tokens is None else s.scaled(tokens=tokens) for s in GPU_SHAPES]
+    logits = shapes[0].scaled(tokens=2048)
+    made = [Problem(LINEAR, shape, "bfloat16") for shape in shapes]
+    for suite in (LINEAR_SPARSE, CROSS_ENTROPY):
+        made += [Problem(suite, shape, "bfloat16") for shape in shapes[:3]]
+    for divergence in ("reverse_kl", "jsd(0.5)"):
+        made += [Problem(s, shape, "bfloat16", divergence)
+                 for s, shape in ((LINEAR, shapes[0]), (DENSE, logits))]  # fmt: skip
+    made += [Problem(suite, logits, "bfloat16") for suite in (DENSE, SPARSE, SELECTION)]
+    made.append(Problem(DENSE, logits, "float32"))
+    return made + scaling(NARROW_HEADS.scaled(tokens=2048), "bfloat16")
+
+
+def test_losses(row, measure):
+    measure(row)

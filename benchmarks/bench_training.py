@@ -1,245 +1,260 @@
-"""Step time and memory of training a small Qwen2: ours beside TRL's trainers on the same batch.
+"""Training steps: forward, backward, AdamW and zeroing, through each library's own trainer.
 
-    python benchmarks/bench_training.py [--group SFT KD] [--dtype bfloat16] [--rounds 5]
-
-A step is forward, backward, AdamW and zeroing, through each library's own trainer. Every
-implementation has a process of its own, made from the same seed; they take turns, round by round,
-in alternating order. Before anything is timed, the loss and the gradient's norm of all
-implementations of a group are compared. TRL takes part where it is importable (KD_PEERS=folder).
+Every implementation starts from the same seed and takes the same batch. The truth is the plain
+loss of the same model in float64 on one sequence (transformers keeps norms and rotary positions in
+float32); the error is that of the gradients of the embedding, an MLP projection and the last norm.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import multiprocessing
-import os
-import statistics
-import sys
+import functools
+import importlib
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from kd_bench.training_suite import build_trainer
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-SIZES = {
-    "small": {"student": (256, 4), "teacher": (512, 4), "vocab": 151_936, "batch": (2, 64)},
-    "smoke": {"student": (32, 1), "teacher": (64, 1), "vocab": 512, "batch": (2, 16)},
-}
-GROUPS = {
-    "SFT": ("kd SFT", "TRL SFTTrainer", "plain logits SFT"),
-    "KD": ("kd online", "kd cached top-32", "TRL GKDTrainer", "plain logits KD"),
-}
-REFERENCE = {"SFT": "TRL SFTTrainer", "KD": "TRL GKDTrainer"}
-PRELOADED = [
-    "datasets",
-    "kd.teachers",
-    "kd.training.trainer",
-    "transformers.models.qwen2.modeling_qwen2",
-    "trl.trainer.sft_trainer",
-    "trl.experimental.gkd",
-]
-PLAIN = {"SFT": "plain logits SFT", "KD": "plain logits KD"}
+from kd_bench.models import make_model, matmul_parameters
+from kd_bench.suite import (
+    DTYPES,
+    SMOKE_MODELS,
+    Answer,
+    Implementation,
+    Inputs,
+    Problem,
+    Shape,
+    Step,
+    Suite,
+    Truth,
+)
 
-
-# --- what runs in a worker ------------------------------------------------------------------------
+CHECKED_IDS, CHECKED_TOKENS = 512, 32
+IGNORED = 8  # tokens of each sequence that are not trained on
 
 
-def high_water() -> int:
-    """The process's largest resident size so far, in bytes."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def worker(pipe: Any, name: str, size: dict[str, Any], dtype: str, threads: int) -> None:
-    """Serves "check", "step" and "memory" over a pipe."""
-    import torch
-
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            made, batch, tokens = build_trainer(name, size, folder, getattr(torch, dtype))
-        except Exception as error:  # a peer that is missing or refuses says why
-            pipe.send({"error": f"{type(error).__name__}: {error}"})
-            return
-        if batch is None:
-            batch = made.data_collator(made.train_dataset)
-        made.model.train()
-        made.create_optimizer()
-        gc.collect()
-        before = resident()
-        pipe.send({"ready": True})
-        while (asked := pipe.recv()) != "stop":
-            started = time.perf_counter()
-            loss = made.training_step(made.model, dict(batch), tokens)
-            if asked == "check":
-                grads = [p.grad.float().norm() for p in made.model.parameters()]
-                norm = torch.stack(grads).norm().item()
-                made.model.zero_grad()
-                pipe.send({"loss": loss.item(), "norm": norm})
-                continue
-            made.optimizer.step()
-            made.model.zero_grad()
-            seconds = time.perf_counter() - started
-            pipe.send({"seconds": seconds, "extra_bytes": max(0, high_water() - before)})
+def make_batch(problem: Problem) -> Inputs:
+    """input_ids, labels and attention_mask [S, L]; labels are Hugging Face's, not shifted."""
+    s, g = problem.shape, torch.Generator().manual_seed(0)
+    ids = torch.randint(3, s.vocab, (max(1, s.tokens // s.length), s.length), generator=g)
+    labels = ids.clone()
+    labels[:, :IGNORED] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
 
-def resident() -> int:
-    """Resident bytes now; the high-water mark where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError):
-        return high_water()
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def one_sequence(inputs: Inputs) -> Inputs:
+    return {name: tensor[:1, :CHECKED_TOKENS] for name, tensor in inputs.items()}
 
 
-# --- the rounds -----------------------------------------------------------------------------------
+def trained_tokens(inputs: Inputs) -> Tensor:
+    return (inputs["labels"][:, 1:] != -100).sum()
 
 
-def measure(
-    size: dict[str, Any], dtype: str, rounds: int, threads: int, groups: Any
-) -> list[dict[str, Any]]:
-    rows = []
-    for group in groups:
-        rows += measure_group(group, GROUPS[group], size, dtype, rounds, threads)
-    return rows
+def student_of(problem: Problem) -> Any:
+    s = problem.shape
+    return make_model(s.student_hidden, s.layers, s.vocab, 0, DTYPES[problem.dtype])
 
 
-def measure_group(
-    group: str, names: Any, size: dict[str, Any], dtype: str, rounds: int, threads: int
-) -> list[dict[str, Any]]:
-    context = multiprocessing.get_context("forkserver")  # it has run nothing that starts threads
-    context.set_forkserver_preload(PRELOADED)
-    rows, running, started = [], {}, []
-    for name in names:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=worker, args=(theirs, name, size, dtype, threads))
-        process.start()
-        started.append((name, ours, process))
-    for name, ours, process in started:
-        found = ours.recv()
-        row = {"group": group, "implementation": name, "seconds": [], **found}
-        rows.append(row)
-        if "error" in found:
-            print(f"{name}: left out, {found['error']}", file=sys.stderr)
-            continue
-        running[name] = (ours, process, row)
-    for pipe, _, row in running.values():
-        pipe.send("check")
-        row |= pipe.recv()
-    compare(rows, dtype)
-    order = list(running.values())
-    for number in range(rounds + 1):
-        for pipe, _, row in order if number % 2 else reversed(order):
-            pipe.send("step")
-            found = pipe.recv()
-            if number:  # the first makes the optimiser's state
-                row["seconds"].append(found["seconds"])
-            row["extra_bytes"] = found["extra_bytes"]
-            print(f"{number} {row['implementation']}: {found['seconds']:.2f} s", file=sys.stderr)
-    for pipe, process, _ in order:
-        pipe.send("stop")
-        process.join()
-    return rows
-
-
-def compare(rows: list[dict[str, Any]], dtype: str) -> None:
-    """Refuse to time implementations that do not compute the same (a top-k loss is another)."""
-    bound = 1e-3 if dtype == "float32" else 5e-2
-    for group in GROUPS:
-        found = [row for row in rows if row["group"] == group and "loss" in row]
-        found = [row for row in found if "top" not in row["implementation"]]
-        for row in found[1:]:
-            for what in ("loss", "norm"):
-                if abs(row[what] / found[0][what] - 1) > bound:
-                    raise SystemExit(
-                        f"{row['implementation']}: {what} {row[what]} is not that of "
-                        f"{found[0]['implementation']}, {found[0][what]}"
-                    )
-
-
-def ratio(row: dict[str, Any], rows: list[dict[str, Any]], reference: dict[str, str]) -> Any:
-    """Median over rounds of a step's time over the reference's in the same round."""
-    name = reference[row["group"]]
-    other = next((r for r in rows if r["implementation"] == name and r["seconds"]), None)
-    if other is None or not row["seconds"]:
+def teacher_of(problem: Problem) -> Any:
+    """The teacher; None for supervised fine-tuning."""
+    s = problem.shape
+    if problem.divergence == "sft":
         return None
-    pairs = zip(row["seconds"], other["seconds"], strict=True)
-    return statistics.median(ours / theirs for ours, theirs in pairs)
+    return make_model(s.teacher_hidden, s.layers, s.vocab, 1, DTYPES[problem.dtype]).eval()
 
 
-def markdown(found: dict[str, Any]) -> str:
-    size = found["size"]
-    (hidden, layers), (teacher, depth) = size["student"], size["teacher"]
-    lines = [
-        "# A training step",
-        "",
-        found["machine_line"],
-        "",
-        f"Qwen2 of {layers} layers, hidden {hidden}, vocabulary {size['vocab']:,}, tied; teacher "
-        f"of {depth} layers, hidden {teacher}; {size['batch'][0]} x {size['batch'][1]} tokens; "
-        f"{found['dtype']}; {found['rounds']} rounds; load average {found['load']:.1f}. "
-        "A step is forward, backward, AdamW; extra "
-        "memory is the process's peak above model and inputs, the optimiser's moments included.",
-        "",
-        "| | implementation | step s | x TRL | x plain logits | extra MiB | loss | grad norm |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in found["rows"]:
-        if "error" in row:
-            lines.append(
-                f"| {row['group']} | {row['implementation']} | left out: {row['error'][:60]} |"
-                + " |" * 5
-            )
-            continue
-        cells = [row["group"], row["implementation"], f"{statistics.median(row['seconds']):.3f}"]
-        cells += ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("x_trl", "x_plain")]
-        cells += [f"{row['extra_bytes'] / 2**20:,.0f}", f"{row['loss']:.5f}", f"{row['norm']:.4f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def plain_loss(teacher: Any, wide: torch.dtype = torch.float32) -> Any:
+    """What a loop without a library does: all logits of both models, then the loss."""
+
+    def loss_of(model: Any, inputs: Any, num_items_in_batch: Any = None, **_: Any) -> Any:
+        ids, labels = inputs["input_ids"], inputs["labels"][:, 1:].flatten()
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1).to(wide)
+        if teacher is None:
+            return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids).logits[:, :-1].flatten(0, 1).to(wide)
+        sides = F.log_softmax(logits, -1), F.log_softmax(wanted, -1)
+        found = F.kl_div(*sides, reduction="none", log_target=True)
+        return found[labels != -100].sum() / num_items_in_batch
+
+    return loss_of
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--group", nargs="*", default=list(GROUPS), choices=list(GROUPS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, two rounds")
-    parser.add_argument("--results", type=Path, help="folder of results; nothing is written else")
-    chosen = parser.parse_args()
-    import torch
+def exact_step(problem: Problem, inputs: Inputs) -> Truth:
+    """Loss and gradients in float64, from all logits."""
+    student, teacher = student_of(problem).double(), teacher_of(problem)
+    loss_of = plain_loss(None if teacher is None else teacher.double(), torch.float64)
+    loss = loss_of(student, inputs, trained_tokens(inputs))
+    loss.backward()
+    order = torch.Generator().manual_seed(1)
+    ids = torch.randperm(problem.shape.vocab, generator=order)[:CHECKED_IDS]
+    gradients = gradients_of(student)
+    return Truth(loss.item(), gradients | {"weight": gradients["weight"][ids]}, ids)
 
-    from kd_bench.machine import folder_name, line_of, machine_info
 
-    if os.environ.get("KD_PEERS"):  # the workers get the parent's path
-        sys.path.append(str(Path(os.environ["KD_PEERS"]).resolve()))
-    size = SIZES["smoke" if chosen.smoke else "small"]
-    rounds = 2 if chosen.smoke else chosen.rounds
-    load = max(0.0, os.getloadavg()[0]) if hasattr(os, "getloadavg") else 0.0
-    rows = measure(size, chosen.dtype, rounds, torch.get_num_threads(), chosen.group)
-    for row in rows:
-        row["x_trl"], row["x_plain"] = ratio(row, rows, REFERENCE), ratio(row, rows, PLAIN)
-    info = machine_info("cpu")
-    found = {
-        "machine": info,
-        "machine_line": line_of(info),
-        "size": size,
-        "dtype": chosen.dtype,
-        "rounds": rounds,
-        "load": load,
-        "rows": rows,
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    """What is compared: gradients of the tied lm_head, of the first MLP and of the last norm."""
+    body = model.model
+    parts = {"weight": body.embed_tokens, "mlp": body.layers[0].mlp.down_proj, "norm": body.norm}
+    return {name: part.weight.grad.detach().clone() for name, part in parts.items()}
+
+
+# --- the trainers ---------------------------------------------------------------------------------
+
+
+class TrainingStep(Step):
+    """A trainer's own step on one batch, then AdamW; ``check`` is the step's gradients alone."""
+
+    def __init__(self, make: Any, problem: Problem, inputs: Inputs) -> None:
+        self.folder, self.tokens = tempfile.TemporaryDirectory(), trained_tokens(inputs)
+        device = inputs["input_ids"].device.type
+        options = {
+            "output_dir": self.folder.name,
+            "per_device_train_batch_size": len(inputs["input_ids"]),
+            "learning_rate": 1e-5,
+            "logging_steps": 1000,
+            "max_steps": 1000,
+            "report_to": [],
+            "use_cpu": device == "cpu",
+            "bf16": False,
+            "save_strategy": "no",
+            "dataloader_pin_memory": False,
+            "disable_tqdm": True,
+        }
+        teacher = teacher_of(problem)
+        teacher = None if teacher is None else teacher.to(device)
+        self.trainer, self.batch = make(student_of(problem), teacher, inputs, options)
+        self.trainer.model.train()
+        self.trainer.create_optimizer()
+
+    def backward(self) -> Tensor:
+        model = self.trainer.model
+        return self.trainer.training_step(model, dict(self.batch), self.tokens).detach()
+
+    def __call__(self) -> Answer:
+        loss = self.backward()
+        self.trainer.optimizer.step()
+        self.trainer.model.zero_grad()
+        return loss, {}
+
+    def check(self) -> Answer:
+        loss = self.backward()
+        found = gradients_of(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        self.trainer.model.zero_grad()
+        return loss, found
+
+
+def rows_of(inputs: Inputs) -> list[dict[str, list[int]]]:
+    sides = inputs["input_ids"].tolist(), inputs["labels"].tolist()
+    return [{"input_ids": ids, "labels": labels} for ids, labels in zip(*sides, strict=True)]
+
+
+def kd_trainer(
+    student: Any, teacher: Any, inputs: Inputs, options: Any, cached: bool = False
+) -> Any:
+    """(DistillationTrainer, its batch), the teacher online or its top 32 from a cache."""
+    from transformers import TrainingArguments
+
+    from kd.teachers import build_cache
+    from kd.training import DistillationCollator, DistillationTrainer, Objective
+
+    rows, objective = rows_of(inputs), Objective()
+    if cached:
+        folder = Path(options["output_dir"]) / "cache"
+        sequences = [row["input_ids"] for row in rows]
+        teacher = build_cache(teacher, sequences, folder, top_k=32, progress=False)
+    if teacher is not None:
+        objective = Objective(kd_weight=1.0, ce_weight=0.0, teacher=teacher)
+    made = DistillationTrainer(
+        student,
+        TrainingArguments(**options),
+        objective=objective,
+        train_dataset=rows,
+        data_collator=DistillationCollator(0, attention_mask=False),
+        report=False,
+    )
+    made.state.max_steps = 1000
+    return made, made.data_collator(rows)
+
+
+def trl_trainer(student: Any, teacher: Any, inputs: Inputs, options: Any) -> Any:
+    """(SFTTrainer or GKDTrainer, the batch)."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+    options = {**options, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    options["gradient_checkpointing"] = False
+    given = {
+        "train_dataset": Dataset.from_list(rows_of(inputs)),
+        "processing_class": PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", eos_token="</s>"
+        ),
     }
-    print(markdown(found))
-    if chosen.results:
-        folder = chosen.results / folder_name("cpu")
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "training" if chosen.dtype == "float32" else f"training-{chosen.dtype}"
-        (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / f"{name}.md").write_text(markdown(found))
+    if teacher is None:
+        trl = importlib.import_module("trl")
+        return trl.SFTTrainer(model=student, args=trl.SFTConfig(**options), **given), inputs
+    gkd = importlib.import_module("trl.experimental.gkd")
+    args = gkd.GKDConfig(**options, lmbda=0.0, beta=0.0)
+    return gkd.GKDTrainer(model=student, teacher_model=teacher, args=args, **given), inputs
 
 
-if __name__ == "__main__":
-    main()
+def plain_trainer(student: Any, teacher: Any, inputs: Inputs, options: Any) -> Any:
+    """(transformers.Trainer with the plain loss, the batch)."""
+    from transformers import Trainer, TrainingArguments
+
+    made = Trainer(student, TrainingArguments(**options), train_dataset=rows_of(inputs))
+    made.compute_loss = plain_loss(teacher)
+    return made, inputs
+
+
+def implementation(name: str, make: Any, *divergences: str, **options: Any) -> Implementation:
+    build = functools.partial(TrainingStep, make)
+    return Implementation(name, build, divergences=divergences, **options)
+
+
+def memory_needed(problem: Problem, _: Implementation) -> int:
+    """Weights, gradients, two moments and a teacher; logits of both sides in float32, twice."""
+    s = problem.shape
+    weights = matmul_parameters(max(s.student_hidden, s.teacher_hidden), s.layers, s.vocab)
+    return 5 * weights * problem.itemsize + 16 * s.tokens * s.vocab
+
+
+TRAINING = Suite(
+    "training",
+    "a trainer's step: forward, backward, AdamW (sft, or forward_kl with a teacher)",
+    inputs=make_batch,
+    few=one_sequence,
+    truth=exact_step,
+    implementations=(
+        implementation("kd", kd_trainer),
+        implementation("pytorch", plain_trainer),
+        implementation(
+            "kd cached",
+            functools.partial(kd_trainer, cached=True),
+            "forward_kl",
+            note="a stored top-32: another number",
+            approximate=True,
+        ),
+        implementation("trl sft trainer", trl_trainer, "sft", package="trl"),
+        implementation("trl gkd trainer", trl_trainer, "forward_kl", package="trl"),
+    ),
+    memory=memory_needed,
+    flops=lambda s: 6 * s.tokens * matmul_parameters(s.student_hidden, s.layers, s.vocab),
+)
+TRAINED = Shape("qwen2-4x256<-4x512", 128, 151_936, 256, 512, 32, layers=4, length=64)
+GPU_TRAINED = Shape("qwen2-8x896<-8x1536", 4096, 151_936, 896, 1536, 32, layers=8, length=512)
+
+
+def problems(device: str, tokens: int | None, smoke: bool) -> list[Problem]:
+    """What a run measures; ``tokens`` is of the losses alone."""
+    cpu = (SMOKE_MODELS if smoke else TRAINED, "float32")
+    shape, dtype = cpu if smoke or device == "cpu" else (GPU_TRAINED, "bfloat16")
+    return [Problem(TRAINING, shape, dtype, divergence) for divergence in ("sft", "forward_kl")]
+
+
+def test_training(row, measure):
+    measure(row)

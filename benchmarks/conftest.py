@@ -1,27 +1,136 @@
-"""pytest-benchmark suites: ``make bench``, or ``pytest benchmarks --benchmark-enable``.
+"""``make bench`` and ``make bench-gpu``, or ``pytest benchmarks``: pytest-benchmark suites.
 
-``--smoke`` takes tiny shapes (the test suite's), ``--device cuda`` a card.
+A suite is a file ``bench_*.py`` with ``problems(device, tokens, smoke)``; each problem is a group,
+each implementation in it a row. Choose with ``-k "linear and bfloat16"``. With ``--results FOLDER``
+rows are kept in FOLDER/DEVICE/results.json, a rerun continues, and tables and plots are made.
 """
 
+from __future__ import annotations
+
+import dataclasses
+import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # for suites.py, which the bench files share
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kd_bench import machine, suite  # noqa: E402
+from kd_bench.measure import NotMeasured, WrongAnswer, measure, prepared  # noqa: E402
+from kd_bench.results import UNFINISHED, Results, measured_row, write_report  # noqa: E402
+
+RESULTS = pytest.StashKey[Results]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("kd benchmarks")
-    group.addoption("--smoke", action="store_true", help="tiny shapes: shows that it runs")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    group.addoption("--smoke", action="store_true", help="every suite once at a tiny shape")
+    group.addoption("--tokens", type=int, help="of every shape (CPU: 64; GPU: the shape's own)")
+    group.addoption("--divergence", action="append", help="instead of the planned ones: jsd(0.5)")
+    group.addoption("--seconds", type=float, default=10.0, help="for the rounds of a row (10)")
+    group.addoption("--results", type=Path, help="keep rows and tables in RESULTS/DEVICE")
+    group.addoption("--fresh", action="store_true", help="measure again what is there")
+
+
+def pytest_configure(config):
+    suite.add_peers_to_path()
+    if config.getoption("--device") == "cuda":  # one card: trainers would spread over all
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = cards.split(",")[0]
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no GPU here.")
+    results, device = config.getoption("--results"), config.getoption("--device")
+    if results is not None:
+        folder = config.invocation_params.dir / results / machine.folder_name(device)
+        config.stash[RESULTS] = Results(folder, config.getoption("--fresh"))
+
+
+def pytest_benchmark_generate_machine_info(config):
+    return machine.machine_info(config.getoption("--device"))
+
+
+def planned(module, config):
+    """The problems of a file, with the divergences that were asked for."""
+    options = (config.getoption(name) for name in ("--device", "--tokens", "--smoke"))
+    found = module.problems(*options)
+    asked = config.getoption("--divergence")
+    for name in asked or ():
+        suite.parse_divergence(name)
+    if not asked:
+        return found
+    made = {}  # in order, each once
+    for problem in found:
+        names = asked if problem.suite.any_divergence else [problem.divergence]
+        made |= {dataclasses.replace(problem, divergence=name): None for name in names}
+    return list(made)
 
 
 def pytest_generate_tests(metafunc):
-    """One test for each group and implementation of a file's suites."""
-    suites = getattr(metafunc.module, "SUITES", None)
-    if suites is None or "entry" not in metafunc.fixturenames:
-        return
-    import suites as cases
+    """One test for each problem of a file and each implementation that takes part in it."""
+    if "row" in metafunc.fixturenames:
+        rows = [(p, i) for p in planned(metafunc.module, metafunc.config) for i in p.entrants()]
+        metafunc.parametrize("row", rows, ids=[f"{p.name}/{i.name}" for p, i in rows])
 
-    config = metafunc.config
-    entries = cases.entries(suites, config.getoption("device"), config.getoption("smoke"))
-    metafunc.parametrize("entry", entries, ids=[entry.name for entry in entries])
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the rows that an earlier run has measured."""
+    kept = config.stash.get(RESULTS, None)
+    if kept is None:
+        return
+    done = [i for i in items if hasattr(i, "callspec") and kept.has(i.callspec.id)]
+    items[:] = [item for item in items if item not in done]
+    config.hook.pytest_deselected(items=done)
+
+
+@pytest.fixture
+def row(request):
+    return request.param
+
+
+@pytest.fixture(name="measure")
+def measure_fixture(request, benchmark):
+    """``measure(row)``: check, time and keep one implementation; or keep why it has no time."""
+    config = request.config
+    results, device = config.stash.get(RESULTS, None), config.getoption("--device")
+
+    def keep(problem, implementation, reason):
+        if results is not None:
+            head = {"group": problem.name, "name": f"{problem.name}/{implementation.name}"}
+            version = suite.version_of(implementation.package)
+            results.put({**head, "implementation": implementation.name, "version": version,
+                         "reason": reason})  # fmt: skip
+
+    def run(row):
+        problem, implementation = row
+        keep(problem, implementation, UNFINISHED)  # what ends the process is not tried again
+        try:
+            measure(problem, implementation, device, benchmark, config.getoption("--seconds"))
+        except KeyboardInterrupt:
+            keep(problem, implementation, "interrupted")
+            raise
+        except Exception as error:  # a row beside the others'; the run goes on
+            known = isinstance(error, NotMeasured)
+            reason = " ".join(str(error).split())[:300]
+            keep(problem, implementation, reason if known else f"{type(error).__name__}: {reason}")
+            machine.release(device)
+            if isinstance(error, WrongAnswer) or (implementation.name == "kd" and not known):
+                raise
+            pytest.skip(reason)
+        if results is not None:
+            info = machine.machine_info(device)
+            results.data["machine_info"] = info
+            command = machine.command_line(config.invocation_params.args)
+            results.put(measured_row(benchmark.stats.as_dict(), info, command))
+
+    return run
+
+
+def pytest_sessionfinish(session):
+    prepared.cache_clear()
+    results = session.config.stash.get(RESULTS, None)
+    if results is not None and results.new:
+        for path in write_report(results.path.parent):
+            print(path)

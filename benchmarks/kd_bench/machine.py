@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import platform
 import re
 import shlex
 import subprocess
-import sys
-import threading
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,27 @@ import torch
 
 import kd
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "torchtune")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "liger-kernel",
+    "torchtune",
+    "pytest-benchmark",
+)
 
 
 def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def release(device: str) -> None:
+    """Give back what a failed step left."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def device_name(device: str) -> str:
@@ -78,33 +93,10 @@ def _commit() -> str:
         return ""
 
 
-def command_line(argv: list[str] | None = None) -> str:
-    """The command that is running, as one would type it: no path of this machine is in it."""
-    program, *arguments = sys.argv if argv is None else argv
-    if Path(program).name == "__main__.py":
-        words = ["python", "-m", Path(program).parent.name]
-    elif program.endswith(".py"):
-        words = ["python", _own_name(program)]
-    else:
-        words = [Path(program).name]
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if equals and option.startswith("-"):
-            words.append(f"{option}={_own_name(value)}")
-        else:
-            words.append(_own_name(argument))
-    return shlex.join(words)
-
-
-def _own_name(argument: str) -> str:
-    """A path below the working folder or the source tree relative to it; another, its name."""
-    path = Path(argument)
-    if not path.is_absolute():
-        return argument
-    for base in (Path.cwd(), Path(__file__).parents[2]):
-        if path.is_relative_to(base):
-            return str(path.relative_to(base))
-    return path.name
+def command_line(arguments: Sequence[str]) -> str:
+    """pytest's command as one would type it: no absolute path of this machine is in it."""
+    own = [re.sub(r"(^|=)/.*/", r"\1", argument) for argument in arguments]
+    return shlex.join(["pytest", *own])
 
 
 def line_of(info: dict[str, Any]) -> str:
@@ -133,68 +125,7 @@ def free_memory(device: str) -> int:
         return total_memory(device)
 
 
-class PeakMemory:
-    """How far memory rose inside a ``with`` block: ``extra`` bytes.
-
-    On a GPU the allocator's own peak. On Linux the kernel's high-water mark of resident memory,
-    reset at the start; elsewhere a thread that looks every two milliseconds.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device, self.extra = device, 0
-        self._sampler: _Sampler | None = None
-
-    def __enter__(self) -> PeakMemory:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return self
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            self._sampler = _Sampler()
-        self.before = resident("VmRSS")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.device != "cpu":
-            self.extra = torch.cuda.max_memory_allocated() - self.before
-        elif self._sampler is not None:
-            self.extra = self._sampler.stop() - self.before
-        else:
-            self.extra = resident("VmHWM") - self.before
-
-
-class _Sampler(threading.Thread):
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak, self._done = 0, threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        while not self._done.wait(0.002):
-            self.peak = max(self.peak, resident("VmRSS"))
-
-    def stop(self) -> int:
-        self._done.set()
-        self.join()
-        return max(self.peak, resident("VmRSS"))
-
-
-def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    try:
-        match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(match.group(1)) * 1024 if match else 0
-    except OSError:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def best_seconds(function: Any, device: str, budget: float = 1.0) -> float:
+def best_seconds(function: Any, device: str, budget: float) -> float:
     """Fastest of the repetitions that fit a budget, at least three."""
     function()
     synchronize(device)
@@ -208,7 +139,7 @@ def best_seconds(function: Any, device: str, budget: float = 1.0) -> float:
     return best
 
 
-def ceilings(device: str, dtypes: tuple[str, ...], size: int = 0) -> dict[str, float]:
+def ceilings(device: str, dtype: str, budget: float = 1.0, size: int = 0) -> dict[str, float]:
     """What the device can do, measured now: a copy in bytes/s, and FLOP/s of its best matmul.
 
     The matmul is the faster of a square one and a wide one (an lm_head's), since a CPU's bf16 is
@@ -217,15 +148,14 @@ def ceilings(device: str, dtypes: tuple[str, ...], size: int = 0) -> dict[str, f
     size = size or (2048 if device == "cpu" else 8192)
     source = torch.ones(8 * size * size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    seconds = best_seconds(functools.partial(target.copy_, source), device)
-    found = {"copy_bytes_per_second": 2 * source.numel() * 4 / seconds}
-    del source, target
-    for name in dtypes:
-        key = f"matmul_{name}_flops_per_second"
-        for rows, inner, columns in ((size, size, size), (size // 4, size // 2, 16 * size)):
-            a = torch.ones(rows, inner, dtype=getattr(torch, name), device=device)
-            b = torch.ones(columns, inner, dtype=a.dtype, device=device)
-            out = torch.empty(rows, columns, dtype=a.dtype, device=device)
-            seconds = best_seconds(functools.partial(torch.mm, a, b.T, out=out), device)
-            found[key] = max(found.get(key, 0.0), 2 * rows * inner * columns / seconds)
-    return found
+    copy = functools.partial(target.copy_, source)
+    copied = 2 * source.nbytes / best_seconds(copy, device, budget)
+    del source, target, copy
+    rates = []
+    for rows, inner, columns in ((size, size, size), (size // 4, size // 2, 16 * size)):
+        a = torch.ones(rows, inner, dtype=getattr(torch, dtype), device=device)
+        b = torch.ones(columns, inner, dtype=a.dtype, device=device)
+        out = torch.empty(rows, columns, dtype=a.dtype, device=device)
+        multiply = functools.partial(torch.mm, a, b.T, out=out)
+        rates.append(2 * rows * inner * columns / best_seconds(multiply, device, budget))
+    return {"copy_bytes_per_second": copied, f"matmul_{dtype}_flops_per_second": max(rates)}

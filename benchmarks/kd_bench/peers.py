@@ -1,14 +1,10 @@
-"""Other libraries' losses, imported when they run and left out where they are not installed.
-
-``KD_PEERS=folder`` adds a folder of packages (pip install --no-deps --target folder ...).
-"""
+"""Other libraries' losses, imported when they run and left out where they are not installed."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -17,214 +13,219 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_bench.inputs import parse_divergence
-from kd_bench.steps import (
-    LINEAR_LEAVES,
+from kd_bench.suite import (
     Answer,
     Implementation,
     Inputs,
+    Problem,
     Step,
-    leaves,
-    with_gradients,
+    parse_divergence,
+    unknown_divergence,
 )
 
 
-def add_peers_to_path() -> None:
-    """Make the packages of ``KD_PEERS`` importable, after everything that is installed."""
-    for folder in os.environ.get("KD_PEERS", "").split(os.pathsep):
-        if folder and folder not in sys.path:
-            sys.path.append(folder)
-
-
-def version_of(package: str | None) -> str | None:
-    """Installed version of a package, None where it is not installed; "" for torch and kd."""
-    if package is None:
-        return ""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _beta(divergence: str) -> float:
-    """TRL's and Liger's beta: 0 is forward KL, 1 reverse KL, between is GKD's JSD."""
-    d = parse_divergence(divergence)
-    return {"forward_kl": 0.0, "reverse_kl": 1.0}.get(d.name, d.beta)
-
-
-def build_trl_chunked(suite: str, divergence: str, inputs: Inputs) -> Step:
-    """TRL's ChunkedDivergenceFunction."""
-    function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
-    teacher, beta = (inputs["teacher_hidden"], inputs["teacher_weight"]), _beta(divergence)
+def gradient_step(inputs: Inputs, loss_of: Callable[[Inputs], Tensor]) -> Step:
+    """A step that gives ``loss_of(leaves)`` and the gradients of the student's leaves."""
 
     def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        per_token, _ = function.apply(
-            wanted["hidden"], wanted["weight"], None, teacher[0], teacher[1], None, beta
+        names = ("logits",) if "logits" in inputs else ("hidden", "weight")
+        leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+        loss = loss_of(leaves)
+        return loss.detach(), dict(
+            zip(names, torch.autograd.grad(loss, list(leaves.values())), strict=True)
         )
-        return with_gradients(per_token.mean(), wanted)
 
-    return step
+    return Step(step)
 
 
-def build_trl_gkd(suite: str, divergence: str, inputs: Inputs) -> Step:
+def beta_of(peer: str, problem: Problem) -> float:
+    """TRL's and Liger's beta: 0 is forward KL, 1 reverse KL, between is GKD's JSD.
+
+    Raises:
+        ValueError: the divergence is none of these.
+    """
+    d = parse_divergence(problem.divergence)
+    known = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": d.beta}
+    if d.name not in known:
+        raise unknown_divergence(peer, d)
+    return known[d.name]
+
+
+def only(peer: str, problem: Problem, name: str) -> None:
+    """Raise unless the problem's divergence is the only one that a peer has."""
+    d = parse_divergence(problem.divergence)
+    if d.name != name:
+        raise unknown_divergence(peer, d)
+
+
+def attribute(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def trl_chunked(problem: Problem, inputs: Inputs) -> Step:
+    """TRL's ChunkedDivergenceFunction."""
+    beta, teacher = beta_of("trl chunked", problem), inputs["teacher_hidden"]
+    function = attribute("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
+
+    def loss_of(leaves: Inputs) -> Tensor:
+        sides = leaves["hidden"], leaves["weight"], None, teacher, inputs["teacher_weight"], None
+        return function.apply(*sides, beta)[0].mean()
+
+    return gradient_step(inputs, loss_of)
+
+
+def trl_gkd(problem: Problem, inputs: Inputs) -> Step:
     """GKDTrainer.generalized_jsd_loss on logits."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    module = importlib.import_module("trl.experimental.gkd.gkd_trainer")
-    function, beta = module.GKDTrainer.generalized_jsd_loss, _beta(divergence)
-
-    def step() -> Answer:
-        wanted = leaves(inputs, ("logits",))
-        z, t = wanted["logits"], inputs["teacher_logits"]
-        loss = function(z[None], t[None], beta=beta, num_items_in_batch=len(z))
-        return with_gradients(loss, wanted)
-
-    return step
+    beta = beta_of("trl gkd", problem)
+    function = attribute("trl.experimental.gkd.gkd_trainer", "GKDTrainer").generalized_jsd_loss
+    teacher = inputs["teacher_logits"][None]
+    options = {"beta": beta, "num_items_in_batch": len(inputs["logits"])}
+    return gradient_step(inputs, lambda at: function(at["logits"][None], teacher, **options))
 
 
-def build_liger(suite: str, divergence: str, inputs: Inputs, compiled: bool = False) -> Step:
+def liger_chunked(problem: Problem, inputs: Inputs, compiled: bool = False) -> Step:
     """Liger's chunked LigerFusedLinearJSDLoss, its hard loss switched off."""
-    module = importlib.import_module("liger_kernel.chunked_loss")
-    function = module.LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=_beta(divergence), compiled=compiled
+    beta, hidden = beta_of("liger chunked", problem), inputs["hidden"]
+    function = attribute("liger_kernel.chunked_loss", "LigerFusedLinearJSDLoss")(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=compiled
     )
-    labels = torch.zeros(len(inputs["hidden"]), dtype=torch.long, device=inputs["hidden"].device)
-
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        teacher = (inputs["teacher_hidden"], inputs["teacher_weight"])
-        loss = function(wanted["hidden"], wanted["weight"], *teacher, labels)
-        return with_gradients(loss, wanted)
-
-    return step
+    labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    teacher = inputs["teacher_hidden"], inputs["teacher_weight"], labels
+    return gradient_step(inputs, lambda at: function(at["hidden"], at["weight"], *teacher))
 
 
-def build_liger_compiled(suite: str, divergence: str, inputs: Inputs) -> Step:
+def liger_chunked_compiled(problem: Problem, inputs: Inputs) -> Step:
     """The same with Liger's own torch.compile switched on, which is its default."""
-    return build_liger(suite, divergence, inputs, compiled=True)
+    torch._dynamo.reset()
+    return liger_chunked(problem, inputs, compiled=True)
 
 
-def build_torchtune(suite: str, divergence: str, inputs: Inputs) -> Step:
+def torchtune_chunked(problem: Problem, inputs: Inputs) -> Step:
     """torchtune's ForwardKLWithChunkedOutputLoss; the file alone, its package needs torchao."""
-    path = Path(str(metadata.distribution("torchtune").locate_file("torchtune")))
-    spec = importlib.util.spec_from_file_location("kd_losses", path / "modules/loss/kd_losses.py")
+    only("torchtune chunked", problem, "forward_kl")
+    package = Path(str(metadata.distribution("torchtune").locate_file("torchtune")))
+    path = package / "modules/loss/kd_losses.py"
+    spec = importlib.util.spec_from_file_location("torchtune_kd_losses", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    chunks = min(8, len(inputs["hidden"]))
+    hidden, weight = inputs["teacher_hidden"], inputs["teacher_weight"]
+    chunks = min(8, len(hidden))
     function = module.ForwardKLWithChunkedOutputLoss(num_output_chunks=chunks)
-    device = inputs["hidden"].device
-    labels = torch.zeros(1, len(inputs["hidden"]), dtype=torch.long, device=device)
+    labels = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
 
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        student = [(h @ wanted["weight"].T)[None] for h in wanted["hidden"].chunk(chunks)]
-        teacher = [
-            (h @ inputs["teacher_weight"].T)[None] for h in inputs["teacher_hidden"].chunk(chunks)
-        ]
-        return with_gradients(function(student, teacher, labels), wanted)
+    def loss_of(leaves: Inputs) -> Tensor:
+        student = [(h @ leaves["weight"].T)[None] for h in leaves["hidden"].chunk(chunks)]
+        return function(student, [(h @ weight.T)[None] for h in hidden.chunk(chunks)], labels)
 
-    return step
+    return gradient_step(inputs, loss_of)
 
 
 # --- Triton kernels: timed on a GPU alone, their answers checked in Triton's interpreter ----------
 
-_LIGER = "liger_kernel.transformers."
+LIGER = "liger_kernel.transformers."
 
 
-def _liger(module: str, name: str, **options: Any) -> Any:
-    return getattr(importlib.import_module(_LIGER + module), name)(**options)
-
-
-def _logits_step(inputs: Inputs, function: Callable[[Tensor, Tensor], Tensor]) -> Step:
+def on_log_probabilities(inputs: Inputs, function: Callable[[Tensor, Tensor], Tensor]) -> Step:
     """``function`` of both sides' log-probabilities, which PyTorch makes of the logits."""
 
-    def step() -> Answer:
-        wanted = leaves(inputs, ("logits",))
-        log_q = torch.log_softmax(wanted["logits"], -1)
-        loss = function(log_q, torch.log_softmax(inputs["teacher_logits"], -1))
-        return with_gradients(loss, wanted)
+    def loss_of(leaves: Inputs) -> Tensor:
+        log_q = torch.log_softmax(leaves["logits"], -1)
+        return function(log_q, torch.log_softmax(inputs["teacher_logits"], -1))
 
-    return step
+    return gradient_step(inputs, loss_of)
 
 
-def build_liger_kl(suite: str, divergence: str, inputs: Inputs) -> Step:
+def liger_kl(problem: Problem, inputs: Inputs) -> Step:
     """LigerKLDIVLoss of two log-softmaxes."""
-    return _logits_step(
-        inputs, _liger("kl_div", "LigerKLDIVLoss", reduction="batchmean", log_target=True)
-    )
+    only("liger kl_div", problem, "forward_kl")
+    made = attribute(LIGER + "kl_div", "LigerKLDIVLoss")(reduction="batchmean", log_target=True)
+    return on_log_probabilities(inputs, made)
 
 
-def build_liger_jsd(suite: str, divergence: str, inputs: Inputs) -> Step:
+def liger_jsd(problem: Problem, inputs: Inputs) -> Step:
     """LigerJSD of two log-softmaxes."""
-    return _logits_step(inputs, _liger("jsd", "LigerJSD", beta=_beta(divergence)))
+    beta = beta_of("liger jsd", problem)
+    return on_log_probabilities(inputs, attribute(LIGER + "jsd", "LigerJSD")(beta=beta))
 
 
-def build_liger_linear_jsd(suite: str, divergence: str, inputs: Inputs) -> Step:
+def liger_linear_jsd(problem: Problem, inputs: Inputs) -> Step:
     """LigerFusedLinearJSD."""
-    function = _liger("fused_linear_jsd", "LigerFusedLinearJSD", jsd_beta=_beta(divergence))
-    teacher = (inputs["teacher_hidden"], inputs["teacher_weight"])
-
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        return with_gradients(function(wanted["hidden"], wanted["weight"], *teacher, None), wanted)
-
-    return step
+    beta = beta_of("liger fused linear jsd", problem)
+    function = attribute(LIGER + "fused_linear_jsd", "LigerFusedLinearJSD")(jsd_beta=beta)
+    teacher = inputs["teacher_hidden"], inputs["teacher_weight"], None
+    return gradient_step(inputs, lambda at: function(at["hidden"], at["weight"], *teacher))
 
 
-def build_liger_linear_kl(suite: str, divergence: str, inputs: Inputs) -> Step:
+def liger_linear_kl(problem: Problem, inputs: Inputs) -> Step:
     """liger_fused_linear_kl_div; the teacher's softmax is made beside it, in PyTorch."""
-    function = importlib.import_module(_LIGER + "functional").liger_fused_linear_kl_div
+    only("liger fused linear kl", problem, "forward_kl")
+    function = attribute(LIGER + "functional", "liger_fused_linear_kl_div")
 
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
+    def loss_of(leaves: Inputs) -> Tensor:
         logits = inputs["teacher_hidden"] @ inputs["teacher_weight"].T
         target = torch.softmax(logits, -1, dtype=torch.float32)
-        return with_gradients(function(wanted["hidden"], wanted["weight"], target), wanted)
+        return function(leaves["hidden"], leaves["weight"], target)
 
-    return step
+    return gradient_step(inputs, loss_of)
 
 
-def build_liger_linear_ce(suite: str, divergence: str, inputs: Inputs) -> Step:
+def liger_linear_ce(problem: Problem, inputs: Inputs) -> Step:
     """LigerFusedLinearCrossEntropyLoss."""
-    function = _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss")
-
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        loss = function(wanted["weight"], wanted["hidden"], inputs["labels"])
-        return with_gradients(loss, wanted)
-
-    return step
+    module = LIGER + "fused_linear_cross_entropy"
+    function = attribute(module, "LigerFusedLinearCrossEntropyLoss")()
+    return gradient_step(inputs, lambda at: function(at["weight"], at["hidden"], inputs["labels"]))
 
 
-def build_fla(suite: str, divergence: str, inputs: Inputs) -> Step:
+def fla_linear_kl(problem: Problem, inputs: Inputs) -> Step:
     """fla's FusedKLDivLoss."""
-    function = importlib.import_module("fla.modules.fused_kl_div").FusedKLDivLoss()
-    teacher = (inputs["teacher_hidden"], inputs["teacher_weight"])
-
-    def step() -> Answer:
-        wanted = leaves(inputs, LINEAR_LEAVES)
-        loss = function(wanted["hidden"], teacher[0], wanted["weight"], teacher[1])
-        return with_gradients(loss, wanted)
-
-    return step
+    only("fla fused kl", problem, "forward_kl")
+    function = attribute("fla.modules.fused_kl_div", "FusedKLDivLoss")()
+    hidden, weight = inputs["teacher_hidden"], inputs["teacher_weight"]
+    return gradient_step(inputs, lambda at: function(at["hidden"], hidden, at["weight"], weight))
 
 
-def _triton(
-    name: str, suite: str, build: Any, divergences: tuple[str, ...], copies: float, **options: Any
-) -> Implementation:
-    package = "flash-linear-attention" if name.startswith("fla") else "liger-kernel"
-    return Implementation(
-        name, (suite,), build, package, divergences, copies, needs_gpu=True, **options
+def cut_cross_entropy(problem: Problem, inputs: Inputs) -> Step:
+    """Apple's linear_cross_entropy, exact: no gradient is filtered away."""
+    function = attribute("cut_cross_entropy", "linear_cross_entropy")
+    return gradient_step(
+        inputs, lambda at: function(at["hidden"], at["weight"], inputs["labels"], filter_eps=None)
     )
 
 
-_ALL = ("forward_kl", "reverse_kl", "jsd")
-TRITON_PEERS = (
-    _triton("liger kl_div", "dense", build_liger_kl, ("forward_kl",), 6),
-    _triton("liger jsd", "dense", build_liger_jsd, _ALL, 7),
-    _triton("liger fused linear jsd", "linear", build_liger_linear_jsd, _ALL, 3),
-    _triton("liger fused linear kl", "linear", build_liger_linear_kl, ("forward_kl",), 3),
-    _triton("liger fused linear ce", "cross-entropy", build_liger_linear_ce, (), 1),
-    _triton("fla fused kl", "linear", build_fla, ("forward_kl",), 2),
-)
+# --- who takes part in which suite ----------------------------------------------------------------
+
+BETA = ("forward_kl", "reverse_kl", "jsd")
+FORWARD = ("forward_kl",)
+ENTROPY = "cross-entropy H(p, q): larger than the KL by the teacher's entropy"
+
+
+def triton(name: str, build: Any, divergences: tuple[str, ...], copies: float) -> Implementation:
+    packages = {"fla": "flash-linear-attention", "cut": "cut-cross-entropy"}
+    package = packages.get(name[:3], "liger-kernel")
+    return Implementation(name, build, package, divergences, copies, needs_gpu=True)
+
+
+PEERS: dict[str, tuple[Implementation, ...]] = {
+    "linear": (
+        Implementation("trl chunked", trl_chunked, "trl", BETA, 2),
+        Implementation(
+            "torchtune chunked", torchtune_chunked, "torchtune", FORWARD, 6, ENTROPY, True
+        ),
+        Implementation("liger chunked", liger_chunked, "liger-kernel", BETA, 8),
+        Implementation("liger chunked compiled", liger_chunked_compiled, "liger-kernel", BETA, 6),
+        triton("liger fused linear jsd", liger_linear_jsd, BETA, 3),
+        triton("liger fused linear kl", liger_linear_kl, FORWARD, 3),
+        triton("fla fused kl", fla_linear_kl, FORWARD, 2),
+    ),
+    "dense": (
+        Implementation("trl gkd", trl_gkd, "trl", BETA, 9),
+        triton("liger kl_div", liger_kl, FORWARD, 6),
+        triton("liger jsd", liger_jsd, BETA, 7),
+    ),
+    "cross-entropy": (
+        triton("liger fused linear ce", liger_linear_ce, (), 1),
+        triton("cut cross-entropy", cut_cross_entropy, (), 0.5),
+    ),
+}

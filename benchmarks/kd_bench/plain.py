@@ -7,13 +7,16 @@ compared with.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kd.losses import Divergence, Hidden, TopK
+from kd import Divergence, Hidden, TopK
+from kd_bench.suite import unknown_divergence
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -59,52 +62,88 @@ def outcomes(
     return torch.cat([stored, tail], -1), torch.cat([top, outside], -1)
 
 
-def divergence_of(d: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Per-token divergence [N] from log-probabilities, by its definition."""
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) per row; an outcome without mass in a adds nothing."""
+    a = log_a.exp()
+    return torch.where(a == 0, torch.zeros_like(a), a * (log_a - log_b)).sum(-1)
+
+
+def _jsd(d: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = (d.beta * log_p.exp() + (1 - d.beta) * log_q.exp()).log()
+    return d.beta * kl(log_p, log_m) + (1 - d.beta) * kl(log_q, log_m)
+
+
+def _skew_forward_kl(d: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    return kl(log_p, (d.alpha * log_p.exp() + (1 - d.alpha) * log_q.exp()).log())
+
+
+def _skew_reverse_kl(d: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = ((1 - d.alpha) * log_p.exp() + d.alpha * log_q.exp()).log()
+    return kl(log_q, log_m.detach() if d.detach_mixture else log_m)
+
+
+def _adaptive_kl(d: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     p, q = log_p.exp(), log_q.exp()
-
-    def kl(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-        return torch.where(a == 0, torch.zeros_like(a), a * (log_a - log_b)).sum(-1)
-
-    if d.name == "forward_kl":
-        return kl(p, log_p, log_q)
-    if d.name == "reverse_kl":
-        return kl(q, log_q, log_p)
-    if d.name == "jsd":
-        log_m = (d.beta * p + (1 - d.beta) * q).log()
-        return d.beta * kl(p, log_p, log_m) + (1 - d.beta) * kl(q, log_q, log_m)
-    if d.name == "skew_forward_kl":
-        return kl(p, log_p, (d.alpha * p + (1 - d.alpha) * q).log())
-    if d.name == "skew_reverse_kl":
-        log_m = ((1 - d.alpha) * p + d.alpha * q).log()
-        return kl(q, log_q, log_m.detach() if d.detach_mixture else log_m)
-    if d.name == "total_variation":
-        return 0.5 * (p - q).abs().sum(-1)
-    if d.name == "adaptive_kl":
-        return _adaptive_kl(d, p, q, kl(p, log_p, log_q), kl(q, log_q, log_p))
-    return _alpha_beta(d, log_p, log_q, kl)
-
-
-def _adaptive_kl(d: Divergence, p: Tensor, q: Tensor, forward: Tensor, reverse: Tensor) -> Tensor:
     ordered = p.sort(-1, descending=True).values
     last = (ordered.cumsum(-1) < d.head_mass).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
     head = p >= ordered.gather(-1, last)
     gap = (p - q).abs().detach()
     share = (gap * head).sum(-1) / gap.sum(-1).clamp(min=torch.finfo(p.dtype).tiny)
-    return share * forward + (1 - share) * reverse
+    return share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p)
 
 
-def _alpha_beta(d: Divergence, log_p: Tensor, log_q: Tensor, kl: Callable[..., Tensor]) -> Tensor:
+def _alpha_beta(d: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
     a, b = d.alpha, d.beta
     if b == 0:
         p_a, q_a = (a * log_p).exp(), (a * log_q).exp()
-        return (kl(p_a, a * log_p, a * log_q) - p_a.sum(-1) + q_a.sum(-1)) / a**2
+        return (kl(a * log_p, a * log_q) - p_a.sum(-1) + q_a.sum(-1)) / a**2
     if a == 0:
         p_b, q_b = (b * log_p).exp(), (b * log_q).exp()
-        return (kl(q_b, b * log_q, b * log_p) - q_b.sum(-1) + p_b.sum(-1)) / b**2
+        return (kl(b * log_q, b * log_p) - q_b.sum(-1) + p_b.sum(-1)) / b**2
     both = (a * log_p + b * log_q).exp()
     p_ab, q_ab = ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
     return (a / (a + b) * p_ab + b / (a + b) * q_ab - both).sum(-1) / (a * b)
+
+
+TWINS: dict[str, Callable[[Divergence, Tensor, Tensor], Tensor]] = {
+    "forward_kl": lambda d, log_p, log_q: kl(log_p, log_q),
+    "reverse_kl": lambda d, log_p, log_q: kl(log_q, log_p),
+    "jsd": _jsd,
+    "skew_forward_kl": _skew_forward_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": lambda d, log_p, log_q: 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1),
+    "alpha_beta": _alpha_beta,
+    "adaptive_kl": _adaptive_kl,
+}
+"""Every divergence of kd by name: (divergence, log p, log q), both [N, outcomes], to [N]."""
+
+
+def divergence_of(d: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Per-token divergence [N] from log-probabilities, by its definition.
+
+    Raises:
+        ValueError: it has no twin here.
+    """
+    if d.name not in TWINS:
+        raise unknown_divergence("plain PyTorch", d)
+    return TWINS[d.name](d, log_p, log_q)
+
+
+def written_by_hand(d: Divergence, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Mean over tokens of [N, V] log-probabilities, with F.kl_div where training code has it."""
+    kl_div = functools.partial(F.kl_div, reduction="none", log_target=True)
+    if d.name == "forward_kl":
+        terms = kl_div(log_q, log_p)
+    elif d.name == "reverse_kl":
+        terms = kl_div(log_p, log_q)
+    elif d.name == "jsd":  # as GKD's reference code has it
+        beta = torch.tensor(d.beta, dtype=log_q.dtype, device=log_q.device)
+        sides = torch.stack([log_q + torch.log1p(-beta), log_p + torch.log(beta)])
+        log_m = torch.logsumexp(sides, dim=0)
+        terms = beta * kl_div(log_m, log_p) + (1 - beta) * kl_div(log_m, log_q)
+    else:
+        return divergence_of(d, log_p, log_q).mean()
+    return terms.sum() / len(log_q)
 
 
 def plain_losses(

@@ -1,9 +1,0 @@
-"""Both sides as logits, forward and backward."""
-
-import suites
-
-SUITES = ("dense",)
-
-
-def test_step(entry, benchmark):
-    suites.run(entry, benchmark)
