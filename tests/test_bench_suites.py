@@ -146,12 +146,11 @@ def test_no_peer_is_asked_for_a_divergence_it_does_not_have():
     }  # fmt: skip
 
 
-def test_plain_pytorch_without_a_twin_is_an_error():
-    unknown = dataclasses.replace(kd.forward_kl, name="forward_kl")
-    object.__setattr__(unknown, "name", "renyi")
+def test_plain_pytorch_without_a_twin_is_an_error(monkeypatch):
+    monkeypatch.delitem(plain.TWINS, "adaptive_kl")
     log_p = torch.zeros(1, 3).log_softmax(-1)
-    with pytest.raises(ValueError, match="plain PyTorch has no"):
-        plain.written_by_hand(unknown, log_p, log_p)
+    with pytest.raises(ValueError, match="plain PyTorch has no adaptive_kl"):
+        plain.written_by_hand(kd.adaptive_kl, log_p, log_p)
 
 
 @pytest.mark.parametrize(("text", "rule"), [
