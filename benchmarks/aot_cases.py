@@ -1,4 +1,4 @@
-"""The launches that the ahead-of-time gate compiles: kernel, divergence, dtype, vocabulary.
+"""The launches that the compile-time checks compile: kernel, divergence, dtype, vocabulary.
 
 Each case runs a launcher on meta tensors, so what is compiled is what the launcher would launch.
 """
@@ -36,13 +36,13 @@ ROWS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One launch: how to make it, and the bytes an element costs against the floor."""
+    """One launch: how to make it, and the bytes an element costs beside the least."""
 
     name: str
     launch: Callable[[], object]
     bytes: float  # read and written an element of the row, all passes
     one_read_bytes: float  # the same where the launcher takes the cluster schedule
-    floor: float
+    least_bytes: float
     read_bytes: float  # read an element in one pass
     kernel: str = ""  # start of the name of the launch to look at; the last one's where empty
     aligned: bool = True
@@ -83,9 +83,9 @@ def dense_case(divergence: str, kind: str, vocab: int, live: int | None = None, 
         launch,
         bytes=passes * sides * size + size,
         one_read_bytes=(sides + 1 + (divergence == "adaptive_kl")) * size,
-        floor=sides * size + size,
+        least_bytes=sides * size + size,
         read_bytes=sides * size,
-        # Hard labels at another temperature add an exponential a pass: 86 to 100 % of the floor.
+        # Hard labels at another temperature add an exponential a pass: 86 to 100 % of the roofline.
         bounded=not loss_is_mixed(options),
     )
 
@@ -116,7 +116,7 @@ def sparse_case(divergence: str, kind: str, vocab: int, stored: int, **options) 
         launch,
         bytes=3 * size,
         one_read_bytes=2 * size + 0.25,  # an eighth of a byte of marks, zeroed and read
-        floor=2 * size,
+        least_bytes=2 * size,
         read_bytes=size,
         kernel="sparse_rows",
         bulk=128,  # marks are 64 bits a thread
@@ -140,7 +140,7 @@ def selection_case(what: str, kind: str, vocab: int, k: int, live: int | None = 
         launch,
         bytes=(4 if what == "top" else 2) * size,  # passes: statistics, steps, count, compaction
         one_read_bytes=size,
-        floor=size,
+        least_bytes=size,
         read_bytes=size,
         aligned=what != "top",  # it stores 8-byte ids, one by one
         bounded=False,
@@ -160,7 +160,7 @@ def head_case(kind: str, vocab: int) -> Case:
         launch,
         bytes=2 * size,
         one_read_bytes=size,
-        floor=size,
+        least_bytes=size,
         read_bytes=size,
         bounded=False,
     )
@@ -193,7 +193,7 @@ def shard_case(part: str, divergence: str, kind: str, live: int) -> Case:
         launch,
         bytes=moved,
         one_read_bytes=moved,
-        floor=moved,
+        least_bytes=moved,
         read_bytes=sides * size,
         bounded=part != "tail",  # 2 bytes: the histogram is what it costs
     )

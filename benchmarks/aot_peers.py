@@ -1,4 +1,4 @@
-"""Peers' row kernels as the gate's cases: launched as their own launchers launch them.
+"""Peers' row kernels for the compile-time checks, launched as their own launchers launch them.
 
 Found on ``--peers DIR``, where their wheels were installed with ``pip install --no-deps --target
 DIR liger-kernel==0.8.5 trl==1.16.0 flash-linear-attention==0.6.0 fla-core==0.6.0``. Tile sizes and
@@ -73,7 +73,7 @@ def case(
         launch,
         bytes=bytes,
         one_read_bytes=bytes,
-        floor=6.0,
+        least_bytes=6.0,
         read_bytes=loops[0],
         loop_bytes=loops,
         aligned=False,
@@ -242,7 +242,7 @@ def summary(found: dict[str, Any], arch: str, vocab: int, cost: Callable[[Any], 
     lines = [
         f"Value and gradient from logits, {arch}, V = {vocab:,}, of all the operation's kernels.",
         "B/el: theirs and torch's beside them (read from source: a minimum, each torch pass at its",
-        "own floor). bound: bytes an element that take as long as the slowest of bytes,",
+        "own lower bound). bound: bytes an element that take as long as the slowest of bytes,",
         "instructions and MUFU: the ratio of two bounds is the ratio of two best times.",
         "",
         "| operation | package | kernels | spills | SASS/el | B/el | bound | in torch beside |",

@@ -1,17 +1,11 @@
 """Compile every kernel variant for GPUs that are not here, and table what the machine code says.
 
-    python benchmarks/aot_table.py                 # every variant (make aot)
-    python benchmarks/aot_table.py --subset        # the ones the test suite checks
-    python benchmarks/aot_table.py --check FILE    # fail where a variant exceeds its budget
-    python benchmarks/aot_table.py --record FILE   # write budgets from what is found
-    python benchmarks/aot_table.py --peers DIR     # peers' kernels beside ours (aot_peers.py)
-    python benchmarks/aot_table.py --write FILE    # the table as FILE.csv and FILE.md too
-
-The launchers themselves run, on meta tensors, and their launches are compiled as they stand: same
-tile shapes, same alignment of arguments. SASS and MUFU per element are static counts over the loops
-that read logits (the whole kernel where it has none), divided by the elements that a thread reads
-there. "of floor" is the share of the memory floor that the counts allow on an H100: 3.0 TB/s,
-9.87 instructions and 1.23 MUFU a byte. They are bounds, not timings. Needs triton alone.
+python benchmarks/aot_table.py                 # every variant (make aot)
+python benchmarks/aot_table.py --subset        # the ones the test suite checks
+python benchmarks/aot_table.py --check FILE    # fail where a variant exceeds its budget
+python benchmarks/aot_table.py --record FILE   # write budgets from what is found
+python benchmarks/aot_table.py --peers DIR     # peers' kernels beside ours (aot_peers.py)
+python benchmarks/aot_table.py --write FILE    # the table as FILE.csv and FILE.md too
 """
 
 from __future__ import annotations
@@ -19,200 +13,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
-import os
 import pathlib
-import re
-import subprocess
 import sys
-import tempfile
-from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
-import torch  # noqa: E402
 import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 from aot_cases import Case, cases  # noqa: E402
-from aot_report import COLUMNS, row, write  # noqa: E402
-from kd_kernels.launch import Target, compiling_for  # noqa: E402
+from aot_machine import ARCHES, Report, cost, measure  # noqa: E402
+from kd_bench import tables  # noqa: E402
 
-ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-LOAD, STORE = 0, 1
-SASS_PER_BYTE, MUFU_PER_BYTE = 9.87, 1.23
-TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
-}  # fmt: skip
-
-
-@dataclasses.dataclass
-class Report:
-    """What the machine code of one launch says."""
-
-    registers: int = 0
-    spills: int = 0  # bytes of stack, or spilled registers
-    shared: int = 0
-    blocks: int = 0  # resident on one multiprocessor
-    width: int = 0  # narrowest bulk access, bits
-    sass: float = 0.0
-    mufu: float = 0.0
-    clusters: int = 1
-    bytes: float = 0.0  # an element, read and written
-
-
-def gpu_target(arch: str) -> tuple[GPUTarget, Target]:
-    if arch.startswith("gfx"):
-        return GPUTarget("hip", arch, 64), Target("hip")
-    number = int(arch.removeprefix("sm_"))
-    return GPUTarget("cuda", number, 32), Target("cuda", number)
-
-
-def capture(case: Case, target: Target) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """(kernel, arguments by name, options) of the case's main launch on the target."""
-    launches = []
-
-    def record(self, *args, grid, warmup, **kwargs):
-        launches.append((self, args, kwargs))
-
-    original, JITFunction.run = JITFunction.run, record
-    try:
-        with compiling_for(target):
-            case.launch()
-    finally:
-        JITFunction.run = original
-    named = [launch for launch in launches if launch[0].fn.__name__.startswith(case.kernel)]
-    kernel, args, kwargs = named[-1]
-    values = dict(zip(kernel.arg_names, args, strict=False))
-    values |= {k: v for k, v in kwargs.items() if k in kernel.arg_names}
-    return kernel, values, {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
-
-
-def source(kernel: Any, values: dict[str, Any]) -> ASTSource:
-    """The launch's signature, specialised as Triton's own launcher would."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            aligned = value.storage_offset() * value.dtype.itemsize % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name], aligned = "fp32", False
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constants, attributes)
-
-
-def measure(case: Case, arch: str) -> Report:
-    gpu, target = gpu_target(arch)
-    kernel, values, options = capture(case, target)
-    compiled = triton.compile(source(kernel, values), target=gpu, options=options)
-    warps = options.get("num_warps", 4)
-    report = Report(shared=compiled.metadata.shared, clusters=options.get("num_ctas", 1))
-    report.bytes = case.one_read_bytes if report.clusters > 1 else case.bytes
-    if gpu.backend == "hip":
-        _read_amd(report, compiled.asm["amdgcn"], case)
-    else:
-        _read_nvidia(report, compiled.asm["cubin"], case)
-        threads = 32 * warps
-        by_registers = 65536 // (-(-report.registers // 8) * 8 * threads)
-        by_shared = (227 << 10) // max(1, report.shared + 1024)
-        report.blocks = min(by_registers, by_shared, 2048 // threads, 32)
-    return report
-
-
-def _tool(name: str) -> str:
-    folder = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return str(folder / name)
-
-
-def _read_nvidia(report: Report, cubin: bytes, case: Case) -> None:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run(_tool("cuobjdump"), "-res-usage", file.name)
-        listing = _run(_tool("nvdisasm"), "-c", file.name)
-    report.registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    report.spills = int(re.findall(r"STACK:(\d+)", usage)[-1])
-    label, instruction = r"\s*(\.L_x?_?\w+):", r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);"
-    jump = r"\bBRA\b.*`\((\.L\w+)\)"
-    _count(report, listing, case, (label, instruction, jump), _bits)
-
-
-def _read_amd(report: Report, assembly: str, case: Case) -> None:
-    report.registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", assembly)[-1])
-    report.spills = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)[-1])
-    label, instruction, jump = (
-        r"(\.LBB\w+):",
-        r"\t([a-z]\w+(?:\s.*)?)",
-        r"s_c?branch\w*\s+(\.LBB\w+)",
-    )
-    _count(report, assembly, case, (label, instruction, jump), _amd_bits)
-
-
-def _count(report: Report, text: str, case: Case, patterns: tuple[str, ...], bits: Any) -> None:
-    """Instructions an element over the loops that read logits, and the narrowest bulk access."""
-    label, instruction, jump = patterns
-    code, labels, loops = [], {}, []
-    for line in text.splitlines():
-        if found := re.match(label, line):
-            labels[found[1]] = len(code)
-        if found := re.match(instruction, line):
-            code.append(found[1])
-    for end, line in enumerate(code):
-        found = re.search(jump, line)
-        if found and labels[found[1]] <= end:
-            loops.append(code[labels[found[1]] : end + 1])
-    loops = [loop for loop in loops if any(bits(line, LOAD) >= 32 for line in loop)]
-    widths = []
-    uneven = len(case.loop_bytes) == len(loops)
-    sizes = iter(case.loop_bytes) if uneven and loops else itertools.repeat(case.read_bytes)
-    for region in loops or [code]:
-        loads = [b for b in (bits(line, LOAD) for line in region) if b]
-        bulk = [b for b in loads if b >= (32 if loops else case.bulk)] or loads
-        widths += bulk + [
-            b for b in (bits(line, STORE) for line in region) if b > (32 if loops else 64)
-        ]
-        elements = sum(bulk) / 8 / next(sizes)
-        report.sass += len([line for line in region if "NOP" not in line]) / elements
-        report.mufu += sum("MUFU" in line for line in region) / elements
-    report.width = min(widths, default=0)
-
-
-def _bits(instruction: str, kind: int) -> int:
-    """Width in bits of an NVIDIA global load or store; 0 for other instructions."""
-    found = re.search(rf"\b{('LDG', 'STG')[kind]}\.([\w.]+)", instruction)
-    if not found:
-        return 0
-    parts = found[1].split(".")
-    named = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
-    return next((named[part] for part in parts if part in named), 32)
-
-
-def _amd_bits(instruction: str, kind: int) -> int:
-    """Width in bits of an AMD global load or store; 0 for other instructions."""
-    found = re.match(rf"(?:global|buffer)_{('load', 'store')[kind]}_(\w+)", instruction)
-    if not found:
-        return 0
-    named = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ubyte": 8, "byte": 8}
-    return named.get(found[1].split("_")[0], 16)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+COLUMNS = (
+    "kernel", "arch", "CTAs", "registers", "spills", "shared", "CTA/SM", "bits", "SASS/el",
+    "MUFU/el", "B/el", "roofline",
+)  # fmt: skip
+KEY = """\
+CTAs: thread blocks of a row's cluster. registers: a thread's. spills: bytes of stack (NVIDIA),
+spilled registers (AMD). shared: bytes. CTA/SM: resident by registers and shared memory (NVIDIA).
+bits: the narrowest bulk load or store. SASS/el, MUFU/el: instructions an element over every pass,
+static counts. B/el: read and written an element. roofline: the share of the memory roofline that
+the counts allow on an H100 (3.0 TB/s, 9.87 instructions and 1.23 MUFU a byte). Bounds from machine
+code, not timings.
+"""
 
 
 def fingerprint() -> str:
@@ -234,7 +59,6 @@ def reports(
     if cache.exists():
         held = json.loads(cache.read_text())
         stored = held["reports"] if held["fingerprint"] == mark else {}
-    found = {}
 
     def keep() -> None:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -243,27 +67,15 @@ def reports(
     for count, (case, arch) in enumerate(wanted):
         if count % 50 == 0:
             keep()
-        name = f"{case.name} {arch}"
-        if name not in stored:
+        if f"{case.name} {arch}" not in stored:
             try:
-                stored[name] = dataclasses.asdict(measure(case, arch))
+                stored[f"{case.name} {arch}"] = dataclasses.asdict(measure(case, arch))
             except Exception:
                 if not lenient:
                     raise
-                continue
-        found[name] = Report(**stored[name])
     keep()
-    return found
-
-
-def cost(report: Report) -> float:
-    """The slowest of bytes, instructions and MUFU, in bytes an element."""
-    return max(report.bytes, report.sass / SASS_PER_BYTE, report.mufu / MUFU_PER_BYTE)
-
-
-def share_of_floor(case: Case, report: Report) -> float:
-    """Share of the memory floor that the counts allow."""
-    return case.floor / cost(report)
+    names = (f"{case.name} {arch}" for case, arch in wanted)
+    return {name: Report(**stored[name]) for name in names if name in stored}
 
 
 def faults(case: Case, arch: str, report: Report, budget: dict[str, float] | None) -> list[str]:
@@ -283,20 +95,29 @@ def faults(case: Case, arch: str, report: Report, budget: dict[str, float] | Non
     return wrong
 
 
-def write_budgets(path: pathlib.Path, kept: dict[str, dict[str, float]]) -> None:
+def cells(case: Case, arch: str, report: Report, shown: bool) -> list[str]:
+    """The table's cells of one variant; its share of the roofline where ``shown``."""
+    counts = report.clusters, report.registers, report.spills, report.shared, report.blocks
+    found = [case.name, arch, *(str(n) for n in counts), str(report.width)]
+    found += [f"{report.sass:.1f}" if report.sass else "-", f"{report.mufu:.2f}"]
+    return [*found, f"{report.bytes:g}", f"{case.least_bytes / cost(report):.0%}" if shown else ""]
+
+
+def write_budgets(path: pathlib.Path, found: dict[str, Report]) -> None:
     """One line a variant, so that a change of budget reads as a change of one line."""
+    kept = {n: {k: round(getattr(r, k), 2) for k in ("registers", "sass", "mufu")}
+            for n, r in found.items()}  # fmt: skip
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept))
     path.write_text(f'{{"triton": "{triton.__version__}", "variants": {{\n{lines}\n}}}}\n')
 
 
-def chosen(options: argparse.Namespace) -> list[Case]:
-    if options.peers is None:
-        found = cases(options.subset)
-    else:
-        from aot_peers import peer_cases
-
-        found = peer_cases(options.peers)
-    return [c for c in found if options.only in c.name]
+def write_table(path: pathlib.Path, title: str, rows: list[list[str]], notes: str) -> None:
+    """``path``.csv with every row, ``path``.md with the same as a table under its notes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".csv").write_text(tables.comma_separated(COLUMNS, rows))
+    table = tables.markdown(COLUMNS, rows, text=["arch"])
+    title = f"# {title}, compiled by Triton {triton.__version__}"
+    path.with_suffix(".md").write_text("\n\n".join([title, f"{KEY}{notes}", table]) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -312,43 +133,43 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     options = arguments()
-    wanted = [(c, a) for c in chosen(options) for a in ARCHES if c.runs_on(a)]
+    if options.peers is not None:
+        import aot_peers
+
+        chosen = aot_peers.peer_cases(options.peers)
+    else:
+        chosen = cases(options.subset)
+    chosen = [case for case in chosen if options.only in case.name]
+    wanted = [(case, arch) for case in chosen for arch in ARCHES if case.runs_on(arch)]
     found = reports(wanted, options.cache, lenient=options.peers is not None)
     budgets = json.loads(options.check.read_text())["variants"] if options.check else {}
-    print(f"triton {triton.__version__}")
     line = "{:58s} {:7s}" + " {:>9s}" * (len(COLUMNS) - 2)
-    print(line.format(*COLUMNS))
+    print(f"triton {triton.__version__}", line.format(*COLUMNS), sep="\n")
     bad, rows = 0, []
     for case, arch in wanted:
-        r = found.get(f"{case.name} {arch}")
-        if r is None:
+        report = found.get(f"{case.name} {arch}")
+        if report is None:
             print(f"{case.name:58s} {arch:7s} does not compile")
             continue
         shown = arch == "sm_90" and case.bounded and options.peers is None
-        rows.append(row(case, arch, r, share_of_floor(case, r) if shown else None))
+        rows.append(cells(case, arch, report, shown))
         print(line.format(*rows[-1]))
-        if options.peers is not None:
-            continue
-        for fault in faults(case, arch, r, budgets.get(f"{case.name} {arch}")):
-            bad += 1
-            print(f"  FAULT {fault}")
+        if options.peers is None:
+            wrong = faults(case, arch, report, budgets.get(f"{case.name} {arch}"))
+            bad += len(wrong)
+            print(*(f"  FAULT {fault}\n" for fault in wrong), sep="", end="")
     if options.record:
-        kept = {n: {k: round(getattr(r, k), 2) for k in ("registers", "sass", "mufu")}
-                for n, r in found.items()}  # fmt: skip
-        write_budgets(options.record, kept)
-    if options.write:
-        title, notes = "Every kernel variant", ""
-        if options.peers is not None:
-            from aot_peers import summary, versions
-
-            title = f"Beside {versions(options.peers)}"
-            notes = summary(found, "sm_90", 128_256, cost)
-        write(options.write, f"{title}, compiled by Triton {triton.__version__}", rows, notes)
+        write_budgets(options.record, found)
+    if options.write and options.peers is None:
+        write_table(options.write, "Every kernel variant", rows, "")
+    elif options.write:
+        title = f"Beside {aot_peers.versions(options.peers)}"
+        write_table(options.write, title, rows, "\n" + aot_peers.summary(found, "sm_90", 128_256))
     print(f"{len(rows)} variants, {bad} faults")
-    sys.exit(1 if bad else 0)
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

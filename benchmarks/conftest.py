@@ -8,12 +8,14 @@ rows are kept in FOLDER/DEVICE/results.json, a rerun continues, and tables and p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -48,8 +50,15 @@ def pytest_configure(config):
         config.stash[RESULTS] = Results(folder, config.getoption("--fresh"))
 
 
+@functools.cache
+def machine_info(device):
+    commit = get_commit_info()
+    known = commit["id"] not in ("unversioned", "unknown")
+    return machine.machine_info(device, commit["id"][:7] + "+" * commit["dirty"] if known else "")
+
+
 def pytest_benchmark_generate_machine_info(config):
-    return machine.machine_info(config.getoption("--device"))
+    return machine_info(config.getoption("--device"))
 
 
 def planned(module, config):
@@ -120,7 +129,7 @@ def measure_fixture(request, benchmark):
                 raise
             pytest.skip(reason)
         if results is not None:
-            info = machine.machine_info(device)
+            info = machine_info(device)
             results.data["machine_info"] = info
             command = machine.command_line(config.invocation_params.args)
             results.put(measured_row(benchmark.stats.as_dict(), info, command))

@@ -15,8 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "tests" / "aot_budgets.json"
 
 
-def gate(*arguments: str) -> subprocess.CompletedProcess:
-    """The gate in its own process: here Triton may be in its interpreter."""
+def checks(*arguments: str) -> subprocess.CompletedProcess:
+    """The compile-time checks in their own process: here Triton may be in its interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "benchmarks" / "aot_table.py"), "--subset", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -24,7 +24,7 @@ def gate(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module", autouse=True)
 def tools():
-    triton = pytest.importorskip("triton", reason="the gate compiles with triton")
+    triton = pytest.importorskip("triton", reason="they compile with triton")
     folder = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for name in ("ptxas", "cuobjdump", "nvdisasm"):
         if not (folder / name).exists():
@@ -36,7 +36,7 @@ def tools():
 
 def test_representative_variants():
     """No spills, 128-bit bulk accesses, memory-bound on sm_90, nothing over its budget."""
-    done = gate("--check", str(BUDGETS))
+    done = checks("--check", str(BUDGETS))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -46,7 +46,7 @@ def test_a_budget_exceeded_fails(tmp_path):
     budgets["variants"][name]["registers"] -= 1
     tight = tmp_path / "budgets.json"
     tight.write_text(json.dumps(budgets))
-    done = gate("--only", "dense forward_kl bf16", "--check", str(tight))
+    done = checks("--only", "dense forward_kl bf16", "--check", str(tight))
     assert (
         done.returncode == 1 and "registers" in done.stdout and "exceeds its budget" in done.stdout
     )
