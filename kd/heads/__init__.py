@@ -20,7 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.heads.observing import HeadLoss, Unlike, causal_lm, lm_head, observing, without_logits
+from kd.heads.observing import (
+    HeadLoss,
+    Unlike,
+    causal_lm,
+    lm_head,
+    observing,
+    undisturbed,
+    without_logits,
+)
 from kd.heads.reading import HeadReading, measure, reading
 from kd.heads.weights import as_hidden, dense_logits, lora_pair
 from kd.losses import Hidden
@@ -96,4 +104,5 @@ __all__ = [
     "observing",
     "reading",
     "refusal",
+    "undisturbed",
 ]

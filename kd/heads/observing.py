@@ -122,3 +122,17 @@ def loss_replaced(causal: Any, function: Callable[..., Tensor]) -> Iterator[None
         del causal._loss_function
         if before is not None:
             causal._loss_function = before
+
+
+@contextlib.contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """While open, a model is in eval mode; its modes and the random state come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [d for d in {p.device for p in model.parameters()} if d.type == "cuda"]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

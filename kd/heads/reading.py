@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from kd.heads.observing import (
     no_loss,
     own_forward,
     takes,
+    undisturbed,
     without_logits,
 )
 from kd.heads.weights import dense_logits
@@ -129,7 +128,7 @@ def _measured(causal: Any) -> HeadReading:
     sharded = any(map(_absent, causal.parameters()))
     device = causal.get_input_embeddings().weight.device
     ids = _few_tokens(causal).to("cpu" if device.type == "meta" else device)
-    with _undisturbed(causal, device):
+    with torch.no_grad(), undisturbed(causal):
         try:
             return _compared(causal, ids, sharded)
         except torch.OutOfMemoryError:
@@ -286,17 +285,3 @@ def _few_tokens(causal: Any) -> Tensor:
     size = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
     size = min(size, getattr(text, "vocab_size", None) or size)
     return ((torch.arange(count) * 3 + size // 2) % size)[None]
-
-
-@contextlib.contextmanager
-def _undisturbed(causal: Any, device: torch.device) -> Iterator[None]:
-    """Eval mode without gradient; random state and training flags as before."""
-    flags = [(module, module.training) for module in causal.modules()]
-    devices = [device] if device.type == "cuda" else []
-    causal.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

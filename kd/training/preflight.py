@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from kd.heads import undisturbed
 from kd.training.metrics import NAMES, StepMetrics, top_tokens
 from kd.training.objective import Objective, compute_loss, flat_targets
 from kd.training.packs import documents_apart
@@ -141,7 +142,7 @@ def check(
     parts = [taken[at : at + batch_size] for at in range(0, len(taken), batch_size)]
     found = Check(title, rows=[_shown(row, tokenizer) for row in taken[:ROWS_SHOWN]])
     prepare_student(student)
-    with _undisturbed(student):
+    with _own_gradients(student), undisturbed(student):
         made = [_on(collator(part), student) for part in parts]
         _count(found, made, taken)
         _ends(found, taken, student, tokenizer)
@@ -168,22 +169,16 @@ def _on(batch: Batch, student: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _undisturbed(student: Any) -> Iterator[None]:
-    """Gradients, modes and the random state come back."""
+def _own_gradients(student: Any) -> Iterator[None]:
+    """While open, the student has no gradients; its own come back."""
     kept = [(p, p.grad) for p in student.parameters()]
-    modes = [(module, module.training) for module in student.modules()]
     for parameter, _ in kept:
         parameter.grad = None
-    devices = [d for d in {p.device for p, _ in kept} if d.type == "cuda"]
     try:
-        with torch.random.fork_rng(devices=devices):
-            student.eval()
-            yield
+        yield
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
-        for module, mode in modes:
-            module.training = mode
 
 
 def _labels(row: Mapping[str, Any]) -> list[int]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.vocab.contract import VocabularyContract, _added
+from kd.vocab.contract import VocabularyContract
+from kd.vocab.fingerprint import added_tokens, byte_letters
 
 
 def token_bytes(tokenizer: Any) -> dict[int, bytes]:
@@ -23,20 +24,16 @@ def token_bytes(tokenizer: Any) -> dict[int, bytes]:
     Raises:
         ValueError: the tokenizer is not a byte-level one.
     """
-    alphabet = _alphabet()
-    added = set(_added(tokenizer))
-    found = {}
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    added, found = added_tokens(tokenizer), {}
     for token, i in tokenizer.get_vocab().items():
-        if i in added:
-            found[int(i)] = token.encode()
-            continue
-        try:
-            found[int(i)] = bytes(alphabet[letter] for letter in token)
-        except KeyError:
+        if i not in added and not byte_of.keys() >= set(token):
             raise ValueError(
                 "token_bytes: tokenizer must be byte-level, as those of Qwen, Llama 3, DeepSeek "
                 f"and GPT are, got token {token!r}. Align by hand or distil from the traces alone."
-            ) from None
+            )
+        text = token.encode() if i in added else bytes(byte_of[letter] for letter in token)
+        found[int(i)] = text
     return found
 
 
@@ -121,12 +118,3 @@ def place_rows(
     out_ids[ours[predicted]] = ids[theirs[predicted]]
     out_logprobs[ours[predicted]] = logprobs[theirs[predicted]]
     return out_ids, out_logprobs
-
-
-def _alphabet() -> dict[str, int]:
-    """The letter that byte-level tokenizers write for each byte, backwards."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {chr(byte): byte for byte in plain}
-    for number, byte in enumerate(byte for byte in range(256) if byte not in set(plain)):
-        letters[chr(256 + number)] = byte
-    return letters

