@@ -1,9 +1,11 @@
 """Caches of random targets for the cache tests."""
 
+import json
+
 import numpy as np
 import torch
 
-from kd.cache import CacheMeta, CacheWriter, TeacherCache
+from kd.cache import CacheMeta, CacheWriter, TeacherCache, manifest
 
 
 def meta(live=1000, top_k=8, codec="float32", **options):
@@ -83,3 +85,21 @@ class Changed:
 
     def read(self, first, last):
         return self.data[first:last]
+
+
+def shards(folder):
+    """Its shards' files, in order."""
+    return sorted(folder.glob("shard-*"))
+
+
+def rewrite_manifest(folder, change):
+    """Change a manifest, and sign it again."""
+    body = json.loads((folder / "manifest.json").read_text())
+    change(body)
+    body["digest"] = manifest.digest_of(body)
+    (folder / "manifest.json").write_text(json.dumps(body))
+
+
+def snapshot(folder):
+    """Name and bytes of every file that belongs to the format."""
+    return {item.name: item.read_bytes() for item in folder.iterdir() if item.name[0] != "."}

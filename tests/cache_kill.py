@@ -1,4 +1,4 @@
-"""Kill a capture again and again; run by test_cache_kill as a process of its own.
+"""Kill a capture again and again; run by test_cache_writer as a process of its own.
 
     python cache_kill.py FOLDER KILLS SEED
 
