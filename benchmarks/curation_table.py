@@ -25,7 +25,6 @@ from kd.traces import (
     decontaminate,
     near_duplicates,
 )
-from kd_bench import tables
 
 
 class Row(NamedTuple):
@@ -360,12 +359,10 @@ def table() -> list[Row]:
 
 
 def main() -> None:
-    columns = ["filter", "planted", "cases", "found", "falsely taken"]
-    rows = [
-        [row.what, row.kind, f"{row.planted:,}", *((row.taken, "") if row.bad else ("", row.taken))]
-        for row in table()
-    ]
-    print(tables.markdown(columns, rows, text=columns))
+    print("| filter | planted | cases | found | falsely taken |\n|---|---|---|---|---|")
+    for row in table():
+        cells = (f"{row.taken}", "") if row.bad else ("", f"{row.taken}")
+        print(f"| {row.what} | {row.kind} | {row.planted:,} | {cells[0]} | {cells[1]} |")
 
 
 if __name__ == "__main__":

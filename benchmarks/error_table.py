@@ -25,7 +25,6 @@ import time
 import torch
 
 import kd
-from kd_bench import tables
 from kd_bench.plain import plain_losses
 
 DIVERGENCES = (
@@ -148,20 +147,24 @@ def cell(divergence, student_form, teacher_form, dtype, backend):
 
 
 def table(dtype, backend):
-    """(one dtype's table, the combinations that break their bound)."""
-    broken, rows = [], []
+    """Print one dtype's table; returns the combinations that break their bound."""
+    broken = []
+    name = str(dtype).removeprefix("torch.")
+    print(f"\n### {name}, backend {backend}\n")
+    print("| divergence | student | " + " | ".join(f"teacher: {t}" for t in TEACHERS) + " |")
+    print("|---|---|" + "---|" * len(TEACHERS))
     for divergence, student_form in itertools.product(DIVERGENCES, STUDENTS):
-        rows.append([str(divergence), student_form])
+        cells = []
         for teacher_form in TEACHERS:
             if not meaningful(divergence, teacher_form):
-                rows[-1].append("refused")
+                cells.append("refused")
                 continue
             text, ok = cell(divergence, student_form, teacher_form, dtype, backend)
-            rows[-1].append(text if ok else f"**{text}**")
+            cells.append(text if ok else f"**{text}**")
             if not ok:
-                broken.append(f"{divergence}, {student_form} x {teacher_form}, {dtype}: {text}")
-    columns = ["divergence", "student", *(f"teacher: {teacher}" for teacher in TEACHERS)]
-    return tables.markdown(columns, rows, text=columns), broken
+                broken.append(f"{divergence}, {student_form} x {teacher_form}, {name}: {text}")
+        print(f"| {divergence} | {student_form} | " + " | ".join(cells) + " |", flush=True)
+    return broken
 
 
 def main(argv=None):
@@ -176,9 +179,7 @@ def main(argv=None):
     print(f"{SEEDS} seeds, {TOKENS} tokens, {sizes}.")
     broken = []
     for name in args.dtype or names[:3]:
-        made, more = table(getattr(torch, name), args.backend)
-        print(f"\n### {name}, backend {args.backend}\n\n{made}", flush=True)
-        broken += more
+        broken += table(getattr(torch, name), args.backend)
     print(f"\nBounds: float64 <= {FLOAT64_BOUND:g}; narrower <= {PLAIN_FACTOR:g} x plain PyTorch.")
     print(f"{len(broken)} broken, {time.perf_counter() - started:.0f} s.")
     for line in broken:

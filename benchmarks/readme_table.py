@@ -1,7 +1,7 @@
-"""The README's benchmark table, made from the committed results and from nothing else.
+"""The README's tables: benchmarks from the committed results, divergences from their registry.
 
     python benchmarks/readme_table.py            # print it
-    python benchmarks/readme_table.py --write    # put it between the README's two markers
+    python benchmarks/readme_table.py --write    # put them between the README's markers
 
 Every number names the device it was measured on; devices nobody has measured say so.
 """
@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kd.losses.divergences import DEFINITIONS
 from kd_bench import tables
 from kd_bench.results import Results, groups_of, table_row
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+MARK = "<!-- {}: {} -->"
 UNMEASURED = "not measured yet; run `make bench-gpu`"
 WHO = {  # who is shown, and the implementations of theirs of which the fastest counts
     "kd": ("kd",),
@@ -92,6 +93,16 @@ def table(results: Path) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
+def divergences() -> str:
+    """The README's table of divergences."""
+    rows = []
+    for name, definition in DEFINITIONS.items():
+        called = f"({', '.join(definition.parameters)})" if definition.parameters else ""
+        rows.append([f"`kd.{name}{called}`", definition.formula, definition.source])
+    columns = ["name", "definition (p teacher, q student)", "source"]
+    return tables.markdown(columns, rows, text=columns)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -99,15 +110,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true", help="fail when the README is not current")
     args = parser.parse_args(argv)
-    made = table(args.results)
+    made = {"benchmarks": table(args.results), "divergences": divergences()}
     if not args.write and not args.check:
-        print(made)
+        print("\n\n".join(made.values()))
         return 0
-    wanted = tables.put_between(args.readme, BEGIN, END, made)
+    current = wanted = args.readme.read_text(encoding="utf-8")
+    for name, section in made.items():
+        marks = MARK.format(name, "begin"), MARK.format(name, "end")
+        wanted = tables.put_between(args.readme, wanted, *marks, section)
     if args.check:
-        current = wanted == args.readme.read_text(encoding="utf-8")
-        print("current" if current else "not current: run readme_table.py --write")
-        return 0 if current else 1
+        print("current" if current == wanted else "not current: run readme_table.py --write")
+        return int(current != wanted)
     args.readme.write_text(wanted, encoding="utf-8")
     return 0
 

@@ -3,6 +3,7 @@
 import torch
 
 import kd
+from kd.losses.divergences import DEFINITIONS
 
 DIVERGENCES = {
     str(d): d
@@ -24,6 +25,11 @@ DIVERGENCES = {
         kd.adaptive_kl,
     )
 }
+# One that is not tried above, with the parameters it has by default.
+for name in {*DEFINITIONS} - {d.name for d in DIVERGENCES.values()}:
+    made = getattr(kd, name)
+    made = made if isinstance(made, kd.Divergence) else made()
+    DIVERGENCES[str(made)] = made
 TEACHERS = ("logits", "hidden", "bucket", "renormalize", "drop", "uniform")
 STUDENTS = ("logits", "hidden", "hidden_options")
 

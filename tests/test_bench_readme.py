@@ -60,7 +60,11 @@ def test_readme_shows_no_speed_without_its_error(measured):
 
 def test_readme_is_written_between_its_markers_and_checked(measured, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{readme_table.BEGIN}\nold\n{readme_table.END}\nbelow\n")
+    marked = [
+        f"{readme_table.MARK.format(name, 'begin')}\nold\n{readme_table.MARK.format(name, 'end')}\n"
+        for name in ("benchmarks", "divergences")
+    ]
+    readme.write_text(f"above\n{''.join(marked)}below\n")
     options = ["--results", str(measured[0]), "--readme", str(readme)]
     assert readme_table.main([*options, "--check"]) == 1
     assert readme_table.main([*options, "--write"]) == 0

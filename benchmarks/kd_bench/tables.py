@@ -41,13 +41,13 @@ def show(lines: Iterable[str], path: Path | None = None) -> None:
         path.write_text("\n".join(kept) + "\n")
 
 
-def put_between(path: Path, begin: str, end: str, text: str) -> str:
-    """A file's text with what stands between two markers replaced.
+def put_between(path: Path, whole: str, begin: str, end: str, text: str) -> str:
+    """The ``whole`` of a file's text with what stands between two markers replaced.
 
     Raises:
         ValueError: the file does not hold the markers.
     """
-    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    before, found, rest = whole.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ValueError(f"{path} must hold {begin} and {end}. Add them.")

@@ -188,7 +188,8 @@ def in_units(
     student, objective = problem.student, problem.objective
     half = isinstance(student, Projection) and student.pairs[0][0].dtype == torch.float16
     if not half or len(weight) == 0:
-        return (weight * scale).to(weight.dtype), None
+        scaled = weight * scale
+        return scaled if scaled.dtype == weight.dtype else scaled.to(weight.dtype), None
     steepest = max(objective.kd_weight / objective.temperature, objective.ce_weight)
     if student.transform[0] is not None:  # type: ignore[union-attr]
         steepest *= abs(student.transform[0])  # type: ignore[union-attr]

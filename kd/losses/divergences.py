@@ -39,14 +39,8 @@ __all__ = [
 class Divergence:
     """A divergence between teacher p and student q, with its parameters.
 
-        forward_kl         KL(p || q) = sum p * log(p / q)
-        reverse_kl         KL(q || p)
-        total_variation    sum |p - q| / 2
-        adaptive_kl        (g_head * KL(p || q) + g_tail * KL(q || p)) / (g_head + g_tail),
-                           g = sum |p - q| over the teacher's head or tail, without gradient
-        jsd, skew_forward_kl, skew_reverse_kl, alpha_beta: at the functions that make them.
-
-    Calling it computes the pure divergence (no T**2 factor, no hard labels), per token or reduced:
+    What each is: ``DEFINITIONS``, and the functions that make those with parameters. Calling it
+    computes the pure divergence (no T**2 factor, no hard labels), per token or reduced:
     ``kd.jsd(0.5)(student, teacher, temperature=2.0, reduction="none")``.
 
     Attributes:
@@ -215,6 +209,9 @@ class Definition:
 
     terms: Callable[..., tuple[Tensor, Tensor]]
     """(d, p, q, log_p, log_q, head) to phi and h."""
+    formula: str
+    """Of p, the teacher's, and q, the student's, for the README's table."""
+    source: str
     parameters: tuple[str, ...] = ()
     """Which of ``Divergence``'s numbers it has; they must be given where ``default`` is False."""
     rule: tuple[str, Callable[[Divergence], bool]] = ("no parameters", lambda d: True)
@@ -227,27 +224,42 @@ class Definition:
 
 JSD_RULE = "beta in (0, 1) (use forward_kl for 0 and reverse_kl for 1)"
 DEFINITIONS = {
-    "forward_kl": Definition(_forward_kl, default={}),
-    "reverse_kl": Definition(_reverse_kl, default={}, needs_teacher_support=lambda d: True),
-    "jsd": Definition(_jsd, ("beta",), (JSD_RULE, lambda d: 0 < d.beta < 1), default={"beta": 0.5}),
+    "forward_kl": Definition(_forward_kl, "KL(p‖q)", "Hinton et al. 2015", default={}),
+    "reverse_kl": Definition(
+        _reverse_kl, "KL(q‖p)", "MiniLLM", default={}, needs_teacher_support=lambda d: True
+    ),
+    "jsd": Definition(
+        _jsd,
+        "beta·KL(p‖m) + (1−beta)·KL(q‖m), m = beta·p + (1−beta)·q",
+        "GKD",
+        parameters=("beta",),
+        rule=(JSD_RULE, lambda d: 0 < d.beta < 1),
+        default={"beta": 0.5},
+    ),
     "skew_forward_kl": Definition(
         _skew_forward_kl,
-        ("alpha",),
-        ("alpha in [0, 1)", lambda d: 0 <= d.alpha < 1),
+        "KL(p‖alpha·p + (1−alpha)·q)",
+        "DistiLLM",
+        parameters=("alpha",),
+        rule=("alpha in [0, 1)", lambda d: 0 <= d.alpha < 1),
         kernel=lambda d: d.name if d.alpha else "forward_kl",
     ),
     "skew_reverse_kl": Definition(
         _skew_reverse_kl,
-        ("alpha",),
-        ("alpha in [0, 1)", lambda d: 0 <= d.alpha < 1),
+        "KL(q‖(1−alpha)·p + alpha·q)",
+        "DistiLLM, DistiLLM-2",
+        parameters=("alpha",),
+        rule=("alpha in [0, 1)", lambda d: 0 <= d.alpha < 1),
         needs_teacher_support=lambda d: d.alpha == 0,
         kernel=lambda d: "reverse_kl" if d.alpha == 0 else d.name + "_detached" * d.detach_mixture,
     ),
-    "total_variation": Definition(_total_variation, default={}),
+    "total_variation": Definition(_total_variation, "½ Σ abs(p−q)", "f-distill", default={}),
     "alpha_beta": Definition(
         _alpha_beta,
-        ("alpha", "beta"),
-        (
+        "ABKD's alpha-beta divergence",
+        "ABKD",
+        parameters=("alpha", "beta"),
+        rule=(
             "finite alpha and beta >= 0, not both 0",
             lambda d: d.alpha >= 0 and d.beta >= 0 and 0 < d.alpha + d.beta < math.inf,
         ),
@@ -256,6 +268,8 @@ DEFINITIONS = {
     ),
     "adaptive_kl": Definition(
         _adaptive_kl,
+        "forward and reverse KL weighted by the gap on head and tail",
+        "AKL",
         rule=("head_mass in (0, 1]", lambda d: 0 < d.head_mass <= 1),
         default={},
         needs_teacher_support=lambda d: True,

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils import _python_dispatch as dispatch  # noqa: PLC2701  no public name tells
 
 from kd.losses.chunks import part
 from kd.losses.divergences import bounded_terms, head_mask
@@ -45,13 +46,12 @@ def rows(tile: Tile) -> Tensor:
     student, gradient, vocab = tile.student, tile.gradient, tile.columns
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     counted, count = None, len(student)  # rows whose weight is not zero, where some are
-    if tile.weight is not None:
+    if tile.weight is not None and int(tile.weight.count_nonzero()) != count:
         counts = tile.weight != 0
-        if not bool(counts.all()):
-            counted = counts.nonzero().squeeze(1)
-            count = len(counted)
-            if gradient is not None:
-                gradient[~counts] = 0
+        counted = counts.nonzero().squeeze(1)
+        count = len(counted)
+        if gradient is not None:
+            gradient[~counts] = 0
     if gradient is not None and gradient.shape[1] != vocab:
         gradient[:, vocab:] = 0
     live = None if gradient is None else _columns(gradient, vocab)
@@ -67,7 +67,7 @@ def rows(tile: Tile) -> Tensor:
         def block(side: str, size: int) -> Tensor:
             if side not in memory:
                 memory[side] = student.new_empty((step, vocab), dtype=dtype)
-            return memory[side][:size]
+            return memory[side] if size == step else memory[side][:size]
 
         def work(first: int, last: int) -> None:
             index: Any = slice(first, last) if counted is None else counted[first:last]
@@ -240,15 +240,15 @@ def dense_forward_kl(student: Tensor, teacher: Tensor, gradient: Tensor, spare: 
     offset = teacher.amax(-1, keepdim=True) - student.amax(-1, keepdim=True)
     p = torch.softmax(teacher, -1)
     apart = torch.sub(teacher, student, out=spare)
-    if bool((offset.abs() > 1).any()):  # sum(p) is 1 to 1e-7 only, which would multiply it
+    if float(offset.abs().amax()) > 1:  # sum(p) is 1 to 1e-7 only, which would multiply it
         apart.sub_(offset)
         offset = torch.zeros_like(offset)
     gap = apart.mul_(p).sum(-1)
     q = torch.softmax(student, -1, out=gradient)
     q_peak, p_peak = q.amax(-1, keepdim=True), p.amax(-1, keepdim=True)
-    normalisers = -offset - torch.log(q_peak / p_peak)
+    normalisers = torch.log(p_peak / q_peak) - offset
     gradient.sub_(p)
-    if not bool(gap.isfinite().all()):  # -inf logits: 0 * inf above
+    if not math.isfinite(float(gap.sum())):  # -inf logits: 0 * inf above
         gap = apart.masked_fill_(p == 0, 0.0).sum(-1)
     return gap + normalisers.view(-1)
 
@@ -383,7 +383,11 @@ def _alone() -> bool:
 
 def threads(device: torch.device) -> int:
     """Threads that blocks of rows may be spread over; 1 where PyTorch's own are to be used."""
-    if device.type != "cpu" or torch.compiler.is_compiling() or _get_current_dispatch_mode_stack():
+    if (
+        device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or dispatch._get_current_dispatch_mode_stack()
+    ):
         return 1
     return torch.get_num_threads() if _openmp() is not None else 1
 
