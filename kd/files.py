@@ -169,3 +169,36 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+class JsonLines:
+    """A file of one JSON value a line that is only added to; what a crash tore is skipped.
+
+    Args:
+        path: of the file; it and its folders are made where they are missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab+", buffering=0)
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+
+    def __iter__(self) -> Iterator[Any]:
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+    def add(self, value: Any) -> None:
+        """Write a line; a reader of the file sees it at once."""
+        self._file.write(json.dumps(value).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,26 +1,27 @@
-"""One HTTP client for models behind servers: JSON in, JSON out, and no trust in the other side.
+"""One client for models behind servers, on the openai package: answers are not trusted.
 
-A redirect is never followed, no key and no password of an address is in any text that leaves this
-file, a request ends at its time-out whatever trickles in, a body is read up to a limit and no
-further, and only what may pass is tried again.
+The package knows the API; what it does not promise is added here. A redirect is never followed, no
+key and no password of an address is in any text that leaves this file, a request ends at its
+time-out whatever trickles in, a body is read up to a limit and no further, and only what may pass
+is tried again, an answer that cannot be read among it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import contextlib
-import http.client
+import contextvars
+import functools
 import json
 import os
 import random
 import re
-import socket
 import ssl
 import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -28,7 +29,8 @@ T = TypeVar("T")
 
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 EXCERPT = 200  # characters of a server's text in a message
-ERROR_BODY = 1 << 16
+ERROR_BODY = 1 << 16  # bytes read of a refusal
+ADDRESS_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 MANY = 10**9
 # A secret that long is no word of anybody's text: it is taken out of the answers themselves.
 CERTAIN_SECRET = 12
@@ -65,7 +67,8 @@ class Endpoint:
         owner: the class that users know, for messages.
         name: what its field for the address is called, for messages.
         address: up to and with /v1; "user:password@" in it is sent as basic authorization.
-        key_variable: environment variable that holds the key, read at every request.
+        key_variable: environment variable that holds the key, read at every request; no key is
+            sent where it is not set.
         timeout: seconds for one attempt, from connecting to the answer's last byte.
         retries: attempts after the first, for what may pass; one at most after a time-out.
         wait: seconds before the first of them; doubled each time, with jitter. A Retry-After
@@ -79,7 +82,7 @@ class Endpoint:
     owner: str
     name: str
     address: str
-    key_variable: str = ""
+    key_variable: str = KEY_VARIABLE
     timeout: float = 300.0
     retries: int = 6
     wait: float = 1.0
@@ -104,21 +107,20 @@ class Endpoint:
                 f"{self.owner}: timeout must be above 0, and retries and waits at least 0, got "
                 f"{self.timeout}, {self.retries}, {self.wait} and {self.max_wait}."
             )
-        self._headers()
+        self.headers()
 
-    def post(
+    def ask(
         self,
-        path: str,
-        body: Mapping[str, Any],
+        call: Callable[[Any], Awaitable[Any]],
         limit: int,
         read: Callable[[Any], T],
         turn: Callable[[], None] = lambda: None,
     ) -> tuple[T, int]:
-        """POST JSON below the address until an answer can be read.
+        """Make a call of the openai package until its answer can be read.
 
         Args:
-            path: such as "/completions".
-            body: the request.
+            call: takes an ``AsyncOpenAI`` to a raw response of it, such as ``lambda client:
+                client.completions.with_raw_response.create(...)``.
             limit: bytes the answer may have.
             read: takes the answer's JSON to what is wanted of it; a ValueError, KeyError,
                 IndexError, TypeError or AttributeError of it makes the answer garbage, which is
@@ -130,11 +132,12 @@ class Endpoint:
 
         Raises:
             ServerError: when the server refuses for good, or every attempt failed.
+            ModuleNotFoundError: the openai package is not installed.
         """
-        data, wait = json.dumps(body).encode(), self.wait
+        wait, client = self.wait, _client(self, os.getpid())
         for attempt in range(self.retries + 1):
             turn()
-            found = self._attempt(path, data, limit, read)
+            found = self._attempt(client, call, limit, read)
             if not isinstance(found, _Failure):
                 return found, attempt
             failure = found
@@ -162,6 +165,8 @@ class Endpoint:
         return text
 
     def _key(self) -> str:
+        if self.key_variable == KEY_VARIABLE and self._userinfo():
+            return ""  # the address says how to sign in
         return (os.environ.get(self.key_variable) or "").strip() if self.key_variable else ""
 
     def _secrets(self) -> set[str]:
@@ -178,8 +183,9 @@ class Endpoint:
         userinfo = urllib.parse.urlsplit(self.address).netloc.rpartition("@")[0]
         return urllib.parse.unquote(userinfo)
 
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Connection": "close"}
+    def headers(self) -> dict[str, str]:
+        """The authorization of a request; empty where there is no key and no password."""
+        headers: dict[str, str] = {}
         key, userinfo = self._key(), self._userinfo()
         if key and not re.fullmatch(r"[ -~]+", key):
             raise ValueError(
@@ -202,41 +208,53 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {key}"
         return headers
 
-    def _url(self, path: str) -> str:
+    @property
+    def bare(self) -> str:
+        """The address without password and query, as the openai package sees it and logs it."""
         parts = urllib.parse.urlsplit(self.address)
         host = parts.netloc.rpartition("@")[2]
-        url = parts._replace(netloc=host, path=parts.path.rstrip("/") + path)
-        return urllib.parse.urlunsplit(url)
+        return urllib.parse.urlunsplit(parts._replace(netloc=host, query=""))
 
     def _attempt(
-        self, path: str, data: bytes, limit: int, read: Callable[[Any], T]
+        self,
+        client: Any,
+        call: Callable[[Any], Awaitable[Any]],
+        limit: int,
+        read: Callable[[Any], T],
     ) -> T | _Failure:
-        request = urllib.request.Request(self._url(path), data, self._headers(), method="POST")
+        import openai
+
+        async def answered() -> Any:
+            LIMIT.set(limit)
+            return await asyncio.wait_for(call(client), self.timeout)
+
         try:
-            with _deadline(self.timeout) as watch, _open(request, watch, self.timeout) as response:
-                status, headers = response.status, response.headers
-                body = _bounded(response, limit if status == 200 else ERROR_BODY)
-                if body is None and status == 200:
-                    rule = f"an answer to this request has at most {limit:,} bytes"
-                    return self._failure("answer too large", rule, most=0)
-        except TimeoutError:
+            found = asyncio.run_coroutine_threadsafe(answered(), _loop(os.getpid())).result()
+            response = found.http_response
+        except openai.APIStatusError as error:
+            response = error.response
+        except (asyncio.TimeoutError, TimeoutError):
             return self._failure("timed out", f"no whole answer within {self.timeout:g} s", most=1)
-        except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", error)  # urllib wraps what failed to connect
-            if isinstance(cause, TimeoutError):
-                return self._failure(
-                    "timed out", f"no connection within {self.timeout:g} s", most=1
-                )
-            most = 0 if isinstance(cause, ssl.SSLCertVerificationError) else MANY
-            return self._failure("server unreachable", f"{type(cause).__name__}: {cause}", most)
-        text = (body or b"").decode("utf-8", "replace")
-        if status != 200:
-            return self._refusal(status, headers, text)
+        except TooLarge:
+            rule = f"an answer to this request has at most {limit:,} bytes"
+            return self._failure("answer too large", rule, most=0)
+        except (openai.APIConnectionError, OSError) as error:
+            return self._broken(error)
+        text = response.content.decode("utf-8", "replace")
+        if response.status_code != 200:
+            return self._refusal(response.status_code, response.headers, text)
         try:
             return read(json.loads(self.redact(text, CERTAIN_SECRET)))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             said = f"{type(error).__name__}: {error}; {self._excerpt(text)}"
             return self._failure("garbage from the server", said)
+
+    def _broken(self, error: BaseException) -> _Failure:
+        """Why there is no whole answer: the first cause, which the packages between wrap."""
+        while (below := error.__cause__ or error.__context__) is not None:
+            error = below
+        most = 0 if isinstance(error, ssl.SSLCertVerificationError) else MANY
+        return self._failure("server unreachable", f"{type(error).__name__}: {error}", most)
 
     def _failure(self, reason: str, detail: str, most: int = MANY, after: float = 0.0) -> _Failure:
         return _Failure(reason, self.redact(detail)[: 3 * EXCERPT], most, after)
@@ -255,6 +273,20 @@ class Endpoint:
     def _excerpt(self, text: str) -> str:
         """The beginning; redacted before it is cut, so that no part of a key is left."""
         return self.redact(text)[:EXCERPT]
+
+
+def default_address(address: str | None) -> str:
+    """The address, or that of OPENAI_BASE_URL where none is given.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    found = address if address is not None else os.environ.get(ADDRESS_VARIABLE)
+    if not found:
+        raise ValueError(
+            f"a server's address must be given, or set as {ADDRESS_VARIABLE}, got neither."
+        )
+    return found
 
 
 def shown(address: Any) -> str:
@@ -282,73 +314,94 @@ def shown_fields(instance: Any, address: str, variable: str) -> str:
 
 # --- the connection -------------------------------------------------------------------------------
 
-
-class _Watch:
-    """Shuts the socket of a request down when its time is over."""
-
-    def __init__(self) -> None:
-        self.socket: socket.socket | None = None
-        self.expired = False
-
-    def expire(self) -> None:
-        self.expired = True
-        if self.socket is not None:
-            with contextlib.suppress(OSError):  # it ended by itself just now
-                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+# Bytes that the answer to the request under way may have.
+LIMIT: contextvars.ContextVar[int] = contextvars.ContextVar("LIMIT", default=ERROR_BODY)
 
 
-@contextlib.contextmanager
-def _deadline(seconds: float) -> Iterator[_Watch]:
-    """Whatever happens inside, after so many seconds it fails, and with a TimeoutError."""
-    watch = _Watch()
-    timer = threading.Timer(seconds, watch.expire)
-    timer.daemon = True
-    timer.start()
+class TooLarge(Exception):
+    """A body is longer than its limit."""
+
+
+@functools.lru_cache(maxsize=4)
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of all requests of a process, in a thread: callers may have loops of their
+    own, as notebooks do."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="kd-serving", daemon=True).start()
+    return loop
+
+
+@functools.lru_cache(maxsize=64)
+def _client(endpoint: Endpoint, process: int) -> Any:
+    """An ``AsyncOpenAI`` that sends what the endpoint says, and reads no more than it may."""
     try:
-        yield watch
-    except (OSError, ValueError, http.client.HTTPException):
-        if not watch.expired:
-            raise
-    finally:
-        timer.cancel()
-    if watch.expired:
-        raise TimeoutError
+        import httpx2
+        import openai
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{endpoint.owner} asks servers through the openai package: pip install "
+            "'kd-llm[serve]'",
+            name=error.name,
+        ) from None
+
+    class Transport(httpx2.AsyncBaseTransport):
+        """Adds what is secret to a request where nothing logs it any more; bounds its answer."""
+
+        def __init__(self) -> None:
+            parts = urllib.parse.urlsplit(endpoint.bare)
+            proxies = urllib.request.getproxies()
+            found = proxies.get(parts.scheme) or proxies.get("all")
+            direct = found is None or urllib.request.proxy_bypass(parts.hostname or "")
+            # No connection is kept: one that the server closes meanwhile would be a failure.
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+            proxy = None if direct else found
+            self.inner = httpx2.AsyncHTTPTransport(limits=limits, proxy=proxy)
+
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            headers = request.headers.copy()
+            del headers["Authorization"]
+            headers.update(endpoint.headers())
+            # Nothing is unpacked: a small body could become a large one.
+            headers["Accept-Encoding"] = "identity"
+            query = urllib.parse.urlsplit(endpoint.address).query
+            url = request.url.copy_with(query=query.encode()) if query else request.url
+            sent = httpx2.Request(
+                request.method,
+                url,
+                headers=headers,
+                stream=request.stream,
+                extensions=request.extensions,
+            )
+            response = await self.inner.handle_async_request(sent)
+            try:
+                body = await _bounded(response)
+            finally:
+                await response.aclose()
+            kept = {
+                name: value
+                for name, value in response.headers.items()
+                if name in ("content-type", "location", "retry-after")
+            }
+            return httpx2.Response(response.status_code, headers=kept, content=body)
+
+    return openai.AsyncOpenAI(
+        base_url=endpoint.bare,
+        api_key="in the transport",
+        max_retries=0,  # the endpoint tries again, also after what cannot be read
+        timeout=None,  # the endpoint has one for the whole request
+        http_client=httpx2.AsyncClient(transport=Transport(), follow_redirects=False),
+    )
 
 
-def _open(request: urllib.request.Request, watch: _Watch, seconds: float) -> Any:
-    """The response, of any status: this opener knows no redirects, cookies or passwords."""
-
-    def watched(kind: type[http.client.HTTPConnection]) -> Any:
-        class Connection(kind):  # type: ignore[misc, valid-type]
-            def connect(self) -> None:
-                super().connect()
-                watch.socket = self.sock
-                if watch.expired:
-                    raise TimeoutError
-
-        return Connection
-
-    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-        def http_open(self, request: urllib.request.Request) -> Any:
-            return self.do_open(watched(http.client.HTTPConnection), request)
-
-        def https_open(self, request: urllib.request.Request) -> Any:
-            return self.do_open(watched(http.client.HTTPSConnection), request)
-
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(urllib.request.ProxyHandler())
-    opener.add_handler(Handler())
-    return opener.open(request, timeout=seconds)
-
-
-def _bounded(response: Any, limit: int) -> bytes | None:
-    """The body; None when it is longer than the limit, and then no more of it is read."""
+async def _bounded(response: Any) -> bytes:
+    """The body; of a refusal its beginning."""
+    limit = LIMIT.get() if response.status_code == 200 else ERROR_BODY
     parts, size = [], 0
-    while part := response.read(1 << 16):
+    async for part in response.stream:
         parts.append(part)
         size += len(part)
+        if size > limit and response.status_code == 200:
+            raise TooLarge
         if size > limit:
-            return None
-    if response.length:
-        raise http.client.IncompleteRead(b"", response.length)
+            break
     return b"".join(parts)

@@ -254,7 +254,7 @@ def test_a_key_that_is_no_header_or_no_variable(monkeypatch):
                 assert "must be printable ASCII" in str(error)
                 assert bad[:8] not in everything(error)
     monkeypatch.setenv("KD_KEY", f"{KEY}\n")  # read from a file, with its line's end
-    assert Endpoint("E", "address", "http://h", "KD_KEY")._headers()["Authorization"] == (
+    assert Endpoint("E", "address", "http://h", "KD_KEY").headers()["Authorization"] == (
         f"Bearer {KEY}"
     )
     for make in (
@@ -270,6 +270,95 @@ def test_a_key_that_is_no_header_or_no_variable(monkeypatch):
 def test_shown():
     assert shown("http://a:b@c@h:1/v1?x=1&y#z") == "http://***@h:1/v1?***"
     assert shown("a:b@h/v1") == "***@h/v1" and shown("http://h:1/v1") == "http://h:1/v1"
+
+
+def test_no_log_has_a_key_a_password_or_a_query(raw, client, caplog):
+    server = raw(http(b"no", "401 No"))
+    name = "api_key_env" if client is teacher else "key_variable"
+    caplog.set_level(0)  # of every package, everything
+    failure(client(server.host)[1])
+    failure(client(f"user:s3cret-word@{server.host}", **{name: ""})[1])
+    made, _ = client(server.host)
+    field = "base_url" if client is teacher else "address"
+    made = type(made)(**{field: f"http://{server.host}/v1?token=s3cret-query", "model": "m"})
+    failure(lambda: (made.chat if client is chat else made.score)([] if client is chat else [1]))
+    assert len(server.requests) == 3 and "HTTP Request" in caplog.text
+    for secret in (KEY, "s3cret-word", base64.b64encode(b"user:s3cret-word").decode(), "query"):
+        assert secret not in caplog.text
+
+
+# --- the variables of the openai package ----------------------------------------------------------
+
+ANSWER = http(json.dumps({"choices": [{"message": {"content": "4"}}]}).encode())
+ASKED = [{"role": "user", "content": "2+2?"}]
+
+
+def test_address_and_key_come_from_the_variables_that_openai_knows(raw, monkeypatch):
+    server = raw(ANSWER)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://{server.host}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert Server(None, "m").chat(ASKED)["message"]["content"] == "4"
+    failure(lambda: ServerTeacher(None, "m").score(np.array([1, 2], np.int32)))
+    assert len(server.requests) == 2
+    for request, path in zip(server.requests, ("chat/completions", "completions"), strict=True):
+        assert request.startswith(f"POST /v1/{path} HTTP".encode())
+        assert f"Authorization: Bearer {KEY}\r\n".encode() in request
+    Server(None, "m", key_variable="").chat(ASKED)
+    Server(f"http://u:pass@{server.host}/v1", "m").chat(ASKED)  # says itself how to sign in
+    monkeypatch.delenv("OPENAI_API_KEY")
+    Server(None, "m").chat(ASKED)
+    signed = [b"authorization" in request.lower() for request in server.requests[2:]]
+    assert signed == [False, True, False] and KEY.encode() not in b"".join(server.requests[2:])
+    assert b"Basic dTpwYXNz" in server.requests[3]
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    with pytest.raises(ValueError, match="address must be given, or set as OPENAI_BASE_URL"):
+        Server(None, "m")
+
+
+def test_without_the_package_it_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'kd-llm\[serve\]'"):
+        Server("http://host-of-nobody/v1", "m").chat(ASKED)
+
+
+def test_a_caller_with_an_event_loop_can_ask(raw):
+    import asyncio
+
+    server = Server(f"http://{raw(ANSWER).host}/v1", "m")
+
+    async def both():
+        return server.chat(ASKED), await server.chat_async(ASKED)
+
+    assert [found["message"]["content"] for found in asyncio.run(both())] == ["4", "4"]
+
+
+def test_a_proxy_of_the_environment_is_used_unless_the_host_is_exempt(raw, monkeypatch):
+    proxy, server = raw(ANSWER), raw(ANSWER)
+    monkeypatch.setenv("http_proxy", f"http://{proxy.host}")
+    monkeypatch.setenv("no_proxy", "nothing.example")
+    assert Server("http://model.example/v1", "m").chat(ASKED)["message"]["content"] == "4"
+    assert proxy.requests[0].startswith(b"POST http://model.example/v1/chat/completions")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    Server(f"http://{server.host}/v1", "m").chat(ASKED)
+    assert len(proxy.requests) == 1 and len(server.requests) == 1
+
+
+def test_half_a_character_is_sent_as_a_question_mark(raw):
+    bodies = []
+
+    class Reading(Raw):
+        def one(self, connection):
+            with connection:
+                request = b""
+                while not request.endswith(b"}"):
+                    request += connection.recv(1 << 16)
+                bodies.append(request)
+                connection.sendall(ANSWER)
+
+    server = Reading(None)
+    Server(f"http://{server.host}/v1", "m").chat([{"role": "user", "content": "a\ud83d"}])
+    server.close()
+    assert b'"content":"a?"' in bodies[0]
 
 
 # --- time and size --------------------------------------------------------------------------------
@@ -344,6 +433,16 @@ def test_a_body_is_read_up_to_what_the_request_can_need(raw, client, long):
     assert server.sent < 32 << 20  # what lies in buffers, of what never ends
 
 
+def test_a_packed_body_is_not_unpacked(raw, client):
+    import gzip
+
+    bomb = gzip.compress(b" " * (1 << 26))  # 64 MiB in 64 kB
+    server = raw(http(bomb, "200 OK", "Content-Encoding: gzip"))
+    error = failure(client(server.host, retries=0)[1])
+    assert b"accept-encoding: identity" in server.requests[0].lower()
+    assert error.reason in ("garbage from the server", "answer too large")
+
+
 def test_the_body_of_a_refusal_is_bounded_too(raw, client):
     server = raw(endless(b"HTTP/1.1 400 No\r\n\r\n", b"no " * 20_000))
     assert failure(client(server.host)[1]).reason == "HTTP 400"
@@ -397,13 +496,18 @@ def test_a_retry_after_is_obeyed_up_to_the_longest_wait(raw, monkeypatch):
 def test_an_untrusted_certificate_is_not_tried_again(monkeypatch):
     import ssl
 
+    import httpx2
+
     tries = []
 
-    def connect(self):
-        tries.append(self)
-        raise ssl.SSLCertVerificationError("self-signed certificate")
+    async def connect(self, request):
+        tries.append(request)
+        try:
+            raise ssl.SSLCertVerificationError("self-signed certificate")
+        except ssl.SSLError as error:
+            raise httpx2.ConnectError(str(error)) from error
 
-    monkeypatch.setattr("http.client.HTTPSConnection.connect", connect)
+    monkeypatch.setattr("httpx2.AsyncHTTPTransport.handle_async_request", connect)
     error = failure(lambda: Server("https://h/v1", "m").chat([]))
     assert error.reason == "server unreachable" and len(tries) == 1
 

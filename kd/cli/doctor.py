@@ -23,6 +23,7 @@ PACKAGES = {
     "mpmath": "checking mathematical answers",
     "peft": "LoRA students",
     "deepspeed": "ZeRO-3",
+    "openai": "asking servers",
     "vllm": "a teacher server",
 }
 OLDEST = {"torch": (2, 6), "transformers": (5, 11)}

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kd.serving import KEY_VARIABLE
 from kd.traces.verifiers.registry import ALONE, DEFAULT
 
 EXAMPLES = """\
@@ -64,7 +65,11 @@ def add_parser(subparsers: Any) -> None:
         "--no-chat", action="store_false", dest="chat", help="prompts are raw text, no template"
     )
     how.add_argument("--server", help="ask this OpenAI-compatible server; MODEL is its name there")
-    how.add_argument("--key-variable", default="", help="environment variable with the API key")
+    how.add_argument(
+        "--key-variable",
+        default=KEY_VARIABLE,
+        help="environment variable with the API key (%(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="folder for report.html and results.json")
     parser.set_defaults(run=run)
 

@@ -71,6 +71,8 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
+        if "pip install" in text:
+            return f"error: {text}"
         return (
             f"error: {text}. Install it: pip install {package} (or pip install 'kd-llm[recipes]')"
         )

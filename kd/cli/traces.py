@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from kd.cli import traces_choosing, traces_verbs
 from kd.cli.options import add_rendering
+from kd.serving import ADDRESS_VARIABLE, KEY_VARIABLE
 from kd.traces.verifiers import VERIFIERS
 from kd.traces.verifiers.registry import DEFAULT
 from kd.traces.verifiers.verdict import STATUSES
@@ -136,8 +138,15 @@ def _column(verb: Any) -> None:
 
 def _serving(verb: Any, required: bool = False) -> None:
     address = "OpenAI-compatible address, such as http://host:8000/v1"
+    if required:
+        required = ADDRESS_VARIABLE not in os.environ
+        address += f"; default: that of {ADDRESS_VARIABLE}"
     verb.add_argument("--server", required=required, help=address)
-    verb.add_argument("--key-variable", default="", help="environment variable with the key")
+    verb.add_argument(
+        "--key-variable",
+        default=KEY_VARIABLE,
+        help="environment variable with the key; default: %(default)s, where it is set",
+    )
     verb.add_argument("--concurrency", type=int, default=32, help="requests in flight")
 
 

@@ -14,6 +14,7 @@ from kd.evaluation.likelihood import Closeness, Likelihood, closeness, likelihoo
 from kd.evaluation.problems import read_problems
 from kd.evaluation.texts import blocks, documents
 from kd.models import load_model, load_tokenizer, mixed_precision
+from kd.serving import KEY_VARIABLE
 from kd.traces import AnyRenderer, Sampling, Server, Yield, as_recorded, render_rows, verifier
 from kd.traces.verifiers.registry import DEFAULT
 
@@ -65,7 +66,7 @@ class Plan:
     seed: int = 0
     chat: bool = True
     server: str | None = None
-    key_variable: str = ""
+    key_variable: str = KEY_VARIABLE
     output: Path | None = None
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from kd.cache.codecs import default_options
 from kd.cache.keys import describe
 from kd.cache.server_rows import Item, checked_row, table
 from kd.cache.writer import SHARD_TOKENS
-from kd.serving import Endpoint, ServerError, shown_fields
+from kd.serving import KEY_VARIABLE, Endpoint, ServerError, default_address, shown_fields
 from kd.teachers.build import batches
 from kd.teachers.data import token_ids
 from kd.teachers.progress import Meter
@@ -52,7 +52,8 @@ class ServerTeacher:
     """A completions endpoint that scores prompts.
 
     Attributes:
-        base_url: up to and with /v1, such as "http://localhost:8000/v1".
+        base_url: up to and with /v1, such as "http://localhost:8000/v1"; that of OPENAI_BASE_URL
+            when None.
         model: the name the server knows the teacher by.
         top_k: tokens asked for at each position; the server's own limit is --max-logprobs.
         mode: "prompt_logprobs" (vLLM), or "echo" (logprobs of an echoed prompt, with
@@ -67,11 +68,11 @@ class ServerTeacher:
         concurrency: requests under way at a time.
     """
 
-    base_url: str
+    base_url: str | None
     model: str
     top_k: int = 20
     mode: str = "prompt_logprobs"
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str = KEY_VARIABLE
     timeout: float = 300.0
     retries: int = 6
     backoff: float = 1.0
@@ -118,16 +119,21 @@ class ServerTeacher:
             ValueError: when its answer does not fit the sequence; names the row.
         """
         prompt = [int(token) for token in tokens]
-        body: dict[str, Any] = {"model": self.model, "prompt": prompt, "max_tokens": 1}
+        asked: dict[str, Any] = {"extra_body": {"prompt_logprobs": self.top_k}}
         if self.mode == "echo":
-            body.update(echo=True, logprobs=self.top_k, return_tokens_as_token_ids=True)
-        else:
-            body.update(prompt_logprobs=self.top_k)
+            beyond = {"return_tokens_as_token_ids": True}
+            asked = {"echo": True, "logprobs": self.top_k, "extra_body": beyond}
+
+        def call(client: Any) -> Any:
+            return client.completions.with_raw_response.create(
+                model=self.model, prompt=prompt, max_tokens=1, **asked
+            )
+
         # One row more than tokens, for the token that is generated.
         limit = (1 << 16) + (len(prompt) + 1) * (self.top_k + 2) * ENTRY_BYTES
         endpoint = self._endpoint()
-        answer, _ = endpoint.post(
-            "/completions", body, min(limit, MAX_RESPONSE), lambda found: found, self._wait_for_turn
+        answer, _ = endpoint.ask(
+            call, min(limit, MAX_RESPONSE), lambda found: found, self._wait_for_turn
         )
         try:
             return (tokens, *table(self._rows(prompt, answer, live_vocab)))
@@ -177,7 +183,7 @@ class ServerTeacher:
         return Endpoint(
             "ServerTeacher",
             "base_url",
-            self.base_url,
+            default_address(self.base_url),
             key_variable=self.api_key_env,
             timeout=self.timeout,
             retries=self.retries,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd.serving import Endpoint, ServerError, shown_fields
+from kd.files import JsonLines
+from kd.serving import KEY_VARIABLE, Endpoint, ServerError, default_address, shown_fields
 from kd.traces.conversations import messages
 from kd.traces.sampling import Sampling
 from kd.traces.trace import Trace, split_completion
@@ -38,9 +39,10 @@ class Server:
     """An OpenAI-compatible chat server.
 
     Attributes:
-        address: up to and with ``/v1``.
+        address: up to and with ``/v1``; that of OPENAI_BASE_URL when None.
         model: the name the server knows it by.
-        key_variable: environment variable that holds the key; empty for none.
+        key_variable: environment variable that holds the key, which OPENAI_API_KEY need not;
+            empty for none.
         concurrency: requests in flight.
         retries: after the first attempt, for 429, 5xx, broken connections and garbage; one at
             most after a time-out.
@@ -55,9 +57,9 @@ class Server:
     or without any, from then on; ``unstated`` names them, and its own defaults apply.
     """
 
-    address: str
+    address: str | None
     model: str
-    key_variable: str = ""
+    key_variable: str = KEY_VARIABLE
     concurrency: int = 32
     retries: int = 5
     wait: float = 1.0
@@ -70,7 +72,8 @@ class Server:
         self._endpoint()
         if self.concurrency < 1:
             raise ValueError(f"Server: concurrency must be at least 1, got {self.concurrency}.")
-        if self.key_variable and not os.environ.get(self.key_variable):
+        own = self.key_variable not in ("", KEY_VARIABLE)
+        if own and not os.environ.get(self.key_variable):
             raise ValueError(
                 f"Server: key_variable must name a set environment variable, got "
                 f"{self.key_variable!r}. Export it first."
@@ -95,6 +98,10 @@ class Server:
             + 2 * len(json.dumps(conversation))
             + TOKEN_BYTES * options.get("max_tokens", LARGEST // TOKEN_BYTES)
         )
+        # Half a character, which a message cannot hold, is sent as "?".
+        conversation = json.loads(
+            json.dumps(conversation, ensure_ascii=False).encode("utf-8", "replace")
+        )
         off = {k: v for k, v in {**BEYOND, **STANDARD}.items() if k not in self.unstated}
         while True:
             try:
@@ -111,8 +118,14 @@ class Server:
     def _ask(
         self, conversation: list[dict[str, str]], sent: dict[str, Any], limit: int
     ) -> dict[str, Any]:
-        body = {"model": self.model, "messages": conversation, **sent}
-        answer, retries = self._endpoint().post("/chat/completions", body, limit, _read_answer)
+        def call(client: Any) -> Any:
+            known = {name: value for name, value in sent.items() if name not in BEYOND}
+            beyond = {name: value for name, value in sent.items() if name in BEYOND}
+            return client.chat.completions.with_raw_response.create(
+                model=self.model, messages=conversation, **known, extra_body=beyond
+            )
+
+        answer, retries = self._endpoint().ask(call, limit, _read_answer)
         return {**answer, "retries": retries, "sampling": sent}
 
     async def chat_async(
@@ -125,7 +138,7 @@ class Server:
         return Endpoint(
             "Server",
             "address",
-            self.address,
+            default_address(self.address),
             key_variable=self.key_variable,
             timeout=self.timeout,
             retries=self.retries,
@@ -199,10 +212,9 @@ def generate_server(
     """
     sampling = sampling or Sampling()
     tally = report.stage(stage)
-    known = _read(journal)
+    answers = _Answers(journal)
     asked = (Trace(item) if isinstance(item, str) else item for item in problems)
     jobs = ((trace, k) for trace in asked for k in range(n))
-    log = _open(journal)
 
     def ask(trace: Trace, k: int) -> tuple[str, dict[str, Any]]:
         options = {**sampling.served(), "seed": sampling.seed + k}
@@ -210,8 +222,8 @@ def generate_server(
         stated = {**BEYOND, **STANDARD, **options}  # answers sampled otherwise are other answers
         request = json.dumps([server.model, conversation, stated], sort_keys=True)
         key = hashlib.blake2b(request.encode("utf-8", "replace"), digest_size=16).hexdigest()
-        if key in known:
-            return key, known[key]
+        if key in answers.known:
+            return key, answers.known[key]
         try:
             return key, server.chat(conversation, **options)
         except ServerError as error:
@@ -224,26 +236,25 @@ def generate_server(
                 for trace, k in jobs:
                     waiting.append((trace, k, pool.submit(ask, trace, k)))
                     if len(waiting) >= 2 * server.concurrency:
-                        yield from _take(waiting, server, tally, known, log)
+                        yield from _take(waiting, server, tally, answers)
                 while waiting:
-                    yield from _take(waiting, server, tally, known, log)
+                    yield from _take(waiting, server, tally, answers)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
                 for _, _, future in waiting:  # paid for, although nobody takes them any more
                     if not future.cancelled() and future.exception() is None:
-                        _remember(*future.result(), known, log)
+                        answers.add(*future.result())
     finally:
-        if log is not None:
-            log.close()
+        answers.close()
 
 
-def _take(waiting: Any, server: Server, tally: Any, known: dict[str, Any], log: Any) -> Any:
+def _take(waiting: Any, server: Server, tally: Any, answers: _Answers) -> Iterator[Trace]:
     trace, k, future = waiting.popleft()
     key, answer = future.result()
     if "failed" in answer:
         tally.drop(f"teacher failed: {answer['failed']}", trace, answer["detail"])
         return
-    _remember(key, answer, known, log)
+    answers.add(key, answer)
     said, usage = answer["message"], answer["usage"]
     thought = said.get("reasoning_content") or said.get("reasoning") or ""
     content = said.get("content") or ""
@@ -275,33 +286,21 @@ def _take(waiting: Any, server: Server, tally: Any, known: dict[str, Any], log: 
     )
 
 
-def _remember(key: str, answer: dict[str, Any], known: dict[str, Any], log: Any) -> None:
-    if log is not None and key not in known and "failed" not in answer:
-        log.write(json.dumps({"key": key, "answer": answer}) + "\n")
-        known[key] = answer
+class _Answers:
+    """Answers by the content of the request; in a file, where there is one."""
 
+    def __init__(self, path: str | Path | None) -> None:
+        self.lines = None if path is None else JsonLines(path)
+        self.known: dict[str, Any] = {}
+        for entry in self.lines or ():
+            if isinstance(entry, dict) and {"key", "answer"} <= set(entry):
+                self.known[entry["key"]] = entry["answer"]
 
-def _read(journal: str | Path | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if journal is None or not Path(journal).exists():
-        return found
-    with Path(journal).open("rb") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-                found[entry["key"]] = entry["answer"]
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a crash: it is asked again
-    return found
+    def add(self, key: str, answer: dict[str, Any]) -> None:
+        if self.lines is not None and key not in self.known and "failed" not in answer:
+            self.lines.add({"key": key, "answer": answer})
+            self.known[key] = answer
 
-
-def _open(journal: str | Path | None) -> Any:
-    if journal is None:
-        return None
-    path = Path(journal)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    file = path.open("a", encoding="utf-8", buffering=1)
-    if torn:
-        file.write("\n")
-    return file
+    def close(self) -> None:
+        if self.lines is not None:
+            self.lines.close()

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from kd.files import JsonLines
 from kd.traces.trace import Trace
 from kd.traces.verifiers.registry import identity
 from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, Verdict, Verifier
@@ -169,27 +170,16 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, verifier: Any) -> None:
-        self.path = Path(path)
         self.verifier = identity(verifier)
         self.reads: Collection[str] | None = getattr(verifier, "reads", None)
         self._known: dict[str, Verdict] = {}
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                for line in file:
-                    self._read(line)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        if torn:
-            self._file.write("\n")
-
-    def _read(self, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-            if entry["verifier"] == self.verifier:
-                self._known[entry["trace"]] = Verdict.from_dict(entry["verdict"])
-        except (ValueError, KeyError, TypeError):
-            return
+        self._lines = JsonLines(path)
+        for entry in self._lines:
+            try:
+                if entry["verifier"] == self.verifier:
+                    self._known[entry["trace"]] = Verdict.from_dict(entry["verdict"])
+            except (ValueError, KeyError, TypeError):
+                continue
 
     def key(self, trace: Trace) -> str:
         """A digest of what a verdict on this trace depends on."""
@@ -207,8 +197,7 @@ class Journal:
         return self._known.get(key)
 
     def add(self, key: str, verdict: Verdict) -> None:
-        entry = {"trace": key, "verifier": self.verifier, "verdict": verdict.to_dict()}
-        self._file.write(json.dumps(entry) + "\n")
+        self._lines.add({"trace": key, "verifier": self.verifier, "verdict": verdict.to_dict()})
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
