@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from kd.cli.main import main
-from kd.recipe import Run, read_json
-from kd.recipe.estimate import (
+from kd.files import read_json
+from kd.stages import Run
+from kd_recipes import _pipeline, _training, logit_kd, r1_to_qwen, sky_t1, stratos
+from kd_recipes._estimate import (
     QWEN25,
     Hardware,
     Shape,
@@ -18,7 +20,6 @@ from kd.recipe.estimate import (
     training_hours,
     training_memory,
 )
-from kd_recipes import _pipeline, _training, logit_kd, r1_to_qwen, sky_t1, stratos
 from kd_recipes._flow import run_stages
 
 QWEN = pytest.mark.skipif(
@@ -194,6 +195,6 @@ def test_the_offline_way_goes_through_every_stage(recipe, tmp_path):
 def _stage(result):
     from pathlib import Path
 
-    from kd.recipe import Stage
+    from kd.stages import Stage
 
     return Stage("models", Path("."), result, "", False)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from kd import models
 from kd.cli.main import main
 from kd.evaluation import texts
-from kd.recipe import read_json
+from kd.files import read_json
 from kd_recipes import heal
 from kd_recipes._pruning import block_influence, least_influential, without_layers
 from kd_recipes._random_model import random_model

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kd.cli.main import main
-from kd.recipe import read_json
+from kd.files import read_json
 from kd_recipes import quickstart
 
 STAGES = ("teacher", "traces", "cache", "students", "report")

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import kd
 from kd.cache import TeacherCache
-from kd.recipe.translate import places_of
+from kd.teachers.translate import places_of
 from kd.vocab import (
     R1_TO_QWEN,
     Aligner,
@@ -289,8 +289,8 @@ def test_stored_tails_are_translated_with_their_rows(tmp_path):
     from cache_cases import teacher as tiny
 
     from kd.cache.verify import verify_cache
-    from kd.recipe.translate import Pair, translate_cache
     from kd.teachers import build_cache
+    from kd.teachers.translate import Pair, translate_cache
 
     theirs, ours = small("<e>", "<u>"), small("<e>")
     contract = vocabulary_contract(theirs, ours, special={"<u>": None})

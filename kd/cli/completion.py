@@ -54,7 +54,7 @@ def complete() -> None:
 
 def recipe_names(**_: Any) -> list[str]:
     """The recipes, as argcomplete asks for them."""
-    from kd.recipe.catalog import find_recipes
+    from kd.stages.catalog import find_recipes
 
     return [recipe.name for recipe in find_recipes()]
 
@@ -64,7 +64,7 @@ def add_recipes(run: argparse.ArgumentParser) -> None:
 
     They are not parsed with it: tyro does that, when the recipe runs.
     """
-    from kd.recipe.catalog import find_recipes
+    from kd.stages.catalog import find_recipes
 
     names = run.add_subparsers(metavar="NAME")
     for recipe in find_recipes():

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     from kd.evaluation.measure import Plan, measure
     from kd.evaluation.summary import summarise
-    from kd.recipe import Progress
+    from kd.progress import Progress
 
     plan = Plan(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)})
     found = {label: measure(label, model, plan, Progress) for label, model in labels.items()}

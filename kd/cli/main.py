@@ -124,7 +124,7 @@ def build_parser(command: str = "") -> argparse.ArgumentParser:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from kd.recipe.catalog import find_recipes
+    from kd.stages.catalog import find_recipes
 
     found = find_recipes()
     if args.name is not None:
@@ -142,7 +142,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _named(name: str) -> Any:
-    from kd.recipe.catalog import find_recipes
+    from kd.stages.catalog import find_recipes
 
     found = {recipe.name: recipe for recipe in find_recipes()}
     if name not in found:
@@ -154,7 +154,7 @@ def _named(name: str) -> Any:
 
 
 def _run(arguments: list[str]) -> int:
-    from kd.recipe.catalog import run_recipe
+    from kd.stages.catalog import run_recipe
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: kd run NAME [PRESET] [--field value ...]\n")

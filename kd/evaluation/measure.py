@@ -128,7 +128,7 @@ def measure(label: str, name: str, plan: Plan, bar: Bar) -> Measured:
         label: what the model is called in progress lines and files.
         name: a folder or hub id; with ``plan.server`` the model's name there.
         plan: what to measure.
-        bar: shows progress, such as ``kd.recipe.Progress``.
+        bar: shows progress, such as ``kd.progress.Progress``.
     """
     found = Measured()
     if plan.server:

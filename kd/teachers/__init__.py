@@ -15,6 +15,7 @@ _HOMES = {
     "cache_meta": "kd.teachers.build",
     "diagnose": "kd.teachers.doctor",
     "teacher_identity": "kd.teachers.identity",
+    "translate_cache": "kd.teachers.translate",
 }
 
 __all__ = sorted(_HOMES)

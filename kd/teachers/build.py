@@ -18,10 +18,10 @@ from kd.cache.keys import describe, key_of, token_array
 from kd.cache.tails import DEFAULT as DEFAULT_TAIL_TEMPERATURES
 from kd.cache.writer import SHARD_TOKENS
 from kd.heads import reading
+from kd.progress import Progress
 from kd.teachers.data import token_ids
 from kd.teachers.identity import teacher_identity
 from kd.teachers.logits import LogitSource
-from kd.teachers.progress import Meter
 from kd.teachers.selection import Selection, bad_rows
 
 WINDOW = 1024  # sequences that are sorted by length together
@@ -113,16 +113,18 @@ def build_cache(
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     was_training = model.training
     model.eval()
-    meter = Meter(_total(sequences, limit), progress and rank == 0)
     try:
-        with CacheWriter(
-            path,
-            meta,
-            shard_tokens=shard_tokens,
-            rank=rank,
-            world_size=world,
-            sources=() if source is None else (source,),
-        ) as writer:
+        with (
+            Progress("teacher", _total(sequences, limit), unit="tokens", show=progress) as meter,
+            CacheWriter(
+                path,
+                meta,
+                shard_tokens=shard_tokens,
+                rank=rank,
+                world_size=world,
+                sources=() if source is None else (source,),
+            ) as writer,
+        ):
             _wait_for_all(world)  # every rank is marked as open before the first can close
             capture = _Capture(model, writer, meter, on_bad_rows, selection_of(selection, top_k))
             most = max_length or getattr(model.config, "max_position_embeddings", None)
@@ -132,7 +134,6 @@ def build_cache(
                     capture.batch(batch)
     finally:
         model.train(was_training)
-        meter.close()
     _wait_for_all(world)
     return TeacherCache(Path(path), verify=False)
 
@@ -252,7 +253,7 @@ class _Capture:
         self,
         model: Any,
         writer: CacheWriter,
-        meter: Meter,
+        meter: Progress,
         on_bad_rows: str,
         selection: Selection,
     ) -> None:

@@ -12,11 +12,11 @@ import torch
 
 from kd.cache.hidden import Head, HiddenCache, HiddenWriter, hidden_meta
 from kd.cache.writer import SHARD_TOKENS
+from kd.progress import Progress
 from kd.teachers.build import batches
 from kd.teachers.data import token_ids
 from kd.teachers.identity import teacher_identity
 from kd.teachers.logits import LogitSource
-from kd.teachers.progress import Meter
 
 
 def build_hidden_cache(
@@ -69,20 +69,22 @@ def build_hidden_cache(
         codec=codec,
     )
     most = max_length or getattr(model.config, "max_position_embeddings", None)
-    was_training, meter = model.training, Meter(None, progress)
+    was_training = model.training
     model.eval()
     try:
-        with HiddenWriter(path, meta, head, shard_tokens=shard_tokens) as writer:
+        with (
+            Progress("teacher", unit="tokens", show=progress) as meter,
+            HiddenWriter(path, meta, head, shard_tokens=shard_tokens) as writer,
+        ):
             ids = token_ids(sequences, tokenizer)
             for batch in batches(ids, batch_tokens, limit, most):
                 _store(source, writer, batch, meter)
     finally:
         model.train(was_training)
-        meter.close()
     return HiddenCache(Path(path))
 
 
-def _store(source: LogitSource, writer: HiddenWriter, batch: list[Any], meter: Meter) -> None:
+def _store(source: LogitSource, writer: HiddenWriter, batch: list[Any], meter: Progress) -> None:
     """Compute a batch whole, and store the sequences of it that are missing."""
     missing = [tokens not in writer for tokens in batch]
     if any(missing):

@@ -132,5 +132,5 @@ def _refuse_other_ids(teacher: Any, student: Any) -> None:
         raise ValueError(
             "load_teacher: tokenizer must have the teacher's vocabulary, and may differ in its "
             f"chat template alone, got\n{diff}\nCapture with the teacher's own and translate the "
-            "cache (kd.recipe.translate), as the recipe r1_to_qwen does."
+            "cache (kd.teachers.translate), as the recipe r1_to_qwen does."
         )

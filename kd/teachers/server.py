@@ -23,10 +23,10 @@ from kd.cache.codecs import default_options
 from kd.cache.keys import describe
 from kd.cache.server_rows import Item, checked_row, table
 from kd.cache.writer import SHARD_TOKENS
+from kd.progress import Progress
 from kd.serving import KEY_VARIABLE, Endpoint, ServerError, default_address, shown_fields
 from kd.teachers.build import batches
 from kd.teachers.data import token_ids
-from kd.teachers.progress import Meter
 
 MODES = ("prompt_logprobs", "echo")
 ON_FAILURE = ("error", "drop")
@@ -271,22 +271,19 @@ def build_cache_from_server(
         codec_options=default_options(codec, slots),
         realised=True,
     )
-    meter = Meter(None, progress)
-    try:
-        with (
-            CacheWriter(path, meta, shard_tokens=shard_tokens) as writer,
-            ThreadPoolExecutor(teacher.concurrency) as pool,
-        ):
-            capture = _Capture(teacher, writer, meter, on_failure == "drop")
-            try:
-                for (tokens,) in batches(token_ids(sequences, tokenizer), 1, limit, max_length):
-                    capture.submit(pool, tokens)
-                capture.finish()
-            except BaseException:
-                capture.rescue()
-                raise
-    finally:
-        meter.close()
+    with (
+        Progress("teacher", unit="tokens", show=progress) as meter,
+        CacheWriter(path, meta, shard_tokens=shard_tokens) as writer,
+        ThreadPoolExecutor(teacher.concurrency) as pool,
+    ):
+        capture = _Capture(teacher, writer, meter, on_failure == "drop")
+        try:
+            for (tokens,) in batches(token_ids(sequences, tokenizer), 1, limit, max_length):
+                capture.submit(pool, tokens)
+            capture.finish()
+        except BaseException:
+            capture.rescue()
+            raise
     return TeacherCache(path)
 
 
@@ -294,7 +291,7 @@ class _Capture:
     """Requests under way, the oldest first."""
 
     def __init__(
-        self, teacher: ServerTeacher, writer: CacheWriter, meter: Meter, drop: bool
+        self, teacher: ServerTeacher, writer: CacheWriter, meter: Progress, drop: bool
     ) -> None:
         self.teacher, self.writer, self.meter, self.drop = teacher, writer, meter, drop
         self.under_way: list[tuple[NDArray[np.int32], Future[Item]]] = []

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd.recipe import Run, Stage, default_workers, one_thread, run_jobs, say
-from kd.recipe.estimate import QWEN25, Shape
-from kd_recipes import _dry_run, _pipeline, _training
+from kd.progress import say
+from kd.stages import Run, Stage, default_workers, one_thread, run_jobs
+from kd_recipes import _estimate, _pipeline, _training
 from kd_recipes._flow_report import write_report
 from kd_recipes._pipeline import OFFLINE, OFFLINE_QWEN
 from kd_recipes._training import Job, Training
@@ -95,11 +95,11 @@ def run(config: Config) -> dict[str, Any]:
     """Run the recipe, or print its estimate; returns the figures of its report."""
     if config.shape or config.dry_run:
         need = _need(config)
-        text = _dry_run.estimate(need, config.gpus, config.gpu_memory, config.gpu)
+        text = _estimate.estimate(need, config.gpus, config.gpu_memory, config.gpu)
         say(text)
         if config.dry_run:
             return {"estimate": text}
-        _dry_run.require_gpu(need)
+        _estimate.require_gpu(need)
         report = run_stages(config)
     else:
         with one_thread():
@@ -113,12 +113,12 @@ def run(config: Config) -> dict[str, Any]:
     return report.result
 
 
-def _need(config: Config) -> _dry_run.Need:
+def _need(config: Config) -> _estimate.Need:
     size = config.teacher.removesuffix("-Instruct").rpartition("-")[2]
-    return _dry_run.Need(
+    return _estimate.Need(
         name=config.recipe,
-        student=QWEN25.get(config.shape) or _shape(config.student),
-        teacher=QWEN25.get(size),
+        student=_estimate.QWEN25.get(config.shape) or _shape(config.student),
+        teacher=_estimate.QWEN25.get(size),
         length=config.max_length,
         rows=config.max_traces or config.rows_expected,
         mean_tokens=min(config.mean_tokens, config.max_length),
@@ -131,12 +131,12 @@ def _need(config: Config) -> _dry_run.Need:
     )
 
 
-def _shape(student: str) -> Shape:
+def _shape(student: str) -> _estimate.Shape:
     if student == OFFLINE:
-        return Shape(64, 4, 2, 2, 176, 151_936, True, 128)
+        return _estimate.Shape(64, 4, 2, 2, 176, 151_936, True, 128)
     from kd.models import load_config
 
-    return Shape.of(load_config(student))
+    return _estimate.Shape.of(load_config(student))
 
 
 def run_stages(config: Config) -> Stage:

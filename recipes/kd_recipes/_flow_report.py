@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.recipe import Stage
+from kd.stages import Stage
 
 
 def write_report(

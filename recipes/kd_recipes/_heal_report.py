@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd.recipe import Stage
+from kd.stages import Stage
 
 ARMS = {"ce": "cross-entropy", "kd": "cross-entropy + KD"}
 WHY = """The teacher's distribution says more about each token than the token alone: the less text

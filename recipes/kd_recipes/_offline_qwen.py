@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.recipe import Progress
+from kd.progress import Progress
 from kd.vocab import qwen_tokenizer
 from kd_recipes import _arithmetic as arithmetic
 

@@ -1,6 +1,6 @@
 """The stages that the Qwen recipes share: models, traces, rows, teacher targets, answers.
 
-Each function is a stage of ``kd.recipe.Run``: it gets its folder, its settings and the stages it
+Each function is a stage of ``kd.stages.Run``: it gets its folder, its settings and the stages it
 reads, and returns what the later ones need. A recipe file lists them; nothing here knows a recipe.
 """
 
@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kd.files import read_json, write_json
 from kd.models import device, load_config, load_model, load_tokenizer
-from kd.recipe import Progress, Stage, read_json, write_json
+from kd.progress import Progress
+from kd.stages import Stage
 from kd_recipes import _arithmetic as arithmetic
 
 OFFLINE, OFFLINE_QWEN = "offline", "offline-qwen"
@@ -263,7 +265,7 @@ def cache_teacher(
 def translate_targets(folder: Path, models: Stage, rows: Stage, cache: Stage) -> dict[str, Any]:
     """The teacher's targets at the student's tokens; nothing to do where both are the same."""
     from kd.cache import TeacherCache
-    from kd.recipe.translate import Pair, translate_cache
+    from kd.teachers.translate import Pair, translate_cache
 
     found = rows_of(rows.path)
     same = models.result["one_to_one"] and all(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd.files import read_json, write_json
 from kd.models import device, fast_bf16, load_model, load_tokenizer
-from kd.recipe import read_json, run_jobs, write_json
+from kd.stages import run_jobs
 
 
 @dataclass(frozen=True)

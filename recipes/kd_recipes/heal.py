@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kd.files import read_json, write_json
 from kd.models import (
     SMOLLM2_HUB,
     SMOLLM2_INSTALL,
@@ -35,16 +36,8 @@ from kd.models import (
     packaged_smollm2,
     unpack_gguf,
 )
-from kd.recipe import (
-    Progress,
-    Run,
-    Stage,
-    default_workers,
-    read_json,
-    run_jobs,
-    say,
-    write_json,
-)
+from kd.progress import Progress, say
+from kd.stages import Run, Stage, default_workers, run_jobs
 from kd_recipes._heal_report import ARMS, write_report
 
 
@@ -377,6 +370,6 @@ def score_ends(
 if __name__ == "__main__":
     import sys
 
-    from kd.recipe import run_recipe
+    from kd.stages import run_recipe
 
     run_recipe(sys.modules[__name__], sys.argv[1:])

@@ -25,17 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd.recipe import (
-    Progress,
-    Run,
-    Stage,
-    default_workers,
-    one_thread,
-    read_json,
-    run_jobs,
-    say,
-    write_json,
-)
+from kd.files import read_json, write_json
+from kd.progress import Progress, say
+from kd.stages import Run, Stage, default_workers, one_thread, run_jobs
 from kd_recipes import _arithmetic as arithmetic
 
 TEACHER_FILE = Path(__file__).with_name("quickstart_teacher.safetensors")

@@ -49,6 +49,6 @@ def main(config: Config) -> dict[str, Any]:
 if __name__ == "__main__":
     import sys
 
-    from kd.recipe import run_recipe
+    from kd.stages import run_recipe
 
     run_recipe(sys.modules[__name__], sys.argv[1:])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.files import read_json, write_json
-from kd.recipe.progress import say
+from kd.progress import say
 
 RUN_FILE = "run.json"
 STAGE_FILE = "stage.json"

@@ -80,7 +80,7 @@ def _check_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None
     """The checks of the next stage that trains, those that find the same in one."""
     from rich.markup import escape
 
-    from kd.recipe.progress import say
+    from kd.progress import say
     from kd.training import preflight
 
     try:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from kd.recipe import Run, read_json, run_jobs
+from kd.files import read_json
+from kd.progress import Progress
+from kd.stages import Run, run_jobs
 
 ROOT = Path(__file__).parents[1]
 TWO_RANKS = """
 import sys, time
 from pathlib import Path
-from kd.recipe import Run
+from kd.stages import Run
 
 def first(folder):
     time.sleep(0.5)  # the others must wait for it
@@ -119,3 +121,23 @@ def test_jobs_keep_their_order_and_the_first_failure_is_raised(workers):
     assert run_jobs(square, [3, 1, 2], "squares", workers, threads=1) == [9, 1, 4]
     with pytest.raises(ValueError, match="must be at least 0"):
         run_jobs(square, [1, -1], "squares", workers)
+
+
+def test_progress_counts_what_was_found_apart_from_what_was_done(capsys, monkeypatch):
+    monkeypatch.setattr("kd.progress.LOG_EVERY_S", 0.0)
+    with Progress("teacher", 100, unit="tokens") as bar:
+        bar.advance(50, fresh=False)
+        assert "left" not in capsys.readouterr().err  # nothing to tell the speed from
+        bar.advance(25)
+        assert bar.done == 75 and bar.fresh == 25
+        assert capsys.readouterr().err.startswith("teacher: 75 of 100 tokens, ")
+        assert bar.line().endswith("0:00 left")
+    with Progress("rendering", 8) as bar:
+        bar.to(2, "(2 rows)")
+    assert capsys.readouterr().err.startswith("rendering (2 rows): 25 %, ")
+    with Progress("silent", 8, show=False) as bar:
+        bar.to(2)
+    monkeypatch.setenv("RANK", "1")
+    with Progress("second", 8) as bar:
+        bar.to(2)
+    assert not capsys.readouterr().err

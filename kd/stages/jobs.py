@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager
 from typing import Any
 
-from kd.recipe.progress import Progress
+from kd.progress import Progress
 
 Report = Callable[[float], None]
 _reports: Any = None
