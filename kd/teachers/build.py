@@ -267,8 +267,7 @@ class _Capture:
         missing = [tokens not in self.writer for tokens in sequences]
         tokens_in = sum(len(tokens) for tokens in sequences)
         if any(missing):
-            lengths = [len(tokens) for tokens in sequences]
-            ids, logprobs, tails, followed, bad = self._targets(sequences, lengths)
+            ids, logprobs, tails, followed, bad = self._targets(sequences)
             start = 0
             for tokens, wanted in zip(sequences, missing, strict=True):
                 stop = start + len(tokens)
@@ -285,22 +284,19 @@ class _Capture:
         self.meter.advance(tokens_in, fresh=any(missing))
 
     def _targets(
-        self, sequences: Batch, lengths: list[int]
+        self, sequences: Batch
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
         """Of all real rows: ids, log-probs, tails or None, log-probs of the tokens that followed
         or None, and which are no distribution."""
         meta = self.writer.meta
         powers = [meta.temperature / t for t in meta.tail_temperatures]
-        padded = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
-        for row, tokens in zip(padded, sequences, strict=True):
-            row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
         parts, row = [], 0
         uniforms = None
         if self.selection.random:
             drawn = [self.selection.uniforms(len(item), key_of(item)) for item in sequences]
             uniforms = torch.cat(drawn)  # [N, draws]
         following = torch.cat([torch.from_numpy(np.roll(item, -1)) for item in sequences]).long()
-        for logits in self.source.chunks(padded, lengths):
+        for logits in self.source.chunks(sequences):
             mine = None if uniforms is None else uniforms[row : row + len(logits)]
             tails = logits.new_empty(len(logits), 0, dtype=torch.float32)
             if powers:

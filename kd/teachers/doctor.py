@@ -109,8 +109,7 @@ def _rescore(cache: TeacherCache, model: Any, samples: int, found: Diagnosis) ->
     totals = dict.fromkeys(SHIFTS, 0.0)
     weight = dict.fromkeys(SHIFTS, 0)
     for tokens in _spread(cache, samples):
-        padded = torch.from_numpy(tokens.astype(np.int64))[None]
-        chunks = source.chunks(padded, [len(tokens)])  # each is overwritten by the next
+        chunks = source.chunks([tokens])  # each is overwritten by the next
         logits = torch.cat([part.to("cpu", torch.float32, copy=True) for part in chunks])
         logp = (logits / cache.meta.temperature).log_softmax(-1)
         stored = cache.lookup(tokens)

@@ -7,9 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from kd.cache.hidden import Head, HiddenCache, HiddenWriter, hidden_meta
 from kd.cache.writer import SHARD_TOKENS
 from kd.progress import Progress
@@ -88,11 +85,7 @@ def _store(source: LogitSource, writer: HiddenWriter, batch: list[Any], meter: P
     """Compute a batch whole, and store the sequences of it that are missing."""
     missing = [tokens not in writer for tokens in batch]
     if any(missing):
-        lengths = [len(tokens) for tokens in batch]
-        padded = torch.zeros(len(batch), max(lengths), dtype=torch.long)
-        for row, tokens in zip(padded, batch, strict=True):
-            row[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-        parts = source.hidden_rows(padded, lengths).split(lengths)
+        parts = source.hidden_rows(batch).split([len(tokens) for tokens in batch])
         for tokens, wanted, hidden in zip(batch, missing, parts, strict=True):
             if wanted:
                 writer.add(tokens, hidden)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kd.heads import HeadReading, lm_head, observing, reading
 
@@ -40,35 +43,25 @@ class LogitSource:
         return self.model.get_input_embeddings().weight.device
 
     @torch.inference_mode()
-    def chunks(self, input_ids: Tensor, lengths: list[int]) -> Iterator[Tensor]:
-        """Logits of every real row, in order, as chunks [<= chunk_rows, live_vocab]; a chunk is
-        overwritten by the next.
-
-        Args:
-            input_ids: [B, L] padded on the right; causal attention makes a mask needless.
-            lengths: B numbers of real tokens.
-        """
-        input_ids = input_ids.to(self.device)
-        real = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
+    def chunks(self, sequences: Sequence[NDArray[np.integer]]) -> Iterator[Tensor]:
+        """Logits of every row of a batch of sequences, end to end, as chunks [<= chunk_rows,
+        live_vocab]; a chunk is overwritten by the next."""
+        input_ids, real = self._padded(sequences)
         if self.reading.reason is not None:
             logits = self.model(input_ids=input_ids, use_cache=False).logits
-            rows = logits[real.to(logits.device)]
-            for start in range(0, len(rows), self.chunk_rows):
-                yield rows[start : start + self.chunk_rows, : self.live_vocab]
+            for part in logits[real.to(logits.device)].split(self.chunk_rows):
+                yield part[:, : self.live_vocab]
             return
-        hidden = self._hidden(input_ids)
-        hidden = hidden[real.to(hidden.device)]  # [N, H]
-        for start in range(0, len(hidden), self.chunk_rows):
-            yield self._chunk(hidden[start : start + self.chunk_rows])[:, : self.live_vocab]
+        for part in self._hidden(input_ids, real).split(self.chunk_rows):
+            yield self._chunk(part)[:, : self.live_vocab]
 
     @torch.inference_mode()
-    def hidden_rows(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """Final hidden states of every real row, in order, [N, H].
+    def hidden_rows(self, sequences: Sequence[NDArray[np.integer]]) -> Tensor:
+        """Final hidden states of every row of a batch of sequences, end to end, [N, H].
 
         Raises:
             ValueError: when the model's logits are not its head's weight times them.
         """
-        input_ids = input_ids.to(self.device)
         trouble = self.reading.reason or self.reading.weightless
         if trouble is not None:
             raise ValueError(
@@ -76,14 +69,20 @@ class LogitSource:
                 f"and softcapped) is its logits, got {type(self.model).__name__}: {trouble}. Use "
                 "build_cache."
             )
-        hidden = self._hidden(input_ids)
-        real = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
-        return hidden[real.to(hidden.device)]
+        return self._hidden(*self._padded(sequences))
 
-    def _hidden(self, input_ids: Tensor) -> Tensor:
+    def _padded(self, sequences: Sequence[NDArray[np.integer]]) -> tuple[Tensor, Tensor]:
+        """Input ids [B, L], and where they are real: causal attention makes a mask needless."""
+        rows = [torch.from_numpy(tokens.astype(np.int64)) for tokens in sequences]
+        input_ids = pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        return input_ids.to(self.device), torch.arange(input_ids.shape[1]) < lengths[:, None]
+
+    def _hidden(self, input_ids: Tensor, real: Tensor) -> Tensor:
+        """Final hidden states of the real rows, [N, H]."""
         with observing(self.model) as seen:
             self.model(input_ids=input_ids, use_cache=False)
-        return seen[0]
+        return seen[0][real.to(seen[0].device)]
 
     def _head(self, hidden: Tensor) -> Tensor:
         weight = getattr(self.head, "weight", hidden)
@@ -93,13 +92,12 @@ class LogitSource:
         """``_head`` into one buffer where that is the same: on a CPU, pages of memory that are new
         for every chunk cost a sixth of the product itself."""
         weight = getattr(self.head, "weight", None)
-        if type(self.head) is not torch.nn.Linear or weight is None or _hooked(self.head):
+        plain = type(self.head) is torch.nn.Linear and not (
+            self.head._forward_hooks or self.head._forward_pre_hooks
+        )
+        if not plain or weight is None or weight.dtype != hidden.dtype:
             return self._head(hidden)
-        if (
-            hidden.device.type != "cpu"
-            or weight.device.type != "cpu"
-            or weight.dtype != hidden.dtype
-        ):
+        if hidden.device.type != "cpu" or weight.device.type != "cpu":
             return self._head(hidden)
         if self._buffer is None or self._buffer.shape[0] < len(hidden):
             self._buffer = torch.empty(len(hidden), len(weight), dtype=weight.dtype)
@@ -112,7 +110,3 @@ class LogitSource:
         if softcap is not None:
             out.div_(softcap).tanh_().mul_(softcap)
         return out[:, : self.reading.width]
-
-
-def _hooked(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
