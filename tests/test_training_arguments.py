@@ -409,7 +409,7 @@ def shown_by(name):
     if name in REPLACED:
         value, why = REPLACED[name]
         return f"always `{value}`", why
-    _, rule, way_out = REFUSED[name]
+    rule, way_out = REFUSED[name]
     return f"must {rule}", way_out
 
 

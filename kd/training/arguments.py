@@ -8,6 +8,7 @@ soon as it is set: docs/training-arguments.md has the table, made by the test th
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,63 +45,61 @@ REPLACED: Mapping[str, tuple[Any, str]] = {
 """Fields whose value is always this one, and why."""
 
 
-def _nothing(value: Any) -> bool:
-    return not value
-
-
-REFUSED: Mapping[str, tuple[Callable[[Any], bool], str, str]] = {
+REFUSED: Mapping[str, tuple[str, str]] = {
     "label_smoothing_factor": (
-        _nothing,
         "be 0",
         "The objective has no smoothed labels: a teacher's probabilities are what they stand for",
     ),
     "average_tokens_across_devices": (
-        bool,
         "be True",
         "The loss is the mean over the tokens of all ranks, so that any split gives one gradient",
     ),
     "use_liger_kernel": (
-        _nothing,
         "be False",
         "Liger replaces the forward that this loss lives in, and the loss is already fused",
     ),
-    "liger_kernel_config": (_nothing, "be None", "It belongs to use_liger_kernel"),
-    "use_cache": (_nothing, "be False", "Training reads no past keys"),
+    "liger_kernel_config": ("be None", "It belongs to use_liger_kernel"),
+    "use_cache": ("be False", "Training reads no past keys"),
     "auto_find_batch_size": (
-        _nothing,
         "be False",
         "A batch that shrinks on its way would be another run on resume. Choose "
         "per_device_train_batch_size and gradient_accumulation_steps: any split gives one gradient",
     ),
-    "label_names": (
-        lambda value: value in (None, ["shift_labels"]),
-        "be None",
-        "A batch's labels are its shift_labels",
-    ),
-    "include_for_metrics": (_nothing, "be empty", "It belongs to compute_metrics"),
-    "batch_eval_metrics": (_nothing, "be False", "It belongs to compute_metrics"),
+    "label_names": ("be None", "A batch's labels are its shift_labels"),
+    "include_for_metrics": ("be empty", "It belongs to compute_metrics"),
+    "batch_eval_metrics": ("be False", "It belongs to compute_metrics"),
     "enable_jit_checkpoint": (
-        _nothing,
         "be False",
         "Ctrl-C and SIGTERM already finish the step in hand and write a checkpoint",
     ),
     "hub_strategy": (
-        lambda value: str(getattr(value, "value", value)) in ("end", "every_save"),
         "be end or every_save",
         "A checkpoint would be pushed before the marker that says that it is whole",
     ),
     "parallelism_config": (
-        lambda value: value is None,
         "be None",
         "The loss knows no sequences or heads that are split over ranks. Use fsdp or deepspeed",
     ),
     "optim": (
-        lambda value: not _steps_in_backward(value),
         "step after the whole backward",
         "A gradient that is not finite could not be kept from the weights",
     ),
 }
-"""Fields that the trainer would pass by: which values are right, in words, and what to do."""
+"""Fields that the trainer would pass by: the rule in words, and what to do."""
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+RIGHT: Mapping[str, Callable[[Any], bool]] = {
+    "average_tokens_across_devices": bool,
+    "label_names": lambda value: value in (None, ["shift_labels"]),
+    "hub_strategy": lambda value: _text(value) in ("end", "every_save"),
+    "parallelism_config": lambda value: value is None,
+    "optim": lambda value: "lomo" not in _text(value) and not _text(value).endswith("layerwise"),
+}
+"""Which values of ``REFUSED`` fields are right, where that is not nothing at all."""
 
 OPTIONS: Mapping[str, str] = {
     "compute_loss_func": "The loss is the objective's. Pass objective=Objective(...), or use "
@@ -113,12 +112,8 @@ OPTIONS: Mapping[str, str] = {
 """Arguments of ``Trainer`` itself that are refused, and what to do."""
 
 
-def _steps_in_backward(optimizer: Any) -> bool:
-    name = str(getattr(optimizer, "value", optimizer))
-    return "lomo" in name or name.endswith("layerwise")
-
-
 def _defaults(arguments: Any) -> dict[str, Any]:
+    """Of the fields that have one."""
     found = {}
     for field in dataclasses.fields(arguments):
         if field.default is not dataclasses.MISSING:
@@ -150,8 +145,8 @@ def apply_arguments(arguments: Any, options: Mapping[str, Any]) -> None:
     for name, default in _defaults(arguments).items():
         value = getattr(arguments, name)
         if name in REFUSED:
-            right, rule, way_out = REFUSED[name]
-            if not right(value):
+            rule, way_out = REFUSED[name]
+            if not RIGHT.get(name, operator.not_)(value):
                 raise ValueError(
                     f"DistillationTrainer: TrainingArguments.{name} must {rule}, got {value!r}. "
                     f"{way_out}."

@@ -44,16 +44,10 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _entry(path: Path) -> dict[str, int | str]:
-    _sync(path)
+    """A file's size and digest, once it is flushed to disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
@@ -231,11 +225,10 @@ def check_resumable(folder: str | Path) -> None:
             anew in the middle of its schedule.
     """
     folder = Path(folder)
-    sharded = any(folder.glob("global_step*")) or any(folder.glob("optimizer_*"))
-    missing = [name for name in ("scheduler.pt",) if not (folder / name).is_file()]
-    if not (folder / "optimizer.pt").is_file() and not sharded:
-        missing.insert(0, "optimizer.pt")
-    if missing and not sharded:
+    if any(folder.glob("global_step*")) or any(folder.glob("optimizer_*")):  # sharded
+        return
+    missing = [n for n in ("optimizer.pt", "scheduler.pt") if not (folder / n).is_file()]
+    if missing:
         raise ValueError(
             f"DistillationTrainer: resume_from_checkpoint must have the optimizer's state, got "
             f"{folder} without {' and '.join(missing)} (save_only_model=True writes weights "

@@ -224,10 +224,7 @@ class DistillationTrainer(Trainer):
         """
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        sums = self._evaluated
-        if self.args.world_size > 1:
-            sums = self._sum_over_ranks(sums)
-        total, tokens = sums.tolist()
+        total, tokens = self._over_ranks(self._evaluated).tolist()
         if tokens <= 0:
             raise ValueError(
                 f"DistillationTrainer: an evaluation must have trained tokens, got {tokens:g} of "
@@ -278,8 +275,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss, agreement, speed and memory (see the README's table)."""
         if "loss" in logs:
-            reduce = self._sum_over_ranks if self.args.world_size > 1 else None
-            logs.update(self._metrics.summary(reduce))
+            logs.update(self._metrics.summary(self._over_ranks))
             if self.objective.scheduled:
                 now = self.objective.at(self.state.global_step - 1, self.state.max_steps)
                 logs |= {name: getattr(now, name) for name in ("kd_weight", "temperature")}
@@ -309,8 +305,11 @@ class DistillationTrainer(Trainer):
                 last = entry["step"]
         return total / max(self.state.global_step, 1)
 
-    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
-        return self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
+    def _over_ranks(self, values: Tensor, reduction: str = "sum") -> Tensor:
+        if self.args.world_size == 1:
+            return values
+        there = values.to(self.args.device, copy=True)
+        return self.accelerator.reduce(there, reduction=reduction).cpu()
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -321,7 +320,7 @@ class DistillationTrainer(Trainer):
         carried = {
             "step": self.state.global_step,
             "logged": getattr(self, "_globalstep_last_logged", 0),
-            "loss": self._mean_over_ranks(getattr(self, "_tr_loss", torch.zeros(()))),
+            "loss": float(self._over_ranks(getattr(self, "_tr_loss", torch.zeros(())), "mean")),
         }
         if self.args.should_save and folder.is_dir():
             shutil.rmtree(folder)  # torn, or of an earlier try at the same step
@@ -339,11 +338,6 @@ class DistillationTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             checkpoints.keep_newest(self.args.output_dir, limit, self.state.best_model_checkpoint)
-
-    def _mean_over_ranks(self, value: Tensor) -> float:
-        if self.args.world_size > 1:
-            value = self.accelerator.reduce(value.clone(), reduction="mean")
-        return float(value)
 
     def _carry_on(self) -> None:
         """The loss since the last log goes on where the checkpoint was, so that the curve does."""
