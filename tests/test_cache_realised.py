@@ -12,7 +12,8 @@ from kd.cache import CacheWriter, TeacherCache
 from kd.cache.info import cache_info
 from kd.cache.merge import merge_caches
 from kd.cache.verify import verify_cache
-from kd.teachers import Selection, build_cache, cli
+from kd.cli import cache as cli
+from kd.teachers import Selection, build_cache
 
 LIVE = 300
 

@@ -74,6 +74,9 @@ class CacheInfo:
     def text(self) -> str:
         """The figures as lines for a terminal, with a histogram of the covered mass."""
         meta, teacher = self.cache.meta, self.cache.meta.teacher
+        text = "the log-probs of its own tokens are not stored"
+        if self.perplexity is not None:
+            text = f"perplexity {self.perplexity:.4g} to the teacher"
         lines = [
             f"cache          {self.cache.path}  (id {meta.cache_id[:12]})",
             f"teacher        {teacher.get('id')}  revision {teacher.get('revision')}  "
@@ -85,7 +88,7 @@ class CacheInfo:
             f"read as tail={meta.tail!r}",
             f"codec          {meta.codec} {dict(meta.codec_options) or ''}".rstrip(),
             f"tail           {_tail_words(meta)}",
-            f"text           {_text_words(self.perplexity)}",
+            f"text           {text}",
             f"content        {len(self.cache):,} sequences, {self.cache.tokens:,} tokens, "
             f"{len(self.cache.manifest.shards):,} shards",
             f"size           {self.bytes:,} bytes, {self.bytes_per_token:.1f} bytes/token",
@@ -115,12 +118,6 @@ class CacheInfo:
         )
         axes.legend(frameon=False)
         figure.savefig(path, dpi=130, bbox_inches="tight")
-
-
-def _text_words(perplexity: float | None) -> str:
-    if perplexity is None:
-        return "the log-probs of its own tokens are not stored"
-    return f"perplexity {perplexity:.4g} to the teacher"
 
 
 def _tail_words(meta: CacheMeta) -> str:

@@ -94,7 +94,29 @@ class KeyIndex:
             at += 1
         return None
 
-    def part(self, tokens: NDArray[np.int32]) -> tuple[int, int] | None:
+    def why_missing(self, tokens: NDArray[np.int32]) -> str:
+        """The likely cause, from the part of a sequence that is stored."""
+        part = self._part(tokens)
+        if part is None:
+            return (
+                "Its tokens changed since the capture (template, tokenizer, truncation), or it "
+                "was not captured."
+            )
+        start, stop = part
+        ids = set(tokens[:start].tolist()) | set(tokens[stop:].tolist())
+        if start or len(ids) == 1:
+            return (
+                f"It is padded: tokens {start} to {stop - 1} of it are in the cache, the others "
+                f"are id {', '.join(map(str, sorted(ids)))}. Pass sequences without padding: "
+                "[row[mask.bool()] for row, mask in zip(input_ids, attention_mask)]."
+            )
+        return (
+            f"Its first {stop} tokens are in the cache as a sequence of their own. Where it is a "
+            "pack, pass its documents (cache.packed, or rows with lengths to the collator); "
+            "otherwise it was cut before the capture, or something was added to it since."
+        )
+
+    def _part(self, tokens: NDArray[np.int32]) -> tuple[int, int] | None:
         """(start, stop) of the longest stored sequence that these tokens begin with, or that is
         left without a run of one id before it; for messages, as it hashes every part."""
         state, best = hashlib.sha256(), 0

@@ -73,61 +73,48 @@ class CacheMeta:
                     raise TypeError(f"CacheMeta: {name} must be {words}, got {value!r:.100}.")
         stored = tuple(self.tail_temperatures)
         numbers = all(type(t) in (int, float) and 0 < t < float("inf") for t in stored)
-        rules = (
+        bucket, hidden = TAIL_OF.get(self.selection) == "bucket", self.codec.startswith("hidden")
+        padded, live = self.padded_vocab, self.live_vocab
+        for holds, name, rule in (
             (
-                1 <= self.live_vocab <= self.padded_vocab,
-                f"live_vocab must be from 1 to padded_vocab ({self.padded_vocab}), got "
-                f"{self.live_vocab}. Use the tokenizer's length, special tokens included",
+                1 <= live <= padded,
+                "live_vocab",
+                f"from 1 to padded_vocab ({padded}), the tokenizer's length with special tokens",
             ),
+            (padded <= MAX_VOCAB, "padded_vocab", f"at most {MAX_VOCAB:,} (ids of 25 bits)"),
             (
-                self.padded_vocab <= MAX_VOCAB,
-                f"padded_vocab must be at most {MAX_VOCAB:,} (ids of 25 bits), got "
-                f"{self.padded_vocab:,}",
+                1 <= self.top_k <= live,
+                "top_k",
+                f"from 1 to live_vocab ({live}), the teacher's tokens",
             ),
-            (
-                1 <= self.top_k <= self.live_vocab,
-                f"top_k must be from 1 to live_vocab ({self.live_vocab}), got {self.top_k}. The "
-                "teacher has no more tokens than that",
-            ),
-            (
-                0 < self.temperature < float("inf"),
-                f"temperature must be finite and above 0, got {self.temperature}",
-            ),
-            (
-                self.selection in TAIL_OF,
-                f"selection must be one of {', '.join(TAIL_OF)}, got {self.selection!r}",
-            ),
-            (
-                self.codec in CODEC_NAMES,
-                f"codec must be one of {', '.join(CODEC_NAMES)}, got {self.codec!r}",
-            ),
+            (0 < self.temperature < float("inf"), "temperature", "finite and above 0"),
+            (self.selection in TAIL_OF, "selection", f"one of {', '.join(TAIL_OF)}"),
+            (self.codec in CODEC_NAMES, "codec", f"one of {', '.join(CODEC_NAMES)}"),
             (
                 numbers and len(set(stored)) == len(stored),
-                "tail_temperatures must be different numbers above 0, got "
-                f"{self.tail_temperatures!r:.100}",
+                "tail_temperatures",
+                "different numbers above 0",
+            ),
+            (len(stored) <= MAX_TAILS, "tail_temperatures", f"at most {MAX_TAILS} temperatures"),
+            (
+                not stored or bucket,
+                "tail_temperatures",
+                f"left out for selection {self.selection!r}, which has no tail",
             ),
             (
-                len(stored) <= MAX_TAILS,
-                f"tail_temperatures must be at most {MAX_TAILS}, got {len(stored)}",
-            ),
-            (
-                not stored or TAIL_OF.get(self.selection) == "bucket",
-                f"tail_temperatures must be left out for selection {self.selection!r}, which has "
-                f"no tail, got {stored}",
-            ),
-            (
-                self.codec.startswith("hidden") == self.hidden,
-                "codec must be a hidden_ one exactly for selection 'hidden', got "
-                f"{self.codec!r} for {self.selection!r}",
+                hidden == self.hidden,
+                "codec",
+                f"a hidden_ one exactly for selection 'hidden' (it is {self.selection!r})",
             ),
             (
                 not (self.realised and self.hidden),
-                "realised must be False for selection 'hidden', whose states give it",
+                "realised",
+                "False for selection 'hidden', whose states give it",
             ),
-        )
-        for holds, words in rules:
+        ):
             if not holds:
-                raise ValueError(f"CacheMeta: {words}.")
+                got = f"{getattr(self, name)!r:.100}"
+                raise ValueError(f"CacheMeta: {name} must be {rule}, got {got}.")
         object.__setattr__(self, "tail_temperatures", tuple(map(float, stored)))
 
     @property

@@ -22,7 +22,7 @@ from kd.cache.manifest import Manifest, read_manifest
 from kd.cache.meta import CacheMeta, side_by_side, unmet
 from kd.cache.rows import Rows
 from kd.cache.shards import Shard, open_listed
-from kd.cache.tails import add_entries
+from kd.cache.tails import keep_top
 
 MAX_OPEN = 256
 
@@ -238,8 +238,9 @@ class CacheReader:
         if found is None:
             raise KeyError(
                 f"TeacherCache: a sequence must be in the cache {self.path}, got "
-                f"{describe(tokens)}. {self._why_missing(tokens)} cache.missing(sequences) lists "
-                "them; on_missing='skip' trains without their targets."
+                f"{describe(tokens)}. {self._index.why_missing(tokens)} "
+                "cache.missing(sequences) lists them; on_missing='skip' trains without their "
+                "targets."
             )
         shard, sequence, length = found
         if length != len(tokens):
@@ -249,28 +250,6 @@ class CacheReader:
                 f"cache verify {self.path}."
             )
         return shard, sequence
-
-    def _why_missing(self, tokens: NDArray[np.int32]) -> str:
-        """The likely cause, from the part of a sequence that is stored."""
-        part = self._index.part(tokens)
-        if part is None:
-            return (
-                "Its tokens changed since the capture (template, tokenizer, truncation), or it "
-                "was not captured."
-            )
-        start, stop = part
-        ids = set(tokens[:start].tolist()) | set(tokens[stop:].tolist())
-        if start or len(ids) == 1:
-            return (
-                f"It is padded: tokens {start} to {stop - 1} of it are in the cache, the others "
-                f"are id {', '.join(map(str, sorted(ids)))}. Pass sequences without padding: "
-                "[row[mask.bool()] for row, mask in zip(input_ids, attention_mask)]."
-            )
-        return (
-            f"Its first {stop} tokens are in the cache as a sequence of their own. Where it is a "
-            "pack, pass its documents (cache.packed, or rows with lengths to the collator); "
-            "otherwise it was cut before the capture, or something was added to it since."
-        )
 
     def _check_expected(
         self, expect: CacheMeta | Mapping[str, Any] | None, allow: Sequence[str]
@@ -388,19 +367,3 @@ class TeacherCache(CacheReader):
         return SparseTargets(
             ids, logprobs, meta.tail, meta.temperature, tails, tuple(meta.tail_temperatures)
         )
-
-
-def keep_top(rows: Rows, k: int, powers: Sequence[float] = ()) -> Rows:
-    """The k likeliest entries of every row, likeliest first; the others go to its tail.
-
-    powers: temperature / t of each column of ``rows.tails``.
-    """
-    row = rows.row_of_entry
-    order = np.lexsort((-rows.logprobs, row))
-    rank = np.arange(len(row)) - np.repeat(starts(rows.counts)[:-1], rows.counts)
-    kept, left = order[rank < k], order[rank >= k]
-    tails = rows.tails
-    if tails is not None:
-        tails = add_entries(tails, rows.logprobs[left], row[left], powers)
-    counts = np.minimum(rows.counts, k)
-    return Rows(rows.lengths, counts, rows.ids[kept], rows.logprobs[kept], tails)

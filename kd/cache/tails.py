@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd.cache.bits import decode_prefix, encode_prefix, prefix_cost
+from kd.cache.bits import decode_prefix, encode_prefix, prefix_cost, starts
 from kd.cache.codecs import NO_TAIL, TAIL_LOW, TAIL_STEP, encode_tail
 from kd.cache.rows import Rows
 from kd.cache.streams import Side, Streams, decode_integers, encode_integers
@@ -193,3 +193,19 @@ def decode_realised(parts: Streams, bounds: NDArray[np.int64], side: Side) -> ND
     values[levels == IMPOSSIBLE] = -np.inf
     values[levels < 0] = np.nan
     return values
+
+
+def keep_top(rows: Rows, k: int, powers: Sequence[float] = ()) -> Rows:
+    """The k likeliest entries of every row, likeliest first; the others go to its tail.
+
+    powers: temperature / t of each column of ``rows.tails``.
+    """
+    row = rows.row_of_entry
+    order = np.lexsort((-rows.logprobs, row))
+    rank = np.arange(len(row)) - np.repeat(starts(rows.counts)[:-1], rows.counts)
+    kept, left = order[rank < k], order[rank >= k]
+    tails = rows.tails
+    if tails is not None:
+        tails = add_entries(tails, rows.logprobs[left], row[left], powers)
+    counts = np.minimum(rows.counts, k)
+    return Rows(rows.lengths, counts, rows.ids[kept], rows.logprobs[kept], tails)
