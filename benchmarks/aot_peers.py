@@ -7,18 +7,23 @@ warps are those of their launchers' source.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pathlib
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 import triton
 
 from aot_cases import ROWS, VOCABULARIES, Case, dense_case, empty
+from aot_machine import Report, cost
+from kd_bench import tables
 from kd_kernels.launch import target_of
 
+Launch, Bytes = Callable[[], Any], tuple[float, ...]
 TRL_COLUMNS = 32_768  # of its vocabulary tiles
 
 OPERATIONS = (  # (operation, package, kernels, bytes in torch around them, what those are)
@@ -55,126 +60,106 @@ def numbers(*shape: int) -> torch.Tensor:
     return empty(*(shape or (ROWS,)), dtype=torch.float32)
 
 
-def halves(vocab: int) -> torch.Tensor:
-    return empty(ROWS, vocab, dtype=torch.bfloat16)
-
-
-def warps_by_block(block: int) -> int:
-    """Liger's rule."""
-    return 32 if block >= 32_768 else 16 if block >= 8_192 else 8 if block >= 2_048 else 4
-
-
-def case(
-    name: str, vocab: int, launch: Callable[[], Any], bytes: float, loops: tuple[float, ...]
-) -> Case:
-    """loops: bytes read an element in each of the kernel's loops, or in its only pass."""
-    return Case(
-        f"{name} {vocab}",
-        launch,
-        bytes=bytes,
-        one_read_bytes=bytes,
-        least_bytes=6.0,
-        read_bytes=loops[0],
-        loop_bytes=loops,
-        aligned=False,
-        bounded=False,
-    )
+def cases_of(
+    vocab: int, launches: dict[str, tuple[Launch, float, tuple[float, ...]]]
+) -> list[Case]:
+    """{kernel: (launch, bytes an element, bytes read an element in each of its loops)} as cases."""
+    return [
+        Case(
+            f"{name} {vocab}",
+            launch,
+            bytes=moved,
+            one_read_bytes=moved,
+            least_bytes=6.0,
+            read_bytes=loops[0],
+            loop_bytes=loops,
+            aligned=False,
+            bounded=False,
+        )
+        for name, (launch, moved, loops) in launches.items()
+    ]
 
 
 def liger_cases(vocab: int) -> list[Case]:
-    ops = "liger_kernel.ops."
-    kl, jsd, tvd = (importlib.import_module(ops + m) for m in ("kl_div", "jsd", "tvd"))
-    both = importlib.import_module(ops + "fused_ce_tvd")
-    linear = importlib.import_module(ops + "fused_linear_kl_div")
-    hard = importlib.import_module(ops + "cross_entropy")
+    kl, tvd, both, hard, jsd_loss, kl_loss = (
+        importlib.import_module(f"liger_kernel.ops.{name}")
+        for name in ("kl_div", "tvd", "fused_ce_tvd", "cross_entropy", "backends._triton.jsd",
+                     "backends._triton.kl_div")
+    )  # fmt: skip
 
-    def tile(limit: int) -> dict[str, int]:
-        block = min(limit, triton.next_power_of_2(vocab))
-        return dict(BLOCK_SIZE=block, num_warps=warps_by_block(block))
+    def halves() -> torch.Tensor:
+        return empty(ROWS, vocab, dtype=torch.bfloat16)
 
-    def kl_forward() -> None:
-        kl._kldiv_kernel_forward[(ROWS,)](
-            halves(vocab), vocab, halves(vocab), vocab, numbers(), 1, vocab, eps=1e-10,
-            log_target=True, reduction=3, **tile(kl.MAX_FUSED_SIZE),
-        )  # fmt: skip
+    def ids() -> torch.Tensor:
+        return empty(ROWS, dtype=torch.int64)
 
     def kl_backward() -> None:
-        kl._kldiv_kernel_backward[(ROWS,)](
-            halves(vocab), vocab, halves(vocab), vocab, vocab, log_target=True,
-            **tile(kl.MAX_FUSED_SIZE),
-        )  # fmt: skip
-
-    def jsd_both() -> None:
-        jsd._jsd_kernel[(ROWS,)](
-            halves(vocab), vocab, halves(vocab), vocab, numbers(ROWS, vocab), vocab, halves(vocab),
-            vocab, numbers(1), 0.5, ROWS, -100, vocab, BLOCK_SIZE=4096, HAS_LABEL=False,
-            num_warps=4,
-        )  # fmt: skip
-
-    def tvd_both() -> None:
-        tvd._tv_distance_kernel[(ROWS,)](
-            halves(vocab), vocab, halves(vocab), vocab, numbers(), 1, halves(vocab), vocab,
-            numbers(1), -100, vocab, 1.0, HAS_LABEL=False, reduction=3, **tile(tvd.MAX_FUSED_SIZE),
-        )  # fmt: skip
-
-    def linear_kl() -> None:
-        linear._kl_div_kernel[(ROWS,)](
-            halves(vocab), vocab, halves(vocab), vocab, numbers(), 1, numbers(1), -100, vocab, 2.0,
-            1e-10, 1.0, HAS_LABEL=False, **tile(linear.MAX_FUSED_SIZE),
-        )  # fmt: skip
-
-    def ce_tvd_forward() -> None:
-        both._fused_ce_tvd_forward_kernel[(ROWS,)](
-            halves(vocab), vocab, halves(vocab), vocab, empty(ROWS, dtype=torch.int64),
-            *(numbers() for _ in range(5)), vocab, ignore_index=-100, **tile(both.MAX_FUSED_SIZE),
-        )  # fmt: skip
-
-    def ce_tvd_backward() -> None:
-        both._fused_ce_tvd_backward_kernel[(ROWS,)](
-            halves(vocab), vocab, halves(vocab), vocab, empty(ROWS, dtype=torch.int64),
-            *(numbers() for _ in range(5)), halves(vocab), vocab, vocab, ignore_index=-100,
-            **tile(both.MAX_FUSED_SIZE),
-        )  # fmt: skip
+        with contextlib.suppress(NotImplementedError):  # then it looks at a meta tensor's value
+            kl.kldiv_backward_triton(halves(), numbers(1), halves(), True)
 
     def cross_entropy() -> None:
+        """Its launcher counts the labels first, which meta tensors do not have."""
         target = target_of(torch.device("meta"))
         warps = 16 if target.kind == "hip" else 8 if target.arch >= 100 else 32
         hard.liger_cross_entropy_kernel[(ROWS,)](
-            X_ptr=halves(vocab), X_stride=vocab, Y_ptr=empty(ROWS, dtype=torch.int64), Y_stride=1,
-            weight_ptr=None, loss_ptr=numbers(), z_loss_ptr=None, loss_stride=1,
-            token_accuracy_ptr=None, token_accuracy_stride=0, predicted_tokens_ptr=None,
-            predicted_tokens_stride=0, n_cols=vocab, n_non_ignore=ROWS, sum_non_ignore_weight=1.0,
-            weight_sum=0.0, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
-            reduction="mean", softcap=None, RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False,
+            X_ptr=halves(), X_stride=vocab, Y_ptr=ids(), Y_stride=1, weight_ptr=None,
+            loss_ptr=numbers(), z_loss_ptr=None, loss_stride=1, token_accuracy_ptr=None,
+            token_accuracy_stride=0, predicted_tokens_ptr=None, predicted_tokens_stride=0,
+            n_cols=vocab, n_non_ignore=ROWS, sum_non_ignore_weight=1.0, weight_sum=0.0,
+            ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean",
+            softcap=None, RETURN_Z_LOSS=False, RETURN_TOKEN_ACCURACY=False,
             RETURN_PREDICTED_TOKENS=False, HAS_WEIGHT=False, HAS_SOFTCAPPING=False,
-            HAS_GRADIENTS=True,
-            BLOCK_SIZE=min(hard.MAX_FUSED_SIZE, triton.next_power_of_2(vocab)), num_warps=warps,
+            HAS_GRADIENTS=True, num_warps=warps,
+            BLOCK_SIZE=min(hard.MAX_FUSED_SIZE, triton.next_power_of_2(vocab)),
         )  # fmt: skip
 
-    return [
-        case("liger kl_div forward", vocab, kl_forward, 4, (4,)),
-        case("liger kl_div backward", vocab, kl_backward, 4, (2,)),
-        case("liger jsd forward+backward", vocab, jsd_both, 10, (4,)),
-        case("liger tvd forward+backward", vocab, tvd_both, 6, (4,)),
-        case("liger fused_linear_kl_div", vocab, linear_kl, 12, (2, 4, 4)),
-        case("liger fused_ce_tvd forward", vocab, ce_tvd_forward, 8, (4, 4)),
-        case("liger fused_ce_tvd backward", vocab, ce_tvd_backward, 6, (4,)),
-        case("liger cross_entropy", vocab, cross_entropy, 6, (2, 2)),
-    ]
+    def rows() -> list[torch.Tensor]:
+        return [numbers() for _ in range(5)]
+
+    return cases_of(vocab, {
+        "liger kl_div forward": (
+            lambda: kl.kldiv_forward_triton(halves(), halves(), True, "batchmean", 1e-10), 4, (4,)
+        ),
+        "liger kl_div backward": (kl_backward, 4, (2,)),
+        "liger jsd forward+backward": (
+            lambda: jsd_loss.jsd_loss_and_grad_triton(halves(), halves(), None, 0.5, -100, ROWS),
+            10, (4,),
+        ),
+        "liger tvd forward+backward": (
+            lambda: tvd.tv_distance_forward_triton(halves(), halves(), None, "sum", -100, False),
+            6, (4,),
+        ),
+        "liger fused_linear_kl_div": (
+            lambda: kl_loss.kl_loss_and_grad_triton(
+                halves(), halves(), None, -100, 2.0, 1e-10, 1.0
+            ),
+            12, (2, 4, 4),
+        ),
+        "liger fused_ce_tvd forward": (
+            lambda: both.fused_ce_tvd_forward(halves(), halves(), ids(), -100), 8, (4, 4)
+        ),
+        "liger fused_ce_tvd backward": (
+            lambda: both.fused_ce_tvd_backward(
+                *rows()[:2], halves(), halves(), ids(), *rows()[2:], -100
+            ),
+            6, (4,),
+        ),
+        "liger cross_entropy": (cross_entropy, 6, (2, 2)),
+    })  # fmt: skip
 
 
 def fla_cases(vocab: int) -> list[Case]:
     ops = importlib.import_module("fla.modules.fused_kl_div.ops")
 
     def launch() -> None:
+        logits = [empty(ROWS, vocab, dtype=torch.bfloat16) for _ in range(2)]
         block = min(ops.MAX_FUSED_SIZE, triton.next_power_of_2(vocab))
         warps = 16 if target_of(torch.device("meta")).kind == "hip" else 32
         ops.kl_div_kernel[(ROWS,)](
-            logits=halves(vocab), target_logits=halves(vocab), loss=numbers(), s_logits=vocab,
-            s_loss=1, reduction="batchmean", N=ROWS, V=vocab, BV=block, num_warps=warps,
-        )  # fmt: skip
+            *logits, numbers(), vocab, 1, "batchmean", N=ROWS, V=vocab, BV=block, num_warps=warps
+        )
 
-    return [case("fla fused_kl_div", vocab, launch, 10, (4, 4))]
+    return cases_of(vocab, {"fla fused_kl_div": (launch, 10, (4, 4))})
 
 
 def trl_cases() -> list[Case]:
@@ -184,33 +169,26 @@ def trl_cases() -> list[Case]:
     scales = (1.0, 1.0, 1.0, 1.0, 1.0)
     caps = dict(S_HAS_SOFTCAP=False, T_HAS_SOFTCAP=False, BLOCK_SIZE=block)
 
-    def rows() -> tuple[Any, ...]:
-        return numbers(ROWS, columns), columns, numbers(ROWS, columns), columns
-
-    def stats() -> None:
-        found = (numbers() for _ in range(7))
-        ops._stats_kernel[(ROWS,)](*rows(), *found, columns, *scales, **caps)
-
-    def jsd() -> None:
-        found = (numbers() for _ in range(4))
-        ops._jsd_kernel[(ROWS,)](*rows(), *found, columns, 0.5, *scales, **caps)
-
-    def backward(mode: int) -> Callable[[], None]:
+    def launch(kernel: Any, of_rows: int, *more: float, blocks: int = 0, **options: Any) -> Launch:
         def launch() -> None:
-            found = (numbers() for _ in range(4))
-            ops._backward_kernel[(ROWS, columns // block)](
-                *rows(), *found, columns, 0.5, *scales, MODE=mode, **caps
-            )
+            tiles = numbers(ROWS, columns), columns, numbers(ROWS, columns), columns
+            found = (numbers() for _ in range(of_rows))
+            grid = (ROWS, blocks) if blocks else (ROWS,)
+            kernel[grid](*tiles, *found, columns, *more, *scales, **options, **caps)
 
         return launch
 
-    return [
-        case("trl statistics (float32 tiles)", columns, stats, 8, (8,)),
-        case("trl jsd value (float32 tiles)", columns, jsd, 8, (8,)),
-        case("trl forward_kl gradient (float32 tiles)", columns, backward(0), 12, (8,)),
-        case("trl reverse_kl gradient (float32 tiles)", columns, backward(1), 12, (8,)),
-        case("trl jsd gradient (float32 tiles)", columns, backward(2), 12, (8,)),
+    backward = [
+        launch(ops._backward_kernel, 4, 0.5, blocks=columns // block, MODE=mode)
+        for mode in range(3)
     ]
+    return cases_of(columns, {
+        "trl statistics (float32 tiles)": (launch(ops._stats_kernel, 7), 8, (8,)),
+        "trl jsd value (float32 tiles)": (launch(ops._jsd_kernel, 4, 0.5), 8, (8,)),
+        "trl forward_kl gradient (float32 tiles)": (backward[0], 12, (8,)),
+        "trl reverse_kl gradient (float32 tiles)": (backward[1], 12, (8,)),
+        "trl jsd gradient (float32 tiles)": (backward[2], 12, (8,)),
+    })  # fmt: skip
 
 
 def peer_cases(folder: pathlib.Path) -> list[Case]:
@@ -234,29 +212,24 @@ def versions(folder: pathlib.Path) -> str:
     return ", ".join(kept)
 
 
-def summary(found: dict[str, Any], arch: str, vocab: int, cost: Callable[[Any], float]) -> str:
-    """Value and gradient from logits in memory, each operation's kernels together.
-
-    cost: of a report, in bytes an element, what its counts take at the machine's balance.
-    """
-    lines = [
-        f"Value and gradient from logits, {arch}, V = {vocab:,}, of all the operation's kernels.",
-        "B/el: theirs and torch's beside them (read from source: a minimum, each torch pass at its",
-        "own lower bound). bound: bytes an element that take as long as the slowest of bytes,",
-        "instructions and MUFU: the ratio of two bounds is the ratio of two best times.",
-        "",
-        "| operation | package | kernels | spills | SASS/el | B/el | bound | in torch beside |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
-    ]
+def summary(found: dict[str, Report], arch: str, vocab: int) -> str:
+    """Value and gradient from logits in memory, each operation's kernels together."""
+    rows = []
     for operation, package, names, around, what in OPERATIONS:
         reports = [found.get(f"{name.format(v=vocab)} {arch}") for name in names]
         if None in reports:
             continue
         spills, sass = max(r.spills for r in reports), sum(r.sass for r in reports)
-        moved = sum(r.bytes for r in reports) + around
-        bound = sum(cost(r) for r in reports) + around
-        lines.append(
-            f"| {operation} | {package} | {len(reports)} | {spills} | {sass:.0f} | {moved:g} | "
-            f"{bound:.1f} | {what} |"
-        )
-    return "\n".join(lines)
+        moved, bound = (sum(of) + around for of in (map(attrgetter("bytes"), reports),
+                                                    map(cost, reports)))  # fmt: skip
+        numbers = [len(reports), spills, f"{sass:.0f}", f"{moved:g}", f"{bound:.1f}"]
+        rows.append([operation, package, *numbers, what])
+    columns = ["operation", "package", "kernels", "spills", "SASS/el", "B/el", "bound",
+               "in torch beside"]  # fmt: skip
+    return (
+        f"Value and gradient from logits, {arch}, V = {vocab:,}, of all the operation's kernels.\n"
+        "B/el: theirs and torch's beside them (read from source: a minimum, each torch pass at\n"
+        "its own lower bound). bound: bytes an element that take as long as the slowest of\n"
+        "bytes, instructions and MUFU: the ratio of two bounds is the ratio of two best times.\n\n"
+        + tables.markdown(columns, rows, text=["package", "in torch beside"])
+    )

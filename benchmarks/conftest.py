@@ -20,7 +20,7 @@ from pytest_benchmark.utils import get_commit_info
 sys.path.insert(0, str(Path(__file__).parent))
 
 from kd_bench import machine, suite  # noqa: E402
-from kd_bench.measure import NotMeasured, WrongAnswer, measure, prepared  # noqa: E402
+from kd_bench.measure import HELD, NotMeasured, WrongAnswer, measure  # noqa: E402
 from kd_bench.results import UNFINISHED, Results, measured_row, write_report  # noqa: E402
 
 RESULTS = pytest.StashKey[Results]()
@@ -114,6 +114,7 @@ def measure_fixture(request, benchmark):
 
     def run(row):
         problem, implementation = row
+        failed = None
         keep(problem, implementation, UNFINISHED)  # what ends the process is not tried again
         try:
             measure(problem, implementation, device, benchmark, config.getoption("--seconds"))
@@ -121,16 +122,15 @@ def measure_fixture(request, benchmark):
             keep(problem, implementation, "interrupted")
             raise
         except Exception as error:  # a row beside the others'; the run goes on
-            known = isinstance(error, NotMeasured)
-            reason = " ".join(str(error).split())[:300]
-            keep(problem, implementation, reason if known else f"{type(error).__name__}: {reason}")
-            machine.release(device)
+            known, failed = isinstance(error, NotMeasured), " ".join(str(error).split())[:300]
+            failed = failed if known else f"{type(error).__name__}: {failed}"
+            keep(problem, implementation, failed)
             if isinstance(error, WrongAnswer) or (implementation.name == "kd" and not known):
                 raise
-            pytest.skip(reason)
+        if failed is not None:  # out here, where the error's frames hold no memory
+            pytest.skip(failed)
         if results is not None:
-            info = machine_info(device)
-            results.data["machine_info"] = info
+            results.machine = info = machine_info(device)
             command = machine.command_line(config.invocation_params.args)
             results.put(measured_row(benchmark.stats.as_dict(), info, command))
 
@@ -138,7 +138,7 @@ def measure_fixture(request, benchmark):
 
 
 def pytest_sessionfinish(session):
-    prepared.cache_clear()
+    HELD.clear()
     results = session.config.stash.get(RESULTS, None)
     if results is not None and results.new:
         for path in write_report(results.path.parent):

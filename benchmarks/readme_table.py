@@ -15,7 +15,7 @@ from typing import Any
 
 from kd.losses.divergences import DEFINITIONS
 from kd_bench import tables
-from kd_bench.results import Results, groups_of, table_row
+from kd_bench.results import Results, table_row
 
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- {}: {} -->"
@@ -65,7 +65,7 @@ def cells_of(rows: list[dict[str, Any]]) -> list[str]:
 
 def device_section(folder: Path, kind: str, gpu_is_measured: bool) -> str:
     """A device's table; nothing where none of the shown groups was measured."""
-    groups, lines, extra = groups_of(Results(folder).data), [], {}
+    groups, lines, extra = Results(folder).groups(), [], {}
     for name, title in SHOWN[kind].items():
         cells = cells_of(groups.get(name, []))
         if cells:
@@ -87,7 +87,7 @@ def table(results: Path) -> str:
     """The README's section."""
     kinds = {}
     for path in sorted(results.glob("*/results.json")):
-        kinds[path.parent] = Results(path.parent).data["machine_info"]["kind"]
+        kinds[path.parent] = Results(path.parent).machine["kind"]
     gpu = "cuda" in kinds.values()
     sections = [device_section(folder, kind, gpu) for folder, kind in kinds.items()]
     return "\n\n".join(section for section in sections if section)

@@ -26,7 +26,7 @@ def synchronize(device: str) -> None:
 
 
 def release(device: str) -> None:
-    """Give back what a failed step left."""
+    """Give back what the step before has left."""
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()

@@ -29,14 +29,17 @@ class WrongAnswer(NotMeasured):
 
 
 ceilings = functools.cache(machine.ceilings)  # measured once in a run for each dtype
+HELD: dict[tuple[Problem, str], tuple[Inputs, Truth]] = {}
 
 
-@functools.lru_cache(maxsize=1)
 def prepared(problem: Problem, device: str) -> tuple[Inputs, Truth]:
     """Inputs on the device, and the truth, of the problem in hand; the one before is let go."""
-    inputs = problem.suite.inputs(problem)
-    truth = problem.suite.truth(problem, problem.suite.few(inputs))
-    return {name: tensor.to(device) for name, tensor in inputs.items()}, truth
+    if (problem, device) not in HELD:
+        HELD.clear()
+        inputs = problem.suite.inputs(problem)
+        truth = problem.suite.truth(problem, problem.suite.few(inputs))
+        HELD[problem, device] = {name: t.to(device) for name, t in inputs.items()}, truth
+    return HELD[problem, device]
 
 
 def guard(problem: Problem, implementation: Implementation, device: str) -> None:
@@ -135,6 +138,7 @@ def measure(
     """
     benchmark.group = problem.name
     suite, shape, size = problem.suite, problem.shape, problem.itemsize
+    machine.release(device)
     guard(problem, implementation, device)
     found = {} if implementation.bare else checked(problem, implementation, device)
     inputs, _ = prepared(problem, device)

@@ -6,6 +6,7 @@ continues. Beside pytest-benchmark's fields it has ``not_measured``: rows withou
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import time
@@ -39,7 +40,7 @@ NUMBERS = {  # of COLUMNS, what the Markdown tables show: title and form
 
 
 class Results:
-    """The rows of one device's folder.
+    """The rows of one device's folder, by name.
 
     Args:
         folder: where ``results.json`` lies or will lie.
@@ -48,33 +49,43 @@ class Results:
 
     def __init__(self, folder: Path, fresh: bool = False) -> None:
         self.path, self.fresh, self.new = folder / "results.json", fresh, set[str]()
-        self.data: dict[str, Any] = {"machine_info": {}, "commit_info": {}, "benchmarks": []}
-        self.data |= {"not_measured": [], "datetime": "", "version": pytest_benchmark.__version__}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
+        held = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.machine: dict[str, Any] = held.get("machine_info", {})
+        rows = [*held.get("benchmarks", ()), *held.get("not_measured", ())]
+        self.rows: dict[str, dict[str, Any]] = {row["name"]: row for row in rows}
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        """Rows with times, pytest-benchmark's "benchmarks"."""
+        return [row for row in self.rows.values() if "reason" not in row]
 
     def has(self, name: str) -> bool:
         """Whether a rerun leaves a row alone: it was measured, or ended the run."""
         if self.fresh and name not in self.new:
             return False
-        ended = (r["name"] for r in self.data["not_measured"] if r["reason"] == UNFINISHED)
-        return name in ended or any(r["name"] == name for r in self.data["benchmarks"])
+        return name in self.rows and self.rows[name].get("reason", UNFINISHED) == UNFINISHED
 
     def put(self, row: dict[str, Any]) -> None:
-        """Keep a measured row, or one of ``not_measured``, in the place of its last one."""
+        """Keep a row, in the place of its last one; without times it has a ``reason``."""
         self.new.add(row["name"])
-        kind = "not_measured" if "reason" in row else "benchmarks"
-        for rows in (self.data["benchmarks"], self.data["not_measured"]):
-            at = next((i for i, r in enumerate(rows) if r["name"] == row["name"]), None)
-            if at is not None and rows is self.data[kind]:
-                rows[at] = row
-                break
-            if at is not None:
-                del rows[at]
-        else:
-            self.data[kind].append(row)
+        self.rows[row["name"]] = row
+        stamps = (r["extra_info"]["measured_at"] for r in self.measured)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.data)
+        write_json(self.path, {
+            "machine_info": self.machine,
+            "commit_info": {"id": self.machine.get("commit", "")},
+            "benchmarks": self.measured,
+            "not_measured": [r for r in self.rows.values() if "reason" in r],
+            "datetime": max(stamps, default=""),
+            "version": pytest_benchmark.__version__,
+        })  # fmt: skip
+
+    def groups(self) -> dict[str, list[dict[str, Any]]]:
+        """Rows by group, in the order of their first one; scaling series last."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows.values():
+            found.setdefault(row["group"], []).append(row)
+        return dict(sorted(found.items(), key=lambda item: "/scaling:" in item[0]))
 
 
 def measured_row(stats: dict[str, Any], info: dict[str, Any], command: str) -> dict[str, Any]:
@@ -85,14 +96,6 @@ def measured_row(stats: dict[str, Any], info: dict[str, Any], command: str) -> d
     extra |= {"kind": info["kind"], "measured_at": stamp}
     stats |= {"name": name, "fullname": name, "params": None, "param": None}
     return stats | {"extra_info": stats["extra_info"] | extra}
-
-
-def groups_of(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by group, in the order of their first one; scaling series last."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in [*data["benchmarks"], *data["not_measured"]]:
-        found.setdefault(row["group"], []).append(row)
-    return dict(sorted(found.items(), key=lambda item: "/scaling:" in item[0]))
 
 
 def table_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -181,14 +184,14 @@ def write_report(folder: Path) -> list[Path]:
     Raises:
         ValueError: nothing was measured there.
     """
-    data = Results(folder).data
-    if not data["benchmarks"] and not data["not_measured"]:
+    results = Results(folder)
+    if not results.rows:
         raise ValueError(f"write_report: {folder} holds no results.json with results.")
-    groups = groups_of(data)
+    groups = results.groups()
     cells = [table_row(row) for rows in groups.values() for row in rows]
     csv = tables.comma_separated(COLUMNS, [[c.get(name) for name in COLUMNS] for c in cells])
     write_whole(folder / "results.csv", csv.encode())
-    plots = draw(folder, data)
+    plots = draw(folder / "plots", results.measured)
     parts = [
         "# Benchmarks\n\nEach group names the command that measured it; columns and method: "
         "benchmarks/README.md. What the kernels compile to without a GPU: "
@@ -200,12 +203,10 @@ def write_report(folder: Path) -> list[Path]:
     return [folder / "README.md", folder / "results.csv", *plots]
 
 
-def draw(folder: Path, data: dict[str, Any]) -> list[Path]:
+def draw(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
     """The plots; none where matplotlib is not installed."""
-    try:
-        from kd_bench.plots import write_plots
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
+    if importlib.util.find_spec("matplotlib") is None:
         return []
-    return write_plots(folder / "plots", data["benchmarks"])
+    from kd_bench.plots import write_plots
+
+    return write_plots(folder, rows)
