@@ -1,5 +1,9 @@
 """Inputs that the loss tests share: students, teachers, divergences."""
 
+import contextlib
+import functools
+import tempfile
+
 import torch
 
 import kd
@@ -34,6 +38,46 @@ TEACHERS = ("logits", "hidden", "bucket", "renormalize", "drop", "uniform")
 STUDENTS = ("logits", "hidden", "hidden_options")
 
 TOKENS, VOCAB, HIDDEN, TEACHER_HIDDEN, TOP_K = 6, 19, 5, 7, 4
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32):
+    """Normal numbers: the same for a seed in every dtype, but for their rounding."""
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (scale * made).to(dtype)
+
+
+def leaf(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return normal(*shape, seed=seed, dtype=dtype).requires_grad_()
+
+
+normal64 = functools.partial(normal, dtype=torch.float64)
+leaf64 = functools.partial(leaf, dtype=torch.float64)
+
+
+def gradient(loss: torch.Tensor, leaf: torch.Tensor, **options) -> torch.Tensor:
+    return torch.autograd.grad(loss, leaf, **options)[0]
+
+
+def close(got, want, rtol: float = 1e-9, atol: float = 1e-12) -> None:
+    got, want = (torch.as_tensor(x, dtype=torch.float64) for x in (got, want))
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def top_k_of(teacher_logits: torch.Tensor, k: int, **options) -> kd.TopK:
+    logprobs, ids = torch.log_softmax(teacher_logits, -1).topk(k)
+    return kd.TopK(ids, logprobs, tail_at_temperature="spread", **options)
+
+
+@contextlib.contextmanager
+def group_of_one():
+    """A process group of this process alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def make_student(form: str, dtype: torch.dtype, seed: int = 0, tokens: int = TOKENS):

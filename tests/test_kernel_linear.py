@@ -9,7 +9,7 @@ import inspect
 import pytest
 import torch
 from kernel_cases import TOKENS, VOCAB, compare, logits, some
-from loss_cases import DIVERGENCES
+from loss_cases import DIVERGENCES, normal
 
 import kd
 from kd.losses import api, chunks, fused, rows_triton
@@ -25,20 +25,16 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "INTERPRETER_BYTES", VOCAB * 10 * 2)
 
 
-def random(*shape, seed=0, scale=1.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def student(dtype=torch.float32, **options):
     """(kd.Hidden, its leaves); the lm_head has six padded rows."""
-    hidden = random(TOKENS, HIDDEN, seed=1).to(dtype)
-    weight = random(VOCAB + 6, HIDDEN, seed=2).to(dtype)
+    hidden = normal(TOKENS, HIDDEN, seed=1).to(dtype)
+    weight = normal(VOCAB + 6, HIDDEN, seed=2).to(dtype)
     leaves = [hidden, weight]
     if "bias" in options:
-        options["bias"] = random(VOCAB + 6, seed=3).to(dtype)
+        options["bias"] = normal(VOCAB + 6, seed=3).to(dtype)
         leaves.append(options["bias"])
     if "lora" in options:
-        a, b = random(RANK, HIDDEN, seed=4).to(dtype), random(VOCAB + 6, RANK, seed=5).to(dtype)
+        a, b = normal(RANK, HIDDEN, seed=4).to(dtype), normal(VOCAB + 6, RANK, seed=5).to(dtype)
         options["lora"] = (a, b, 0.7)
         leaves += [a, b]
     return kd.Hidden(hidden, weight, **options), leaves
@@ -48,8 +44,8 @@ def teacher(form, dtype=torch.float32):
     if form == "logits":
         return logits(VOCAB + 2, seed=7).to(dtype)
     if form == "hidden":
-        weight = random(VOCAB, TEACHER_HIDDEN, seed=9).to(dtype)
-        hidden = random(TOKENS, TEACHER_HIDDEN, seed=8).to(dtype)
+        weight = normal(VOCAB, TEACHER_HIDDEN, seed=9).to(dtype)
+        hidden = normal(TOKENS, TEACHER_HIDDEN, seed=8).to(dtype)
         return kd.Hidden(hidden, weight, logit_scale=0.8, softcap=5.0)
     logprobs, ids = torch.log_softmax(logits(seed=7), -1).topk(5)
     ids[0, 1], ids[1, 0] = -1, ids[1, 2]

@@ -3,7 +3,6 @@
 Values, gradients, and the number of collectives.
 """
 
-import contextlib
 import functools
 import os
 import pathlib
@@ -15,6 +14,7 @@ import kernel_cases  # noqa: F401  before any kernel
 import pytest
 import shard_cases
 import torch
+from loss_cases import group_of_one
 from shard_cases import RANKS, WIDTH, cases
 
 import kd
@@ -104,18 +104,6 @@ def test_collectives(ranks, name):
             assert set(forward + backward) <= {"SUM"}
             assert len(forward) == case.collectives + (0 if later else hidden)
             assert len(backward) == (hidden if later else 0)
-
-
-@contextlib.contextmanager
-def group_of_one():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
-        )
-        try:
-            yield
-        finally:
-            torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -5,32 +5,33 @@ import re
 
 import pytest
 import torch
-from loss_cases import DIVERGENCES
+from loss_cases import (
+    DIVERGENCES,
+    close,
+    gradient,
+    leaf,
+    leaf64,
+    normal,
+    normal64,
+    top_k_of,
+)
 
 import kd
 from kd.losses.oracle import divergence_of
 
-TEMPERATURES = tuple(16 / n for n in (16, 15, 13, 10, 7, 5, 4))  # what a capture stores by default
+
+def both(student, loss):
+    leaf = student.clone().requires_grad_()
+    value = loss(leaf)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return value.detach(), gradient
+
+
 VOCAB, K = 400, 8
 STEP = 1 / 448  # of the cache
 
 
-def rows(name: str) -> torch.Tensor:
-    """Teacher logits [N, VOCAB] float64 of one kind."""
-    g = torch.Generator().manual_seed(3)
-    noise = torch.randn(5, VOCAB, generator=g, dtype=torch.float64)
-    if name == "usual":
-        return 2 * noise
-    if name == "saturated":
-        noise[:, 7] += 40
-        return noise
-    if name == "flat":
-        return 0 * noise
-    if name == "two tokens":  # the others are impossible
-        noise[:, K + 2 :] = -torch.inf
-        return 3 * noise
-    assert name == "zipf"
-    return -1.2 * torch.arange(1, VOCAB + 1, dtype=torch.float64).log().expand(5, -1) + 0 * noise
+TEMPERATURES = tuple(16 / n for n in (16, 15, 13, 10, 7, 5, 4))  # what a capture stores by default
 
 
 def captured(
@@ -68,16 +69,33 @@ def exact(student, logits, ids, temperature, divergence):
     return torch.stack(losses)
 
 
+def rows(name: str) -> torch.Tensor:
+    """Teacher logits [N, VOCAB] float64 of one kind."""
+    g = torch.Generator().manual_seed(3)
+    noise = torch.randn(5, VOCAB, generator=g, dtype=torch.float64)
+    if name == "usual":
+        return 2 * noise
+    if name == "saturated":
+        noise[:, 7] += 40
+        return noise
+    if name == "flat":
+        return 0 * noise
+    if name == "two tokens":  # the others are impossible
+        noise[:, K + 2 :] = -torch.inf
+        return 3 * noise
+    assert name == "zipf"
+    return -1.2 * torch.arange(1, VOCAB + 1, dtype=torch.float64).log().expand(5, -1) + 0 * noise
+
+
 def student_logits(seed=5):
     g = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(5, VOCAB, generator=g, dtype=torch.float64)
 
 
-def both(student, loss):
-    leaf = student.clone().requires_grad_()
-    value = loss(leaf)
-    (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), gradient
+F64 = torch.float64
+
+
+INF = float("inf")
 
 
 @pytest.mark.parametrize("name", ["usual", "saturated", "flat", "two tokens", "zipf"])
@@ -239,3 +257,111 @@ def test_leading_shapes_and_precision():
         want = kd.forward_kl(student.to(dtype).double(), teacher, temperature=2.0)
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
     assert re.search("tail_log_partition", kd.TopK.__doc__)
+
+
+def test_student_mass_outside_the_top_k_costs():
+    """Renormalised over its top-k on both sides, a loss cannot see mass the student puts outside:
+    +8 on every other logit left it unchanged."""
+    z, t = normal64(3, 40), 2 * normal64(3, 40, seed=1)
+    outside = torch.ones(3, 40, dtype=torch.bool).scatter_(1, t.topk(8).indices, False)
+    dense = kd.forward_kl(z + 8 * outside, t) - kd.forward_kl(z, t)
+    for teacher in (top_k_of(t, 8), top_k_of(t, 8, tail="uniform")):
+        rise = kd.forward_kl(z + 8 * outside, teacher) - kd.forward_kl(z, teacher)
+        assert rise > 0.9 * dense > 1
+        student = z.clone().requires_grad_()
+        grad = gradient(kd.forward_kl(student, teacher, reduction="sum"), student)
+        assert grad[outside].abs().min() > 0
+
+
+def test_raw_mass_loss_is_not_clamped_at_zero():
+    """sum p (log p - log q) over part of the outcomes is negative where the student holds more of
+    them than the teacher; clamped, its gradient is lost."""
+    p = torch.tensor([[0.3, 0.2]], dtype=F64)
+    z = torch.tensor([[3.0, 2.5, 0.0, 0.0, 0.0]], dtype=F64).requires_grad_()
+    teacher = kd.TopK(torch.tensor([[0, 1]]), p.log(), tail="drop")
+    loss = kd.forward_kl(z, teacher)
+    q = z.detach().softmax(-1)
+    close(loss, (p * (p / q[:, :2]).log()).sum())
+    assert loss < -0.1
+    want = 0.5 * q - torch.cat([p, torch.zeros(1, 3)], 1)  # mass of p times q, minus p
+    close(gradient(loss, z), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tail_stays_finite_where_the_student_saturates(dtype):
+    """log(1 - sum q) is log 0 once the student is sure; the tail must be summed by itself."""
+    z = torch.full((1, 50), -30.0).to(dtype)
+    z[0, 3] = 30.0
+    z.requires_grad_()
+    teacher = kd.TopK(torch.tensor([[3, 4]]), torch.tensor([[0.6, 0.2]]).log())
+    for divergence in (kd.forward_kl, kd.reverse_kl, kd.jsd(0.3)):
+        want, got = (divergence(z, teacher, backend=name) for name in ("reference", "torch"))
+        close(got.detach(), want.detach(), rtol=1e-5)
+        want_grad, got_grad = gradient(want, z), gradient(got, z)
+        assert got_grad.isfinite().all()
+        close(got_grad, want_grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9)
+
+
+def test_saturated_teacher_has_a_tail_of_its_rounding_and_no_infinity():
+    """Stored log-probs of a sure teacher sum to 1, or just past it: the tail is not log 0."""
+    teacher = kd.TopK(torch.tensor([[2, 5]]), torch.tensor([[0.0, -17.0]]))
+    z = normal(1, 9, dtype=torch.float32).requires_grad_()
+    for divergence in (kd.forward_kl, kd.reverse_kl, kd.jsd(0.5)):
+        loss = divergence(z, teacher)
+        assert loss.isfinite() and gradient(loss, z).isfinite().all()
+        close(loss.detach(), divergence(z, teacher, backend="reference").detach(), rtol=1e-5)
+
+
+def test_sparse_tail_is_exact_where_the_student_saturates():
+    """log(1 - sum q) is -inf in float32 here; the tail's own log-sum-exp is not."""
+    z = torch.full((1, 50), -30.0)
+    z[0, 3] = 30.0
+    z.requires_grad_()
+    teacher = kd.TopK(torch.tensor([[3, 4]]), torch.tensor([[0.6, 0.2]]).log())
+    loss = kd.forward_kl(z, teacher)
+    (grad,) = torch.autograd.grad(loss, z)
+    want = kd.forward_kl(z, teacher, backend="reference")
+    (want_grad,) = torch.autograd.grad(want, z)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), want_grad.double(), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop", "uniform"])
+def test_rows_without_targets_do_not_count_unless_said(tail, backend):
+    """A padded batch of cached targets has the mean of its tokens, in any tail's reading."""
+    z = leaf(2, 4, 11)
+    logprobs, ids = normal(2, 4, 11, seed=1).log_softmax(-1).topk(3)
+    ids[1, 2:] = -1  # padding: one row's, and one all but empty
+    ids[0, 1, 1:] = -1
+    teacher = kd.TopK(ids, logprobs.masked_fill(ids < 0, -INF), tail=tail)
+    real = (ids >= 0).any(-1)
+
+    single = kd.distillation_loss(
+        z[real], kd.TopK(ids[real], teacher.logprobs[real], tail=tail), backend=backend
+    )
+    batch = kd.distillation_loss(z, teacher, backend=backend)
+    (gradient,) = torch.autograd.grad(batch, z)
+    assert torch.allclose(batch, single, rtol=1e-6) and gradient[~real].eq(0).all()
+    each = kd.forward_kl(z, teacher, reduction="none", backend=backend)
+    assert each[~real].eq(0).all() and torch.allclose(each[real].mean(), single, rtol=1e-6)
+
+    # Labels or weights say which rows count, and theirs is the denominator.
+    everything = torch.zeros(2, 4, dtype=torch.long)
+    whole = kd.distillation_loss(z, teacher, labels=everything, reduction="sum", backend=backend)
+    for said in ({"labels": everything}, {"weights": torch.ones(2, 4)}):
+        mean = kd.distillation_loss(z, teacher, **said, backend=backend)
+        assert torch.allclose(mean, whole / 8, rtol=1e-6)
+
+    nothing = kd.TopK(torch.full_like(ids, -1), torch.full_like(logprobs, -INF), tail=tail)
+    empty = kd.distillation_loss(z, nothing, backend=backend)
+    assert empty == 0 and empty.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_stored_row_without_entries_says_nothing(backend):
+    teacher = kd.TopK(torch.full((2, 3), -1), torch.full((2, 3), -torch.inf), tail="renormalize")
+    z = leaf64(2, 5)
+    loss = kd.distillation_loss(z, teacher, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert bool(loss.isfinite()) and bool(gradient.isfinite().all())
