@@ -24,7 +24,7 @@ def dense(ids, logprobs, live):
 
 def test_top_p_keeps_the_fewest_that_hold_p():
     chunk = logits()
-    ids, logprobs = Selection("top_p", top_k=64, top_p=0.7).rows(chunk, 1.0)
+    ids, logprobs, _ = Selection("top_p", top_k=64, top_p=0.7).rows(chunk, 1.0)
     p, order = chunk.softmax(-1).sort(-1, descending=True)
     for row in range(len(chunk)):
         held = p[row].cumsum(0)
@@ -42,7 +42,7 @@ def test_draws_are_unbiased(name, method):
     p = (one / 2).softmax(-1)[0].double()
     choose = Selection(name, draws=20, exact=5, method=method)
     uniforms = choose.uniforms(repeats, sequence_key([1, 2]))
-    found = dense(*choose.rows(one.expand(repeats, -1), 2.0, uniforms), live)
+    found = dense(*choose.rows(one.expand(repeats, -1), 2.0, uniforms)[:2], live)
     torch.testing.assert_close(found.sum(1), torch.ones(repeats, dtype=torch.float64))
     error = (found.mean(0) - p).abs()
     assert (error <= 5 * (p * (1 - p) / (20 * repeats)).sqrt() + 1e-6).all()
@@ -57,7 +57,7 @@ def test_systematic_and_hybrid_draws_vary_less():
     ):  # fmt: skip
         choose = Selection(name, draws=50, exact=8, method=method)
         rows = choose.rows(chunk.expand(2000, -1), 1.0, choose.uniforms(2000, sequence_key([1])))
-        variance[name, method] = (dense(*rows, live) - p).square().sum(1).mean()
+        variance[name, method] = (dense(*rows[:2], live) - p).square().sum(1).mean()
     assert variance["sampled", "systematic"] < 0.7 * variance["sampled", "independent"]
     assert variance["hybrid", "independent"] < 0.7 * variance["sampled", "independent"]
 
@@ -87,7 +87,7 @@ def test_the_gradient_of_sampled_targets_is_the_full_one_on_average():
     one, student = logits(1, live), torch.randn(1, live, dtype=torch.float64)
     choose = Selection("sampled", draws=30)
     uniforms = choose.uniforms(repeats, sequence_key([3]))
-    ids, logprobs = choose.rows(one.expand(repeats, -1), 1.0, uniforms)
+    ids, logprobs, _ = choose.rows(one.expand(repeats, -1), 1.0, uniforms)
     rows = student.repeat(repeats, 1).requires_grad_()
     teacher = kd.TopK(ids, logprobs.double(), tail="drop")
     kd.distillation_loss(rows, teacher, backend="reference").backward()
@@ -115,7 +115,7 @@ def test_fewer_live_logits_than_k(tmp_path):
     chunk[0, 3:] = -torch.inf
     for name in ("top_k", "top_p", "sampled", "hybrid"):
         choose = Selection(name, top_k=6, draws=9, exact=4, top_p=1.0)
-        ids, logprobs = choose.rows(chunk, 1.0, choose.uniforms(3, sequence_key([1])))
+        ids, logprobs, _ = choose.rows(chunk, 1.0, choose.uniforms(3, sequence_key([1])))
         kept = ids[0][ids[0] >= 0]
         assert kept.max() < 3 and (logprobs[0][ids[0] < 0] == -torch.inf).all(), name
         assert dense(ids, logprobs, 10)[0].sum() <= 1 + 1e-6

@@ -214,7 +214,7 @@ def build_selection(problem: Problem, inputs: Inputs) -> Step:
 
     def step() -> Answer:
         parts = [top_k_rows(chunk, SELECTED, 1.0) for chunk in logits.split(rows)]
-        ids, logprobs = (torch.cat(side) for side in zip(*parts, strict=True))
+        ids, logprobs, _ = (torch.cat(side) for side in zip(*parts, strict=True))
         return logprobs[:, 0].mean(), {"logprobs": logprobs, "ids": ids}
 
     return Step(step)

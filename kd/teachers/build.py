@@ -298,12 +298,7 @@ class _Capture:
         following = torch.cat([torch.from_numpy(np.roll(item, -1)) for item in sequences]).long()
         for logits in self.source.chunks(sequences):
             mine = None if uniforms is None else uniforms[row : row + len(logits)]
-            tails = logits.new_empty(len(logits), 0, dtype=torch.float32)
-            if powers:
-                found = self.selection.rows_and_tails(logits, meta.temperature, powers)
-                ids, logprobs, tails = found
-            else:
-                ids, logprobs = self.selection.rows(logits, meta.temperature, mine)
+            ids, logprobs, tails = self.selection.rows(logits, meta.temperature, mine, powers)
             # A row with a NaN or +inf has no finite log-prob at all.
             random = self.selection.random
             bad = bad_rows(logits) if random else ~torch.isfinite(logprobs[:, 0])

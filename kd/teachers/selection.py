@@ -82,51 +82,48 @@ class Selection:
         return self.name in ("sampled", "hybrid")
 
     def rows(
-        self, logits: Tensor, temperature: float, uniforms: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The kept tokens of each row.
+        self,
+        logits: Tensor,
+        temperature: float,
+        uniforms: Tensor | None = None,
+        powers: Sequence[float] = (),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The kept tokens of each row, and what they leave out at other temperatures.
 
         Args:
             logits: [C, V] over the live vocabulary, any floating dtype; -inf is probability zero.
             temperature: divides the logits.
             uniforms: [C, draws] float64 in [0, 1), for the selections that draw.
+            powers: M times temperature / t; none for the selections that draw.
 
         Returns:
-            ids [C, K] int64, -1 in empty slots; log-probs [C, K] float32, -inf there.
+            ids [C, K] int64, -1 in empty slots; log-probs [C, K] float32, -inf there; tails [C, M]
+            float32: log(sum over the tokens that are not kept of p ** power), -inf without any.
         """
         if not self.random:
-            return self.rows_and_tails(logits, temperature, ())[:2]
-        assert uniforms is not None
+            ids, logprobs, tails = top_k_rows(logits, self.top_k, temperature, powers)
+            if self.name == "top_k":
+                return ids, logprobs, tails
+            p = logprobs.double().exp()
+            outside = p.cumsum(-1) - p >= self.top_p  # before this token the rest was enough
+            left = logprobs.masked_fill(~outside, -torch.inf)
+            for column, power in enumerate(powers):
+                more = torch.logsumexp(left * power, -1)
+                tails[:, column] = torch.logaddexp(tails[:, column], more)
+            return ids.masked_fill(outside, -1), logprobs.masked_fill(outside, -torch.inf), tails
+        assert uniforms is not None and not powers
+        none = logits.new_empty(len(logits), 0, dtype=torch.float32)
         log_p = torch.log_softmax(logits.double() / temperature, -1)
         if self.name == "sampled":
-            return self._drawn(log_p.exp(), uniforms)
-        ids, logprobs = top_k_rows(logits, self.exact, temperature)
+            return *self._drawn(log_p.exp(), uniforms), none
+        ids, logprobs, _ = top_k_rows(logits, self.exact, temperature)
         rest = log_p.exp().scatter(1, ids.clamp(min=0), 0.0)
         left = rest.sum(1, keepdim=True)
         others, drawn = self._drawn(rest, uniforms)
         drawn = drawn + left.log().float()
         others = others.masked_fill(left <= 1e-12, -1)
         drawn = drawn.masked_fill(others < 0, -torch.inf)
-        return torch.cat([ids, others], 1), torch.cat([logprobs, drawn], 1)
-
-    def rows_and_tails(
-        self, logits: Tensor, temperature: float, powers: Sequence[float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``rows`` of "top_k" and "top_p", and what they leave out at other temperatures.
-
-        powers: M times temperature / t. Returns ids, log-probs and tails [C, M] float32:
-        log(sum over the tokens that are not kept of p ** power), -inf where there is none.
-        """
-        ids, logprobs, tails = _top_k(logits, self.top_k, temperature, powers)
-        if self.name == "top_k":
-            return ids, logprobs, tails
-        p = logprobs.double().exp()
-        outside = p.cumsum(-1) - p >= self.top_p  # before this token the rest was enough
-        left = logprobs.masked_fill(~outside, -torch.inf)
-        for column, power in enumerate(powers):
-            more = torch.logsumexp(left * power, -1)
-            tails[:, column] = torch.logaddexp(tails[:, column], more)
-        return ids.masked_fill(outside, -1), logprobs.masked_fill(outside, -torch.inf), tails
+        return torch.cat([ids, others], 1), torch.cat([logprobs, drawn], 1), none
 
     def realised(
         self, logits: Tensor, following: Tensor, ids: Tensor, logprobs: Tensor, temperature: float
@@ -167,25 +164,21 @@ class Selection:
         return distinct, (times / self.draws).log().float()
 
 
-def top_k_rows(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row and their log-probabilities over all.
+def top_k_rows(
+    logits: Tensor, top_k: int, temperature: float, powers: Sequence[float] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k likeliest tokens of each row and their log-probabilities over all, and the tails.
 
     Args:
         logits: [C, V] of any floating dtype; -inf is probability zero.
         top_k: how many.
         temperature: divides the logits.
+        powers: M times temperature / t.
 
     Returns:
         ids [C, k] int64, -1 where fewer than k tokens have a probability; log-probs [C, k]
-        float32, in descending order.
+        float32, in descending order; tails [C, M] float32, made in the memory that the rows took.
     """
-    return _top_k(logits, top_k, temperature, ())[:2]
-
-
-def _top_k(
-    logits: Tensor, top_k: int, temperature: float, powers: Sequence[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``top_k_rows``, and the tails [C, M] at ``powers``, in the memory that the rows took."""
     logits, k = logits.detach(), min(top_k, logits.shape[1])
     if logits.device.type != "cpu":
         scaled = logits.float() if temperature == 1 else logits.float() / temperature
