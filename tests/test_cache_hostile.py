@@ -20,8 +20,8 @@ import torch
 from kd.cache import CacheMeta, CacheWriter, HiddenCache, TeacherCache, manifest
 from kd.cache.verify import verify_cache
 
-MEMORY = 4 << 30  # above what the process has: no attack may ask for that much
-SECONDS = 5.0  # for one attack, on a busy machine
+MEMORY = 4 << 30  # above what the process has: no file may make it ask for that much
+SECONDS = 5.0  # for one file, on a busy machine
 LIVE, K, DRAWS = 700, 8, 20
 CODECS = ("float32", "log8", "compact", "counts")
 OPENED: list[str] | None = None
@@ -81,7 +81,7 @@ def read_all(folder, texts, verify=True):
     return found
 
 
-def attack(folder, texts, before, *, verify=True, identical=True):
+def read_damaged(folder, texts, before, *, verify=True, identical=True):
     """Read a damaged cache: kd's own refusal, or (when ``identical``) the same data."""
     global OPENED
     start, OPENED = time.perf_counter(), []
@@ -163,7 +163,7 @@ def test_random_damage_is_refused_or_without_effect(tmp_path, codec):
         data, what = damage(good[path], rng)
         path.write_bytes(data)
         try:
-            outcomes.append(attack(tmp_path, texts, before))
+            outcomes.append(read_damaged(tmp_path, texts, before))
             assert outcomes[-1] == "refused" or data == good[path] or path == files[0], what
         finally:
             path.write_bytes(good[path])
@@ -188,7 +188,7 @@ def test_signed_damage_never_gets_past_the_reader(tmp_path, codec):
             sign(tmp_path)
         try:
             outcomes.append(
-                attack(tmp_path, texts, before, verify=number % 2 == 1, identical=False)
+                read_damaged(tmp_path, texts, before, verify=number % 2 == 1, identical=False)
             )
         finally:
             for name, content in good.items():
@@ -238,7 +238,7 @@ def test_hostile_values_anywhere_in_a_signed_manifest(tmp_path, codec):
         except (ValueError, TypeError, KeyError):
             changed["digest"] = "0" * 64
         path.write_text(json.dumps(changed))
-        attack(tmp_path, texts, before, identical=False)
+        read_damaged(tmp_path, texts, before, identical=False)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -266,7 +266,7 @@ def test_hostile_values_anywhere_in_a_signed_header(tmp_path, codec):
         words = json.dumps(changed).encode()
         path.write_bytes(len(words).to_bytes(8, "little") + words + good[8 + length :])
         sign(tmp_path)
-        attack(tmp_path, texts, before, identical=False)
+        read_damaged(tmp_path, texts, before, identical=False)
         (tmp_path / manifest.NAME).write_bytes(listed)
 
 
@@ -292,7 +292,7 @@ def test_a_signed_shard_that_claims_four_billion_rows(tmp_path):
         list(TeacherCache(tmp_path).blocks())
 
 
-def test_hidden_states_under_attack(tmp_path):
+def test_hidden_states_under_read_damaged(tmp_path):
     from kd.teachers import build_hidden_cache
 
     texts = cases.texts(6)

@@ -1,4 +1,4 @@
-"""The check before a run: a sound set-up passes, planted mistakes are named with their numbers."""
+"""The check before a run: a sound set-up passes, mistakes are named with their numbers."""
 
 import random
 import types
@@ -193,7 +193,7 @@ def test_no_rows():
         check(student(), DistillationCollator(0), [])
 
 
-def test_three_planted_mistakes_are_all_named(cache):
+def test_three_mistakes_are_all_named(cache):
     rows = solved()
     for row in rows:
         row["labels"][-1] = -100
@@ -214,11 +214,11 @@ def test_a_recipe_is_checked_and_not_trained(tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "run" / "students").glob("*/*"))
     real = preflight.check
 
-    def planted(model, collator, rows, *args, **options):
+    def unlabelled(model, collator, rows, *args, **options):
         made = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows]
         return real(model, collator, made, *args, **options)
 
-    monkeypatch.setattr(preflight, "check", planted)
+    monkeypatch.setattr(preflight, "check", unlabelled)
     assert main(command) == 1
     assert "PROBLEM  no token is trained" in capsys.readouterr().out
 

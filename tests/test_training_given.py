@@ -6,6 +6,7 @@ import pytest
 import torch
 import training_cases as cases
 from torch import nn
+from training_cases import teacher_model, with_record
 
 import kd
 from kd.training import (
@@ -20,10 +21,6 @@ from kd.training import (
 )
 
 ROWS = cases.rows(6)
-
-
-def teacher_model():
-    return cases.student(seed=7)
 
 
 class OtherCache(cases.RandomCache):
@@ -119,23 +116,13 @@ def test_two_places_that_contradict_are_refused(collator, objective, tmp_path):
 
 
 def test_a_weight_of_the_collators_alone_is_refused():
-    batch = DistillationCollator(0, Teacher(with_record(), 0.2))(ROWS)
+    batch = DistillationCollator(0, Teacher(with_record(2.0), 0.2))(ROWS)
     with pytest.raises(ValueError, match="teacher must be given where its weight is not 1, got"):
         compute_loss(prepare_student(cases.student()), batch, Objective(kd_weight=1.0))
 
 
-def with_record(live=cases.VOCABULARY):
-    import types
-
-    cache = cases.RandomCache()
-    cache.meta = types.SimpleNamespace(
-        temperature=2.0, tail="bucket", live_vocab=live, selection="top_k"
-    )
-    return cache
-
-
 def test_a_caches_own_vocabulary_counts_whoever_knows_it():
-    cache = with_record()
+    cache = with_record(2.0)
     student = prepare_student(cases.student())
     student.resize_token_embeddings(cases.VOCABULARY + 9)
     batch = DistillationCollator(0, cache)(ROWS)
@@ -149,7 +136,7 @@ def test_a_caches_own_vocabulary_counts_whoever_knows_it():
 
 @pytest.mark.parametrize("given", ["objective", "teachers", "member", "list"])
 def test_the_collator_gets_its_teachers_from_the_objective(given):
-    cache = with_record()
+    cache = with_record(2.0)
     objective = Objective(teacher=[Teacher(cache, weight=0.3)], temperature=2.0)
     source = {
         "objective": objective,

@@ -6,23 +6,16 @@ import cache_cases
 import pytest
 import torch
 import training_cases as cases
+from training_cases import batch_of, inputs_of
 
 import kd
 from kd.heads import dense_logits, final_hidden, reading
 from kd.heads.reading import PROBES
 from kd.teachers import build_cache, build_hidden_cache
-from kd.training import DistillationCollator, Objective, compute_loss, prepare_student
+from kd.training import Objective, compute_loss, prepare_student
 from kd.training.teachers import hidden_of
 
 IDS = torch.arange(1, 9)[None]
-
-
-def batch_of(count=5, cache=None, **options):
-    return DistillationCollator(0, cache)(cases.rows(count, **options))
-
-
-def inputs_of(batch):
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def changed(after=None, before=None, loss=None, **options):

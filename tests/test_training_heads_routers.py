@@ -5,16 +5,9 @@ import copy
 import pytest
 import torch
 import training_cases as cases
+from training_cases import batch_of, inputs_of
 
 from kd.training import DistillationCollator, Objective, compute_loss, prepare_student
-
-
-def batch_of(count=5):
-    return DistillationCollator(0)(cases.rows(count))
-
-
-def inputs_of(batch):
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def experts(**options):

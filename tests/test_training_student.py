@@ -7,18 +7,11 @@ import training_cases as cases
 import kd
 from kd.training import DistillationCollator, Objective, compute_loss, prepare_student
 
-MIXED = Objective(
-    kd_weight=0.7,
-    ce_weight=0.3,
-    temperature=2.0,
-    tail_at_temperature="spread",
-    vocab_size=cases.VOCABULARY,
-)
+MIXED = cases.MIXED
 
 
-def batch_of(count=5, objective=MIXED, **options):
-    cache = cases.RandomCache() if objective.soft else None
-    return DistillationCollator(0, cache)(cases.rows(count, **options))
+def batch_of(objective=MIXED, **options):
+    return cases.batch_of(cache=cases.RandomCache() if objective.soft else None, **options)
 
 
 @pytest.mark.parametrize("objective", [Objective(), Objective(ce_weight=0.25), MIXED])

@@ -1,12 +1,12 @@
 """Teachers in memory, in caches, several at once; schedules; what a cache says of itself."""
 
 import dataclasses
-import types
 
 import datasets
 import pytest
 import torch
 import training_cases as cases
+from training_cases import teacher_model, with_record
 from transformers import TrainingArguments
 
 import kd
@@ -26,18 +26,6 @@ from kd.training.teachers import Teachers
 
 PLAIN = {"temperature": 2.0, "vocab_size": cases.VOCABULARY}
 SOFT = {**PLAIN, "tail_at_temperature": "spread"}
-
-
-def teacher_model(seed=7, dtype=torch.float32):
-    return cases.student(seed=seed).to(dtype)
-
-
-def with_meta(temperature=1.0, tail="bucket", live=cases.VOCABULARY):
-    cache = cases.RandomCache()
-    cache.meta = types.SimpleNamespace(
-        temperature=temperature, tail=tail, live_vocab=live, selection="top_k"
-    )
-    return cache
 
 
 def logits_of(model, batch):
@@ -127,7 +115,7 @@ def test_packs_reach_an_online_teacher_as_documents():
 
 def test_teachers_by_weight_add_up():
     batch_rows = cases.rows(5, weights=True)
-    model, cache = teacher_model(), with_meta()
+    model, cache = teacher_model(), with_record()
     student = prepare_student(cases.student())
 
     def loss(teacher, ce):
@@ -146,7 +134,7 @@ def test_teachers_by_domain_teach_their_rows():
     rows = cases.rows(6)
     for row, domain in zip(rows, ["math", "code", "chat"] * 2, strict=True):
         row["domain"] = domain
-    model, cache = teacher_model(), with_meta()
+    model, cache = teacher_model(), with_record()
     teachers = [
         Teacher(cache, domains=("math",)),
         Teacher(model, domains=("code",)),
@@ -176,7 +164,7 @@ def test_teachers_by_domain_teach_their_rows():
 
 
 def test_a_domain_without_a_teacher_is_refused():
-    teachers = Teachers.of([Teacher(with_meta(), domains=("math",))])
+    teachers = Teachers.of([Teacher(with_record(), domains=("math",))])
     row = {**cases.rows(1)[0], "domain": "poems"}
     with pytest.raises(ValueError, match=r"domain must be one of math, got 'poems'\. Add a Teach"):
         DistillationCollator(0, teachers)([row])
@@ -190,11 +178,13 @@ def test_a_teacher_of_domains_that_no_row_has_is_refused(kind):
         rows = [{**row, "domains": [row.pop("domain")], "lengths": [9]} for row in rows]
     if kind == "dataset":
         rows = datasets.Dataset.from_list([{"domain": row["domain"]} for row in rows])
-    members = [Teacher(with_meta()), Teacher(with_meta(), domains=("maths", "Math"))]
+    members = [Teacher(with_record()), Teacher(with_record(), domains=("maths", "Math"))]
     words = r"got domains=\('maths', 'Math'\) for rows whose domains are 'math' \(3\)"
     with pytest.raises(ValueError, match=words):
         check_domains(rows, Teachers.of(members))
-    check_domains(rows, Teachers.of([members[0], Teacher(with_meta(), domains=("maths", "math"))]))
+    check_domains(
+        rows, Teachers.of([members[0], Teacher(with_record(), domains=("maths", "math"))])
+    )
     check_domains(rows, Teachers.of(members[:1]))
     bare = [{"input_ids": [1]}] if kind == "list" else datasets.Dataset.from_list([{"text": "a"}])
     with pytest.raises(ValueError, match="rows whose domains are None|are none"):
@@ -243,7 +233,7 @@ def test_schedules():
 def test_a_cache_says_how_it_is_read():
     """A bare loop gets the capture's temperature and tail from the batch; nothing is retyped."""
     student, rows = prepare_student(cases.student()), cases.rows(4)
-    cache = with_meta(temperature=2.0)
+    cache = with_record(temperature=2.0)
     batch = DistillationCollator(0, cache)(rows)
     told = Objective(kd_weight=1.0, ce_weight=0.0, teacher_temperature=2.0, **SOFT)
     plain = DistillationCollator(0, cases.RandomCache())(rows)
@@ -258,13 +248,13 @@ def test_a_cache_says_how_it_is_read():
 
 def test_what_contradicts_a_cache_is_refused():
     with pytest.raises(ValueError, match=r"must be what the cache was captured at, 2\.0, got 3\.0"):
-        Objective(kd_weight=1.0, teacher_temperature=3.0, teacher=with_meta(temperature=2.0))
+        Objective(kd_weight=1.0, teacher_temperature=3.0, teacher=with_record(temperature=2.0))
     with pytest.raises(ValueError, match="tail must be the cache's own, 'drop', got 'uniform'"):
-        Objective(kd_weight=1.0, tail="uniform", teacher=with_meta(tail="drop"))
+        Objective(kd_weight=1.0, tail="uniform", teacher=with_record(tail="drop"))
     for temperature in (2.0, linear(1.0, 2.0)):
         with pytest.raises(ValueError, match="dropped mass cannot be renormalised"):
-            Objective(kd_weight=1.0, temperature=temperature, teacher=with_meta(tail="drop"))
-    batch = DistillationCollator(0, with_meta(temperature=2.0))(cases.rows(2))
+            Objective(kd_weight=1.0, temperature=temperature, teacher=with_record(tail="drop"))
+    batch = DistillationCollator(0, with_record(temperature=2.0))(cases.rows(2))
     wrong = Objective(kd_weight=1.0, teacher_temperature=3.0, **SOFT)
     with pytest.raises(ValueError, match="captured at, 2.0, got 3.0"):
         compute_loss(prepare_student(cases.student()), batch, wrong)
@@ -274,7 +264,7 @@ def test_what_contradicts_a_cache_is_refused():
         compute_loss(
             prepare_student(cases.student()),
             DistillationCollator(0)(cases.rows(2)),
-            Objective(kd_weight=1.0, teacher=with_meta(), **SOFT),
+            Objective(kd_weight=1.0, teacher=with_record(), **SOFT),
         )
 
 
@@ -357,12 +347,12 @@ def test_stored_tails_reach_the_loss_by_either_road():
 @pytest.mark.parametrize("temperature", [0.5, 2.0, linear(1.0, 2.0), linear(4.0, 1.0)])
 def test_a_cache_without_tails_is_refused_before_training(temperature):
     with pytest.raises(ValueError, match=r"Objective: temperature .*1\.44.*'one_outcome'"):
-        Objective(kd_weight=1.0, temperature=temperature, teacher=with_meta())
+        Objective(kd_weight=1.0, temperature=temperature, teacher=with_record())
     named = {"tail_at_temperature": "one_outcome"}
-    Objective(kd_weight=1.0, temperature=temperature, teacher=with_meta(), **named)
-    Objective(kd_weight=1.0, temperature=temperature, teacher=with_meta(tail="renormalize"))
+    Objective(kd_weight=1.0, temperature=temperature, teacher=with_record(), **named)
+    Objective(kd_weight=1.0, temperature=temperature, teacher=with_record(tail="renormalize"))
     with pytest.raises(ValueError, match="must be one of spread, one_outcome"):
-        Objective(kd_weight=1.0, temperature=2.0, teacher=with_meta(), tail_at_temperature="even")
+        Objective(kd_weight=1.0, temperature=2.0, teacher=with_record(), tail_at_temperature="even")
 
 
 def test_a_temperature_outside_the_stored_ones_is_refused():

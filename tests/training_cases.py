@@ -92,6 +92,30 @@ class RandomCache:
         return found
 
 
+def teacher_model(seed=7, dtype=torch.float32):
+    """A model that shares nothing with ``student()``."""
+    return student(seed=seed).to(dtype)
+
+
+def with_record(temperature=1.0, tail="bucket", live=VOCABULARY):
+    """A RandomCache that says what it is, without stored tails."""
+    cache = RandomCache()
+    cache.meta = types.SimpleNamespace(
+        temperature=temperature, tail=tail, live_vocab=live, selection="top_k"
+    )
+    return cache
+
+
+def batch_of(count=5, cache=None, **options):
+    """A collated batch of ``rows(count, **options)``."""
+    return DistillationCollator(0, cache)(rows(count, **options))
+
+
+def inputs_of(batch):
+    """What a model's own forward takes of a batch."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
 def arguments(folder, **options):
     """TrainingArguments without reports, bars or a GPU."""
     from transformers import TrainingArguments
