@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from kd.cli.options import add_rendering, rendering_options
@@ -109,21 +108,8 @@ def _import(verbs: Any) -> None:
 
 
 def run_import(args: argparse.Namespace) -> int:
-    from kd.cache.importers import import_cache
+    from kd.teachers.importers import import_cache
 
-    compression = None
-    if args.compression:
-        text = Path(args.compression).read_text()
-        if args.compression.endswith((".yaml", ".yml")):
-            import yaml
-
-            compression = yaml.safe_load(text)
-        else:
-            compression = json.loads(text)
-        if not isinstance(compression, dict):
-            raise ValueError(
-                f"kd cache import: {args.compression} must hold a mapping, got {compression!r:.80}."
-            )
     cache = import_cache(
         args.source,
         args.output,
@@ -133,7 +119,7 @@ def run_import(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         codec=args.codec,
         top_k=args.top_k,
-        compression=compression,
+        compression=args.compression,
     )
     print(f"{args.output}: {len(cache):,} sequences, {cache.tokens:,} tokens")
     return 0

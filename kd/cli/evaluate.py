@@ -84,10 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
     from kd.evaluation.measure import Plan, measure
     from kd.evaluation.summary import summarise
-    from kd.progress import Progress
 
     plan = Plan(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Plan)})
-    found = {label: measure(label, model, plan, Progress) for label, model in labels.items()}
+    found = {label: measure(label, model, plan) for label, model in labels.items()}
     text, page = summarise(found, plan)
     print(text)
     if args.output:

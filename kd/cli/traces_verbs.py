@@ -103,7 +103,6 @@ def run_generate(args: argparse.Namespace) -> int:
     from kd.traces.loading import questions
     from kd.traces.sampling import Sampling, overridden
     from kd.traces.server import generate_server
-    from kd.traces.yields import metered
 
     report = counts_of(args)
     tally = report.stage("generate")
@@ -136,19 +135,11 @@ def run_generate(args: argparse.Namespace) -> int:
             )
         return done
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, dtype="auto")
-
-    def made() -> Iterator[Trace]:
-        options: dict[str, Any] = {"n": args.n, "batch_size": args.batch_size}
-        answers = generate_local(model, tokenizer, problems, sampling=sampling, **options)
-        for trace in metered(tally, answers):
-            tally.keep()
-            for key in ("prompt_tokens", "completion_tokens"):
-                tally.notes[key] = tally.notes.get(key, 0) + trace.metadata[key]
-            yield trace
-
     own = overridden(model, sampling)
     tally.notes |= {"sampling": sampling.stated(), "not applied": own}
-    done = finish(args, report, made())
+    options: dict[str, Any] = {"n": args.n, "batch_size": args.batch_size, "report": report}
+    stream = generate_local(model, tokenizer, problems, sampling=sampling, **options)
+    done = finish(args, report, stream)
     if own:
         shown = ", ".join(f"{name}={value}" for name, value in own.items())
         print(f"not applied, of the model's own generation_config: {shown}. Options state what is.")

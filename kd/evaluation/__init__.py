@@ -14,10 +14,10 @@ from kd.evaluation.arms import (
     percent,
     text_table,
 )
-from kd.evaluation.generate import generate
 from kd.evaluation.likelihood import Closeness, Likelihood, closeness, likelihood
 from kd.evaluation.problems import read_problems
 from kd.evaluation.scores import Comparison, Score, compare, is_right, score, spread
+from kd.traces.generation import generate
 
 __all__ = [
     "ACCURACY",

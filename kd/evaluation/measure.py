@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,14 +12,12 @@ from kd.evaluation.likelihood import Closeness, Likelihood, closeness, likelihoo
 from kd.evaluation.problems import read_problems
 from kd.evaluation.texts import blocks, documents
 from kd.models import load_model, load_tokenizer, mixed_precision
+from kd.progress import Progress
 from kd.serving import KEY_VARIABLE
 from kd.traces import AnyRenderer, Sampling, Server, Yield, as_recorded, render_rows, verifier
 from kd.traces.verifiers.registry import DEFAULT
 
 BLOCK = 512
-
-# Called with a description and a total; what it yields has a method to(done).
-Bar = Callable[[str, int], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -121,42 +117,41 @@ class Measured:
         return plain
 
 
-def measure(label: str, name: str, plan: Plan, bar: Bar) -> Measured:
+def measure(label: str, name: str, plan: Plan) -> Measured:
     """Everything that the plan asks for, of one model.
 
     Args:
         label: what the model is called in progress lines and files.
         name: a folder or hub id; with ``plan.server`` the model's name there.
         plan: what to measure.
-        bar: shows progress, such as ``kd.progress.Progress``.
     """
     found = Measured()
     if plan.server:
         server = Server(plan.server, name, key_variable=plan.key_variable)
-        found.answers = _ask(label, plan, bar, server=server)
+        found.answers = _ask(label, plan, server=server)
         return found
     tokenizer = load_tokenizer(name)
     if plan.cache:
         _same_tokenizer(tokenizer, plan.cache)
     model = load_model(name).eval()
     if plan.problems:
-        found.answers = _ask(label, plan, bar, model=model, tokenizer=tokenizer)
+        found.answers = _ask(label, plan, model=model, tokenizer=tokenizer)
     if plan.text:
         length = min(BLOCK, getattr(model.config, "max_position_embeddings", BLOCK))
         rows = list(blocks(tokenizer, documents(plan.text), length))
-        with bar(f"{label}: reading", len(rows)) as shown, mixed_precision():
-            found.text = likelihood(model, rows, progress=shown.to)
+        with Progress(f"{label}: reading", len(rows)) as bar, mixed_precision():
+            found.text = likelihood(model, rows, progress=bar.to)
     if plan.cache and plan.traces:
         from kd.cache import TeacherCache
 
         cache = TeacherCache(plan.cache)
         rows = _rendered(plan.traces, tokenizer, plan.limit, cache.manifest.rendering)
-        with bar(f"{label}: beside the teacher", len(rows)) as shown, mixed_precision():
-            found.traces, found.teacher = closeness(model, cache, rows, progress=shown.to)
+        with Progress(f"{label}: beside the teacher", len(rows)) as bar, mixed_precision():
+            found.traces, found.teacher = closeness(model, cache, rows, progress=bar.to)
     return found
 
 
-def _ask(label: str, plan: Plan, bar: Bar, **who: Any) -> Evaluation:
+def _ask(label: str, plan: Plan, **who: Any) -> Evaluation:
     problems = read_problems(plan.problems or "", plan.limit, plan.seed)
     temperature = plan.temperature
     if temperature is None:
@@ -166,7 +161,7 @@ def _ask(label: str, plan: Plan, bar: Bar, **who: Any) -> Evaluation:
         plan.output.mkdir(parents=True, exist_ok=True)
         journal = plan.output / f"{label}.answers.jsonl"
     words = f"{label}: answering, at most {plan.max_new_tokens:,} tokens each"
-    with bar(words, len(problems) * plan.samples) as shown:
+    with Progress(words, len(problems) * plan.samples) as bar:
         return evaluate(
             problems,
             verifier(plan.judged_by),
@@ -175,7 +170,7 @@ def _ask(label: str, plan: Plan, bar: Bar, **who: Any) -> Evaluation:
             batch_size=plan.batch_size,
             chat=plan.chat,
             journal=journal,
-            progress=shown.to,
+            progress=bar.to,
             **who,
         )
 

@@ -1,4 +1,4 @@
-"""Where teacher targets come from: a local transformers model, or one behind a server."""
+"""Where teacher targets come from: a local model, one behind a server, another tool's files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _HOMES = {
     "build_hidden_cache": "kd.teachers.hidden",
     "cache_meta": "kd.teachers.build",
     "diagnose": "kd.teachers.doctor",
+    "import_cache": "kd.teachers.importers",
+    "load_teacher": "kd.teachers.identity",
     "teacher_identity": "kd.teachers.identity",
     "translate_cache": "kd.teachers.translate",
 }

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from kd.cache import CacheMeta, CacheWriter, TeacherCache
 from kd.cache.codecs import default_options
 from kd.cache.keys import describe
-from kd.cache.server_rows import Item, checked_row, table
 from kd.cache.writer import SHARD_TOKENS
 from kd.progress import Progress
 from kd.serving import KEY_VARIABLE, Endpoint, ServerError, default_address, shown_fields
 from kd.teachers.build import batches
 from kd.teachers.data import token_ids
+from kd.teachers.server_rows import Item, checked_row, table
 
 MODES = ("prompt_logprobs", "echo")
 ON_FAILURE = ("error", "drop")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +49,9 @@ def run_demo(folder: str | Path, *, problems: int = 400, steps: int = 600, seed:
     tokenizer = _tokenizer()
     teacher = _train(tokenizer, held_out, steps, seed)
     report = Yield()
-    stage = report.stage("generate")
-    started = time.perf_counter()
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24, seed=seed)
-    answered = list(
-        generate_local(teacher, tokenizer, asked, sampling=sampling, n=2, batch_size=128)
-    )
-    stage.keep(len(answered))
-    stage.seconds = time.perf_counter() - started
+    told: dict[str, Any] = {"n": 2, "batch_size": 128, "report": report}
+    answered = list(generate_local(teacher, tokenizer, asked, sampling=sampling, **told))
     linted = list(filter_stream(answered, [Lint(need_think=True)], report=report, stage="lint"))
     verifiers: dict[str, Verifier] = {"gym": ReasoningGym(), "numeric": Numeric(), "maths": Maths()}
     correct = compare(linted, verifiers, workers=1 + (problems > 100), report=report)

@@ -1,4 +1,4 @@
-"""Traces from a local transformers model: batched sampling, split into thought and answer."""
+"""Completions of a local transformers model, in batches: as texts, and as traces."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from kd.traces.sampling import Sampling, only
 from kd.traces.templates import ChatTemplate, opened_thought
 from kd.traces.trace import Trace, split_completion
+from kd.traces.yields import Yield, metered
 
 
 def generate_local(
@@ -20,6 +21,8 @@ def generate_local(
     batch_size: int = 64,
     chat: bool = True,
     progress: Callable[[int], None] | None = None,
+    report: Yield | None = None,
+    stage: str = "generate",
 ) -> Iterator[Trace]:
     """Sample answers from a local model; problems of like length share a batch.
 
@@ -32,6 +35,8 @@ def generate_local(
         batch_size: samples decoded together.
         chat: wrap each prompt with the tokenizer's chat template; otherwise it is the text itself.
         progress: called with the number of samples done.
+        report: takes the counts and the tokens.
+        stage: the stage's name in the report.
 
     Yields:
         The traces, in the order they finish. ``metadata`` says "sample" (0 to n-1), "finish"
@@ -54,31 +59,83 @@ def generate_local(
                 f"generate_local: problems must have at least one token, got {asked[i].prompt!r} "
                 f"at {i}. Remove it or pass chat=True."
             )
+    drawn = _draw(model, tokenizer, encoded, sampling, n, batch_size, progress)
+    for i, k, ids, finish in drawn if report is None else metered(report.stage(stage), drawn):
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        think, answer = split_completion(text, prefilled=bool(opened_thought(texts[i])))
+        used = {"prompt_tokens": len(encoded[i]), "completion_tokens": len(ids)}
+        if report is not None:
+            tally = report.stage(stage)
+            tally.keep()
+            for name, count in used.items():
+                tally.notes[name] = tally.notes.get(name, 0) + count
+        trace = asked[i].replace(think=think, answer=answer)
+        yield trace.note(sample=k, sampling=sampling.stated(), finish=finish, **used)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    chat: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Complete every prompt; prompts of like length share a batch.
+
+    Args:
+        model: a causal LM; it is put in eval mode while this runs.
+        tokenizer: a transformers tokenizer; padding goes to the left whatever it says itself.
+        prompts: texts, or user messages when ``chat``.
+        max_new_tokens: at most so many tokens are generated.
+        temperature: 0 is greedy decoding.
+        top_p: nucleus sampling; 1 is off.
+        batch_size: prompts decoded together.
+        seed: of the sampling.
+        chat: wrap each prompt with the tokenizer's chat template as a user's message.
+        progress: called with the number of prompts done.
+
+    Returns:
+        The completions in the order of the prompts, special tokens kept except padding and the
+        end of the turn; the prompt is not repeated.
+    """
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    template = ChatTemplate(tokenizer) if chat else None
+    texts = [prompt if template is None else template.text(Trace(prompt)) for prompt in prompts]
+    encoded = [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    completions = [""] * len(prompts)
+    for i, _, ids, _ in _draw(model, tokenizer, encoded, sampling, 1, batch_size, progress):
+        completions[i] = tokenizer.decode(ids)
+    return completions
+
+
+def _draw(
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[Sequence[int]],
+    sampling: Sampling,
+    n: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[int, int, list[int], str]]:
+    """n completions of each prompt as (prompt, sample, ids, finish), the shortest prompts first."""
     jobs = sorted(
-        ((i, k) for i in range(len(asked)) for k in range(n)), key=lambda job: len(encoded[job[0]])
+        ((i, k) for i in range(len(encoded)) for k in range(n)),
+        key=lambda job: len(encoded[job[0]]),
     )
-    done = 0
     for start in range(0, len(jobs), batch_size):
         chosen = jobs[start : start + batch_size]
         rows = [encoded[i] for i, _ in chosen]
         completions = complete(model, tokenizer, rows, sampling, sampling.seed + start)
         for (i, k), (ids, finish) in zip(chosen, completions, strict=True):
-            text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            think, answer = split_completion(text, prefilled=bool(opened_thought(texts[i])))
-            yield (
-                asked[i]
-                .replace(think=think, answer=answer)
-                .note(
-                    sample=k,
-                    sampling=sampling.stated(),
-                    finish=finish,
-                    prompt_tokens=len(encoded[i]),
-                    completion_tokens=len(ids),
-                )
-            )
-        done += len(chosen)
+            yield i, k, ids, finish
         if progress is not None:
-            progress(done)
+            progress(start + len(chosen))
 
 
 def complete(

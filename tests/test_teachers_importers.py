@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from kd.cache.distillkit import Packed
-from kd.cache.importers import import_cache
+from kd.teachers.distillkit import Packed
+from kd.teachers.importers import import_cache
 
 LIVE = 1000
 

@@ -7,9 +7,11 @@ distribution *of* token i, so their rows move up by one, and the last row stays 
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,9 @@ from kd.cache.codecs import default_options
 from kd.cache.keys import token_array
 from kd.cache.meta import CacheMeta
 from kd.cache.reader import TeacherCache
-from kd.cache.records import records
-from kd.cache.server_rows import TOLERANCE, Item, from_logprobs, table
 from kd.cache.writer import CacheWriter
+from kd.teachers.records import records
+from kd.teachers.server_rows import TOLERANCE, Item, from_logprobs, table
 
 LAYOUTS = ("distillkit", "logprobs", "axolotl")
 TOKEN_ID = "token_id:"
@@ -38,7 +40,7 @@ def import_cache(
     codec: str = "compact",
     top_k: int | None = None,
     tokenizer: Mapping[str, Any] | None = None,
-    compression: Mapping[str, Any] | None = None,
+    compression: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> TeacherCache:
     """Convert another tool's file into a cache; resumable like any capture.
 
@@ -56,7 +58,7 @@ def import_cache(
         top_k: the most tokens kept in a row, the likeliest; the widest row's when None.
         tokenizer: a fingerprint to record.
         compression: "distillkit" alone: the compressor's configuration (d, k, exact_k,
-            exact_dtype, ...), as its YAML states it.
+            exact_dtype, ...), as its YAML states it, or the YAML or JSON file.
 
     Returns:
         The finished cache.
@@ -69,6 +71,8 @@ def import_cache(
         raise ValueError(
             f"import_cache: layout must be one of {', '.join(LAYOUTS)}, got {layout!r}."
         )
+    if isinstance(compression, (str, os.PathLike)):
+        compression = read_compression(Path(compression))
     reader = _Reader(source, layout, live_vocab, compression)
     widest = 0
     for item in reader:
@@ -99,6 +103,20 @@ def import_cache(
         for reason, number in reader.left_out.items():
             writer.count(reason, number)
     return TeacherCache(path)
+
+
+def read_compression(path: Path) -> Mapping[str, Any]:
+    """The configuration of DistillKit's compressor, from its YAML or from JSON."""
+    text = path.read_text()
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        found = yaml.safe_load(text)
+    else:
+        found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"import_cache: {path} must hold a mapping, got {found!r:.80}.")
+    return found
 
 
 class _Reader:
@@ -148,7 +166,7 @@ def reader_of(layout: str, live_vocab: int, compression: Mapping[str, Any] | Non
         return functools.partial(from_logprobs, live_vocab=live_vocab)
     if layout == "axolotl":
         return from_axolotl
-    from kd.cache.distillkit import Packed
+    from kd.teachers.distillkit import Packed
 
     if compression is None:
         raise ValueError(
