@@ -163,16 +163,14 @@ def build_store(codec: str, problem: Problem, inputs: Inputs) -> Step:
 # --- the suites -----------------------------------------------------------------------------------
 
 
-def cache_suite(name: str, what: str, *codecs: tuple[str, str, str]) -> Suite:
+def cache_suite(name: str, *codecs: tuple[str, str, str]) -> Suite:
     made = [
         Implementation(who, functools.partial(build_store, codec), note=note, approximate=True)
         for who, codec, note in codecs
     ]
     return Suite(
         name,
-        what,
         inputs=make_targets,
-        few=dict,
         truth=exact_targets,
         implementations=tuple(made),
         memory=lambda problem, _: 40 * problem.shape.tokens * problem.shape.top_k,
@@ -183,9 +181,9 @@ def cache_suite(name: str, what: str, *codecs: tuple[str, str, str]) -> Suite:
 
 OURS = (("kd", "compact", ""), ("kd log8", "log8", ""), ("kd float32", "float32", "lossless"))
 PLAIN = ("pytorch", "torch", "torch.save and a memory map")
-WRITE = cache_suite("cache-write", "targets written into a new cache", *OURS, PLAIN)
-READ = cache_suite("cache-read", "shuffled batches read, padded", *OURS, PLAIN)
-PACKED = cache_suite("cache-read-packed", "shuffled batches read as packed rows", *OURS)
+WRITE = cache_suite("cache-write", *OURS, PLAIN)
+READ = cache_suite("cache-read", *OURS, PLAIN)
+PACKED = cache_suite("cache-read-packed", *OURS)
 CACHE = Shape("qwen2.5-ids,k=64", 8192, 151_936, 0, 0, 64, length=512)
 
 

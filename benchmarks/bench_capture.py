@@ -128,9 +128,7 @@ def memory_needed(problem: Problem, implementation: Implementation) -> int:
 
 CAPTURE = Suite(
     "capture",
-    "targets of a local model, whole: forward, selection, encoding, writing",
     inputs=make_sequences,
-    few=dict,
     truth=exact_capture,
     implementations=(
         Implementation("kd", Capture, approximate=True),

@@ -67,11 +67,10 @@ PYTORCH = Implementation("pytorch", losses.build_pytorch, copies=7)
 COMPILED = Implementation("pytorch compiled", losses.build_pytorch_compiled, copies=7)
 
 
-def suite(name: str, what: str, implementations: Any, **options: Any) -> Suite:
+def suite(name: str, implementations: Any, **options: Any) -> Suite:
     shared = {"inputs": losses.make_inputs, "few": losses.first_rows, "truth": losses.exact_answer}
     return Suite(
         name=name,
-        what=f"{what}, forward + backward",
         implementations=(*implementations, *peers.PEERS.get(name, ())),
         memory=memory_needed,
         **{**shared, **options},
@@ -80,7 +79,6 @@ def suite(name: str, what: str, implementations: Any, **options: Any) -> Suite:
 
 LINEAR = suite(
     "linear",
-    "student and teacher as hidden states and lm_head",
     (KD, BARE, PYTORCH, COMPILED),
     flops=lambda s: lower_flops(s, teacher=True),
     bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=2, stored=0),
@@ -88,7 +86,6 @@ LINEAR = suite(
 )
 LINEAR_SPARSE = suite(
     "linear-sparse",
-    "the same against a stored top-k",
     (KD, BARE, PYTORCH, COMPILED),
     flops=lambda s: lower_flops(s, teacher=False),
     bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=1, stored=12),
@@ -96,34 +93,25 @@ LINEAR_SPARSE = suite(
 )
 CROSS_ENTROPY = suite(
     "cross-entropy",
-    "hard labels, fused with the lm_head",
     (KD, BARE, PYTORCH, COMPILED),
     flops=lambda s: lower_flops(s, teacher=False),
     bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=1, stored=0) + 8 * s.tokens,
 )
 DENSE = suite(
     "dense",
-    "both sides as logits",
     (KD, IN_PLACE, PYTORCH, COMPILED),
     bytes=lambda s, size: lower_bytes(s, size, logits=3, heads=0, stored=0),
     any_divergence=True,
 )
-LOADED = dataclasses.replace(
-    DENSE,
-    name="dense-loaded",
-    what=f"{DENSE.what}, beside a process that takes all of a core that it can get",
-    surroundings=competing_process,
-)
+LOADED = dataclasses.replace(DENSE, name="dense-loaded", surroundings=competing_process)
 SPARSE = suite(
     "sparse",
-    "student logits against a stored top-k",
     (KD, IN_PLACE, PYTORCH, COMPILED),
     bytes=lambda s, size: lower_bytes(s, size, logits=2, heads=0, stored=12),
     any_divergence=True,
 )
 SELECTION = suite(
     "selection",
-    "top-k log-probabilities of logits, as a capture keeps them",
     (
         Implementation("kd", losses.build_selection),
         Implementation("pytorch", losses.build_plain_selection, copies=3),

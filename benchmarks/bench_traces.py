@@ -14,6 +14,7 @@ import random
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from kd.traces import (
@@ -35,7 +36,7 @@ from kd.traces import (
     render_stream,
     write_traces,
 )
-from kd_bench import machine
+from kd_bench import machine, tables
 
 CAPACITY = 16_384
 
@@ -93,7 +94,8 @@ def write_bulk(path: Path, count: int, seed: int = 0) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def run(count: int, folder: Path) -> list[str]:
+def run(count: int, folder: Path) -> Iterator[str]:
+    """The table of every stage's throughput on ``count`` records."""
     raw, clean = folder / "raw.jsonl", folder / "clean.jsonl"
     write_bulk(raw, count)
     rng = random.Random(1)
@@ -116,28 +118,23 @@ def run(count: int, folder: Path) -> list[str]:
         used, rows = used + len(made.input_ids), rows + 1
     ended = time.perf_counter()
     total = ended - started
-    lines = [
-        f"{machine.line_of(machine.machine_info('cpu'))}",
-        "",
-        "| stage | in | kept | records/s | seconds |",
-        "|---|---|---|---|---|",
-    ]
-    for name, tally in report.stages.items():
-        rate = tally.seen / max(tally.seconds, 1e-9)
-        lines.append(
-            f"| {name} | {tally.seen:,} | {tally.kept:,} | {rate:,.0f} | {tally.seconds:.1f} |"
-        )
+    rows_of_stages = [
+        [name, f"{tally.seen:,}", f"{tally.kept:,}",
+         f"{tally.seen / max(tally.seconds, 1e-9):,.0f}", f"{tally.seconds:.1f}"]
+        for name, tally in report.stages.items()
+    ]  # fmt: skip
     counted = sum(tally.seconds for tally in report.stages.values())
-    lines += [
-        f"| writing in the middle, packing | | | | {total - counted:.1f} |",
-        f"| **all** | {count:,} | {report.kept:,} | {count / total:,.0f} | {total:.1f} |",
-        "",
-        f"{used:,} tokens; rows of {CAPACITY:,} are {100 * used / (rows * CAPACITY):.1f} % full; "
-        f"load to decontaminate {middle - started:.1f} s; peak memory "
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB.",
+    rows_of_stages += [
+        ["writing in the middle, packing", "", "", "", f"{total - counted:.1f}"],
+        ["**all**", f"{count:,}", f"{report.kept:,}", f"{count / total:,.0f}", f"{total:.1f}"],
     ]
-    print("\n".join(lines))
-    return lines
+    yield f"{machine.line_of(machine.machine_info('cpu'))}\n"
+    yield tables.markdown(["stage", "in", "kept", "records/s", "seconds"], rows_of_stages)
+    yield (
+        f"\n{used:,} tokens; rows of {CAPACITY:,} are {100 * used / (rows * CAPACITY):.1f} % full; "
+        f"load to decontaminate {middle - started:.1f} s; peak memory "
+        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB."
+    )
 
 
 def main() -> None:
@@ -146,10 +143,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the Markdown there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        lines = run(args.records, Path(folder))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("\n".join(lines) + "\n")
+        tables.show(run(args.records, Path(folder)), args.output)
 
 
 if __name__ == "__main__":

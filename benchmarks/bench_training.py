@@ -225,7 +225,6 @@ def memory_needed(problem: Problem, _: Implementation) -> int:
 
 TRAINING = Suite(
     "training",
-    "a trainer's step: forward, backward, AdamW (sft, or forward_kl with a teacher)",
     inputs=make_batch,
     few=one_sequence,
     truth=exact_step,

@@ -14,21 +14,20 @@ from __future__ import annotations
 import argparse
 import math
 import pydoc_data.topics
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from kd.cache import CacheMeta  # noqa: E402
-from kd.cache.bits import width_of  # noqa: E402
-from kd.cache.codecs import CODECS, FLOOR_STEP, LEVELS, encode_tail  # noqa: E402
-from kd.cache.rows import Rows  # noqa: E402
-from kd.cache.shards import encode_shard  # noqa: E402
-from kd.cache.streams import Side, encode_ids, gaps_of, ranking  # noqa: E402
-from kd.teachers.selection import Selection  # noqa: E402
+from kd.cache import CacheMeta
+from kd.cache.bits import width_of
+from kd.cache.codecs import CODECS, FLOOR_STEP, LEVELS, encode_tail
+from kd.cache.rows import Rows
+from kd.cache.shards import encode_shard
+from kd.cache.streams import Side, encode_ids, gaps_of, ranking
+from kd.teachers.selection import Selection
+from kd_bench import tables
 
 QWEN = 151_936
 STORED = 512  # likeliest tokens of each row kept for the comparison
@@ -192,29 +191,15 @@ def sampled(whole: torch.Tensor, live: int, draws: int) -> tuple[float, float]:
     return len(data) / n, float(used.sum(1).mean())
 
 
-def floor_bits(k: int, live: int) -> float:
+def least_bytes(k: int, live: int) -> float:
     """log2 of the number of sets of k ids out of V, in bytes: no coder of uniform ids does less."""
     choose = math.lgamma(live + 1) - math.lgamma(k + 1) - math.lgamma(live - k + 1)
     return choose / math.log(2) / 8
 
 
-LINES: list[str] = []
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-    LINES.append(text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of a causal LM, such as SmolLM2-135M-Instruct")
-    parser.add_argument("--blocks", type=int, default=32, help="blocks of 256 tokens")
-    parser.add_argument("--output", type=Path, help="also write the Markdown there")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    cases = []
+def measured(args: argparse.Namespace) -> Iterator[str]:
+    """Every codec and setting on every kind of rows; then the sampled selection of a model's."""
+    rng, cases, whole = np.random.default_rng(0), [], None
     if args.model:
         ids, logprobs, live, whole = real_rows(args.model, args.blocks)
         spread = ids.astype(np.int64) * QWEN // live + rng.integers(0, QWEN // live, ids.shape)
@@ -226,35 +211,47 @@ def main() -> None:
             ("sharpened (T = 0.6), uniform ids", uniform, sharpened(logprobs, 0.6), QWEN),
         ]
     cases.append(("simulated power law, uniform ids", *simulated_rows(2048), QWEN))
-    say(f"numpy {np.__version__}, torch {torch.__version__}\n")
-    say("| rows | stored | bytes/token | added KL, mean | added KL, max |")
-    say("|---|---|---|---|---|")
+    rows = []
     for name, ids, logprobs, live in cases:
         mass, best = np.exp(logprobs[:, :64]).sum(1).mean(), np.exp(logprobs[:, 0]).mean()
-        say(f"| **{name}** (top-64 holds {mass:.3f}, top-1 {best:.2f}) | | | | |")
-        for codec in ("compact", "log8", "float32"):
-            size, mean, most = ours(ids, logprobs, live, codec, 64)
-            say(f"| | kd {codec}, k=64 | {size:.1f} | {mean:.1e} | {most:.1e} |")
-        size = ideal(ids, logprobs, live, 64)
-        say(f"| | an ideal order-0 coder of what compact stores | {size:.1f} | as compact | |")
-        size, mean, most = ours(ids, logprobs, live, "compact", 128)
-        say(f"| | kd compact, k=128 | {size:.1f} | {mean:.1e} | {most:.1e} |")
-        for setting in DISTILLKIT:
-            size, mean, most = theirs(logprobs, live, setting)
-            say(f"| | DistillKit {setting} | {size:.1f} | {mean:.1e} | {most:.1e} |")
-    if args.model:
-        live = whole.shape[1]
-        say("\n| sampled (`counts`) | draws | distinct ids | bytes/token |\n|---|---|---|---|")
-        wide = torch.full((len(whole), QWEN), -torch.inf)
-        wide[:, torch.randperm(QWEN, generator=torch.Generator().manual_seed(0))[:live]] = whole
-        for name, rows, vocabulary in (("real", whole, live), ("random Qwen ids", wide, QWEN)):
-            for draws in (25, 50, 100):
-                size, distinct = sampled(rows, vocabulary, draws)
-                say(f"| {name} | {draws} | {distinct:.1f} | {size:.1f} |")
-    say(f"\nFloor for 64 uniform ids of {QWEN:,}: {floor_bits(64, QWEN):.1f} bytes, ids alone.")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("\n".join(LINES) + "\n")
+        rows.append([f"**{name}** (top-64 holds {mass:.3f}, top-1 {best:.2f})", *[""] * 4])
+        found = {f"kd {codec}, k=64": ours(ids, logprobs, live, codec, 64)
+                 for codec in ("compact", "log8", "float32")}  # fmt: skip
+        found["kd compact, k=128"] = ours(ids, logprobs, live, "compact", 128)
+        found |= {f"DistillKit {name}": theirs(logprobs, live, name) for name in DISTILLKIT}
+        rows += [["", n, f"{size:.1f}", f"{mean:.1e}", f"{most:.1e}"]
+                 for n, (size, mean, most) in found.items()]  # fmt: skip
+        size = f"{ideal(ids, logprobs, live, 64):.1f}"
+        rows.append(["", "an ideal order-0 coder of what compact stores", size, "as compact", ""])
+    yield f"numpy {np.__version__}, torch {torch.__version__}\n"
+    columns = ["rows", "stored", "bytes/token", "added KL, mean", "added KL, max"]
+    yield tables.markdown(columns, rows, text=["stored"])
+    if whole is not None:
+        yield "\n" + sampled_table(whole)
+    yield f"\nLeast for 64 uniform ids of {QWEN:,}: {least_bytes(64, QWEN):.1f} bytes, ids alone."
+
+
+def sampled_table(whole: torch.Tensor) -> str:
+    live, g = whole.shape[1], torch.Generator().manual_seed(0)
+    wide = torch.full((len(whole), QWEN), -torch.inf)
+    wide[:, torch.randperm(QWEN, generator=g)[:live]] = whole
+    rows = []
+    for name, given, vocabulary in (("real", whole, live), ("random Qwen ids", wide, QWEN)):
+        for draws in (25, 50, 100):
+            size, distinct = sampled(given, vocabulary, draws)
+            rows.append([name, draws, f"{distinct:.1f}", f"{size:.1f}"])
+    columns = ["sampled (`counts`)", "draws", "distinct ids", "bytes/token"]
+    return tables.markdown(columns, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a causal LM, such as SmolLM2-135M-Instruct")
+    parser.add_argument("--blocks", type=int, default=32, help="blocks of 256 tokens")
+    parser.add_argument("--output", type=Path, help="also write the Markdown there")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tables.show(measured(args), args.output)
 
 
 if __name__ == "__main__":

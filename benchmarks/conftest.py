@@ -108,7 +108,7 @@ def measure_fixture(request, benchmark):
     def keep(problem, implementation, reason):
         if results is not None:
             head = {"group": problem.name, "name": f"{problem.name}/{implementation.name}"}
-            version = suite.version_of(implementation.package)
+            version = machine.version_of(implementation.package)
             results.put({**head, "implementation": implementation.name, "version": version,
                          "reason": reason})  # fmt: skip
 

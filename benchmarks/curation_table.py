@@ -25,6 +25,7 @@ from kd.traces import (
     decontaminate,
     near_duplicates,
 )
+from kd_bench import tables
 
 
 class Row(NamedTuple):
@@ -359,10 +360,12 @@ def table() -> list[Row]:
 
 
 def main() -> None:
-    print("| filter | planted | cases | found | falsely taken |\n|---|---|---|---|---|")
-    for row in table():
-        cells = (f"{row.taken}", "") if row.bad else ("", f"{row.taken}")
-        print(f"| {row.what} | {row.kind} | {row.planted:,} | {cells[0]} | {cells[1]} |")
+    columns = ["filter", "planted", "cases", "found", "falsely taken"]
+    rows = [
+        [row.what, row.kind, f"{row.planted:,}", *((row.taken, "") if row.bad else ("", row.taken))]
+        for row in table()
+    ]
+    print(tables.markdown(columns, rows, text=columns))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import time
 import torch
 
 import kd
+from kd_bench import tables
 from kd_bench.plain import plain_losses
 
 DIVERGENCES = (
@@ -147,24 +148,20 @@ def cell(divergence, student_form, teacher_form, dtype, backend):
 
 
 def table(dtype, backend):
-    """Print one dtype's table; returns the combinations that break their bound."""
-    broken = []
-    name = str(dtype).removeprefix("torch.")
-    print(f"\n### {name}, backend {backend}\n")
-    print("| divergence | student | " + " | ".join(f"teacher: {t}" for t in TEACHERS) + " |")
-    print("|---|---|" + "---|" * len(TEACHERS))
+    """(one dtype's table, the combinations that break their bound)."""
+    broken, rows = [], []
     for divergence, student_form in itertools.product(DIVERGENCES, STUDENTS):
-        cells = []
+        rows.append([str(divergence), student_form])
         for teacher_form in TEACHERS:
             if not meaningful(divergence, teacher_form):
-                cells.append("refused")
+                rows[-1].append("refused")
                 continue
             text, ok = cell(divergence, student_form, teacher_form, dtype, backend)
-            cells.append(text if ok else f"**{text}**")
+            rows[-1].append(text if ok else f"**{text}**")
             if not ok:
-                broken.append(f"{divergence}, {student_form} x {teacher_form}, {name}: {text}")
-        print(f"| {divergence} | {student_form} | " + " | ".join(cells) + " |", flush=True)
-    return broken
+                broken.append(f"{divergence}, {student_form} x {teacher_form}, {dtype}: {text}")
+    columns = ["divergence", "student", *(f"teacher: {teacher}" for teacher in TEACHERS)]
+    return tables.markdown(columns, rows, text=columns), broken
 
 
 def main(argv=None):
@@ -179,7 +176,9 @@ def main(argv=None):
     print(f"{SEEDS} seeds, {TOKENS} tokens, {sizes}.")
     broken = []
     for name in args.dtype or names[:3]:
-        broken += table(getattr(torch, name), args.backend)
+        made, more = table(getattr(torch, name), args.backend)
+        print(f"\n### {name}, backend {args.backend}\n\n{made}", flush=True)
+        broken += more
     print(f"\nBounds: float64 <= {FLOAT64_BOUND:g}; narrower <= {PLAIN_FACTOR:g} x plain PyTorch.")
     print(f"{len(broken)} broken, {time.perf_counter() - started:.0f} s.")
     for line in broken:

@@ -21,6 +21,7 @@ import copy
 import pydoc_data.topics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ import torch
 import kd
 from kd.losses.sparse import log_partition
 from kd.teachers import build_cache
+from kd_bench import tables
 
 TEMPERATURE, TOP_K, BATCH = 2.0, 64, 4
 
@@ -100,9 +102,9 @@ def captures(model, sequences, folder: Path, pairs: int):
     return cache, other, sizes, ratios
 
 
-def tail_errors(model, cache, held_out) -> list[str]:
+def tail_errors(model, cache, held_out) -> str:
     """A table of temperatures: how far the stored tails' mass is from that of full logits."""
-    lines = ["| T | log-mass, max | probability, mean | 99 % | max |", "|---|---|---|---|---|"]
+    rows = []
     for temperature in (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0):
         logs, masses = [], []
         for tokens in held_out:
@@ -115,10 +117,8 @@ def tail_errors(model, cache, held_out) -> list[str]:
             masses.append((torch.sigmoid(stored - top) - torch.sigmoid(exact - top)).abs())
         log, mass = torch.cat(logs), torch.cat(masses)
         numbers = (log.max(), mass.mean(), mass.quantile(0.99), mass.max())
-        lines.append(
-            " | ".join([f"| {temperature:g}", *(f"{float(n):.1e}" for n in numbers)]) + " |"
-        )
-    return lines
+        rows.append([f"{temperature:g}", *(f"{float(n):.1e}" for n in numbers)])
+    return tables.markdown(["T", "log-mass, max", "probability, mean", "99 %", "max"], rows)
 
 
 def gradient(student, kind, tokens) -> torch.Tensor:
@@ -140,17 +140,10 @@ def trained_kl(student, kind, model, batches, held_out) -> float:
     return float(torch.stack(each).mean())
 
 
-def main() -> None:
+def compared(args) -> Iterator[str]:
+    """The kinds of targets side by side, what the tails cost, and how exact they are."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="a folder of a causal LM with its tokenizer")
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
-    parser.add_argument("--pairs", type=int, default=3, help="captures with and without tails")
-    parser.add_argument("--output", help="write the table here too")
-    args = parser.parse_args()
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     number = args.steps * BATCH
@@ -160,37 +153,43 @@ def main() -> None:
     start = pruned(model)
     with tempfile.TemporaryDirectory() as folder:
         one, two, sizes, ratios = captures(model, rows, Path(folder), args.pairs)
-        errors = tail_errors(model, one, held_out)
-        kinds = [
+        kinds = (
             Kind("full logits, T = 2", TEMPERATURE, lambda tokens: teacher_logits(model, tokens)),
             Kind("captured at 2, T = 2", TEMPERATURE, from_cache(two)),
             Kind("captured at 1, stored tails, T = 2", TEMPERATURE, from_cache(one)),
             Kind("captured at 1, T = 1", 1.0, from_cache(one)),
-            Kind("captured at 1, T = 2, `spread`", TEMPERATURE, from_cache(one, "spread")),
-            Kind(
-                "captured at 1, T = 2, `one_outcome`", TEMPERATURE, from_cache(one, "one_outcome")
+            *(
+                Kind(f"captured at 1, T = 2, `{rule}`", TEMPERATURE, from_cache(one, rule))
+                for rule in ("spread", "one_outcome")
             ),
-        ]
-        lines = ["| targets | gradient | held-out KL |", "|---|---|---|"]
+        )
         exact = gradient(start, kinds[0], batches[0])
+        found = []
         for kind in kinds:
             mine = gradient(start, kind, batches[0])
-            cosine = mine @ exact / (mine.norm() * exact.norm())
+            cosine = float(mine @ exact / (mine.norm() * exact.norm()))
             final = trained_kl(copy.deepcopy(start), kind, model, batches, held_out)
-            lines.append(f"| {kind.name} | {float(cosine):.3f} | {final:.3f} |")
-            print(lines[-1], flush=True)
-    lines += [
-        "",
-        f"{args.steps} steps of {BATCH} x {args.length} tokens, k = {TOP_K}, codec compact. Bytes "
-        f"a token without and with stored tails: {sizes['without']:.2f} and {sizes['with']:.2f}. "
-        "CPU time of the capture with over without: "
-        + ", ".join(f"{ratio:.3f}" for ratio in sorted(ratios)) + ".",
-        "",
-        *errors,
-    ]  # fmt: skip
-    print("\n".join(lines))
-    if args.output:
-        Path(args.output).write_text("\n".join(lines) + "\n")
+            found.append([kind.name, f"{cosine:.3f}", f"{final:.3f}"])
+        yield tables.markdown(["targets", "gradient", "held-out KL"], found)
+        shown = ", ".join(f"{ratio:.3f}" for ratio in sorted(ratios))
+        yield (
+            f"\n{args.steps} steps of {BATCH} x {args.length} tokens, k = {TOP_K}, codec compact. "
+            f"Bytes a token without and with stored tails: {sizes['without']:.2f} and "
+            f"{sizes['with']:.2f}. CPU time of the capture with over without: {shown}.\n"
+        )
+        yield tail_errors(model, one, held_out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a folder of a causal LM with its tokenizer")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--pairs", type=int, default=3, help="captures with and without tails")
+    parser.add_argument("--output", type=Path, help="write the tables here too")
+    torch.manual_seed(0)
+    args = parser.parse_args()
+    tables.show(compared(args), args.output)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kd.traces import Trace, Verdict, verifier
+from kd_bench import tables
 
 ROOT = Path(__file__).parents[1]
 PAIRS = ROOT / "tests" / "verdict_pairs.txt"
 HELD_OUT = ROOT / "tests" / "verdict_held_out.txt"
 README = ROOT / "kd" / "traces" / "README.md"
 BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
-HEADER = "| verifier | pairs | decided | as labelled | false correct | false wrong | unknown |"
+COLUMNS = ("verifier", "pairs", "decided", "as labelled", "false correct", "false wrong", "unknown")
 
 
 class Pair(NamedTuple):
@@ -78,28 +79,25 @@ def ours() -> dict[str, Callable[[Trace], Verdict]]:
     return {name: verifier(name) for name in ("maths", "numeric", "choice", "exact")}
 
 
-def rows(counts: dict[str, Counter[str]]) -> list[str]:
-    lines = []
-    for name, found in counts.items():
-        pairs = found.total()
-        if not pairs:
-            continue
-        decided = 100 * (pairs - found["unknown"]) / pairs
-        lines.append(
-            f"| {name} | {pairs} | {decided:.1f} % | {found['right']} | {found['false correct']} "
-            f"| {found['false wrong']} | {found['unknown']} |"
-        )
-    return lines
+def rows(counts: dict[str, Counter[str]]) -> list[list[str]]:
+    found = []
+    for name, of in counts.items():
+        if pairs := of.total():
+            decided = f"{100 * (pairs - of['unknown']) / pairs:.1f} %"
+            numbers = [of[said] for said in ("right", "false correct", "false wrong", "unknown")]
+            found.append([name, pairs, decided, *numbers])
+    return found
+
+
+def markdown(counts: dict[str, Counter[str]]) -> str:
+    return tables.markdown(COLUMNS, rows(counts), text=COLUMNS)
 
 
 def table() -> str:
     """The table as Markdown; its last line is the pairs that nothing was fitted to."""
     every, apart = count(PAIRS, ours()), count(HELD_OUT, ours())
-    sums = {
-        "all": sum(every.values(), Counter()),
-        "held out": sum(apart.values(), Counter()),
-    }
-    return "\n".join([HEADER, "|" + "---|" * 7, *rows(every), *rows(sums)])
+    sums = {name: sum(of.values(), Counter()) for name, of in (("all", every), ("held out", apart))}
+    return markdown(every | sums)
 
 
 def math_verify() -> Callable[[Trace], Verdict]:
@@ -137,16 +135,15 @@ def main() -> None:
                 print(f"{said}: {pair} {verdict.reason} {verdict.detail}")
     if args.peers:
         peer = math_verify()
-        print(HEADER)
         found = count(PAIRS, {"maths": peer, "numeric": peer})
-        print(*rows({f"math-verify on {name}": one for name, one in found.items()}), sep="\n")
+        print(markdown({f"math-verify on {name}": one for name, one in found.items()}))
     started = time.perf_counter()
     made = table()
     print(made, f"\n{time.perf_counter() - started:.1f} s")
     if args.write:
         text = README.read_text(encoding="utf-8")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        README.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+        text = tables.put_between(README, text, BEGIN, END, made)
+        README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

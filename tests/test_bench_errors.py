@@ -1,28 +1,17 @@
 """The printed table of errors: it passes as it is, and fails when a loss is wrong."""
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
+import error_table
 import kd
 from kd.losses import divergences
 from kd_bench.plain import plain_losses
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "error_table.py"
 
-
-@pytest.fixture(scope="module")
-def error_table():
-    spec = importlib.util.spec_from_file_location("error_table", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_float64_holds_its_bound(error_table, capsys):
+def test_float64_holds_its_bound(capsys):
     assert error_table.main(["--dtype", "float64"]) == 0
     printed = capsys.readouterr().out
     assert "0 broken" in printed
@@ -30,7 +19,7 @@ def test_float64_holds_its_bound(error_table, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_a_wrong_gradient_breaks_the_table(error_table, dtype, capsys, monkeypatch):
+def test_a_wrong_gradient_breaks_the_table(dtype, capsys, monkeypatch):
     def wrong(d, p, q, log_p, log_q, head):
         return p * (log_p - log_q) + (q - p), -1.1 * p
 
@@ -43,7 +32,7 @@ def test_a_wrong_gradient_breaks_the_table(error_table, dtype, capsys, monkeypat
     assert "BROKEN: forward_kl, logits x bucket" in capsys.readouterr().out
 
 
-def test_plain_pytorch_is_the_oracle_in_float64(error_table):
+def test_plain_pytorch_is_the_oracle_in_float64():
     """The yardstick computes the same thing: its errors are rounding and nothing else."""
     for d in error_table.DIVERGENCES:
         for teacher_form in error_table.TEACHERS:

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from kd_bench.machine import version_of
 from kd_bench.peers import PEERS
-from kd_bench.suite import add_peers_to_path, version_of
+from kd_bench.suite import add_peers_to_path
 
 SCRIPT = """
 import json, sys

@@ -195,7 +195,7 @@ def test_guard_counts_inputs_gradients_and_temporaries():
 @pytest.mark.parametrize("size", [8, 24, 80, 192])
 def test_no_card_is_overfilled_and_what_does_not_fit_says_so(size, monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda device: size << 30)
-    monkeypatch.setattr(measure, "version_of", lambda package: "1.0")
+    monkeypatch.setattr(machine, "version_of", lambda package: "1.0")
     for problem in (p for module in MODULES for p in module.problems("cuda", None, False)):
         for implementation in problem.entrants():
             needed = problem.suite.memory(problem, implementation)
@@ -212,21 +212,27 @@ def test_triton_peers_need_a_gpu_and_an_absent_package_is_named(monkeypatch):
     with pytest.raises(measure.NotMeasured, match="nowhere is not installed"):
         absent = dataclasses.replace(of(problem.suite, "trl gkd"), package="nowhere")
         measure.guard(problem, absent, "cpu")
-    monkeypatch.setattr(measure, "version_of", lambda package: "1.0")
+    monkeypatch.setattr(machine, "version_of", lambda package: "1.0")
     with pytest.raises(measure.NotMeasured, match="needs a GPU"):
         measure.guard(problem, of(problem.suite, "liger jsd"), "cpu")
 
 
-@pytest.mark.skipif(not measure.PeakMemory("cpu").__enter__().before, reason="needs Linux's /proc")
-def test_peak_memory_sees_what_was_freed_in_the_block_and_not_before():
+@pytest.mark.skipif(measure.reset_peak("cpu") is None, reason="needs Linux with glibc")
+def test_peak_memory_sees_what_was_freed_in_the_step_and_not_before():
     kept = [torch.ones(100_000, dtype=torch.uint8) for _ in range(1000)]
     held = kept[::2]  # the allocator keeps the pages between those
     del kept
-    with measure.PeakMemory("cpu") as peak:
-        block = torch.ones(64 << 20, dtype=torch.uint8)
-        del block
-    assert (60 << 20) < peak.extra < (70 << 20)
-    with measure.PeakMemory("cpu") as peak:
-        again = [torch.ones(100_000, dtype=torch.uint8) for _ in range(500)]
-    assert (40 << 20) < peak.extra < (60 << 20)
-    assert len(held) == len(again)
+
+    def extra(function):
+        def step():
+            function()
+            return torch.zeros(()), {}
+
+        return measure.peak_of(step, {}, "cpu")["extra_memory"]
+
+    assert (60 << 20) < extra(lambda: torch.ones(64 << 20, dtype=torch.uint8)) < (70 << 20)
+    many = extra(lambda: [torch.ones(100_000, dtype=torch.uint8) for _ in held])
+    assert (40 << 20) < many < (60 << 20)
+    returned = torch.ones(32 << 20, dtype=torch.uint8)
+    found = measure.peak_of(lambda: (returned, {"x": returned.clone()}), {}, "cpu")
+    assert found["returned_memory"] == 32 << 20 and found["extra_memory"] < (4 << 20)

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import curation_table as cases
 from kd.traces import Evaluations, Lint, OneLanguage, Trace, Yield, near_duplicates
 from kd.traces.words import carried, tokens, words
 
 pytest.importorskip("rensa")
-_PATH = Path(__file__).parents[1] / "benchmarks" / "curation_table.py"
-_SPEC = importlib.util.spec_from_file_location("kd_curation_table", _PATH)
-cases = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(cases)
+README = Path(__file__).parents[1] / "kd" / "traces" / "README.md"
 
 
 def test_the_table_finds_nine_of_ten_and_takes_next_to_nothing_falsely(monkeypatch, capsys):
@@ -20,7 +18,7 @@ def test_the_table_finds_nine_of_ten_and_takes_next_to_nothing_falsely(monkeypat
     monkeypatch.setattr(cases, "table", lambda: rows)
     cases.main()
     printed = capsys.readouterr().out
-    readme = (_PATH.parents[1] / "kd" / "traces" / "README.md").read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
     assert printed.strip() in readme or importlib.util.find_spec("reasoning_gym") is None
     assert {row.what for row in rows} == {"near duplicates", "decontamination", "loops", "language"}
     for row in rows:

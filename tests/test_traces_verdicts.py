@@ -1,13 +1,12 @@
 """Answers and references are read wholly: labelled pairs, hostile texts, journals, advice."""
 
-import importlib.util
 import random
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
+import verdict_table as bench
 from kd.traces import Trace, Yield, advice, verifier, verify, verify_stream
 from kd.traces.verification import Journal, judge
 from kd.traces.verifiers import VERIFIERS, Choice, Exact, Maths, Numeric, Verdict
@@ -16,11 +15,6 @@ from kd.traces.verifiers.maths.evaluating import same_expression
 from kd.traces.verifiers.maths.expressions import Unreadable, parse
 from kd.traces.verifiers.maths.plain import plain
 from kd.traces.verifiers.maths.reading import read
-
-_PATH = Path(__file__).parents[1] / "benchmarks" / "verdict_table.py"
-_SPEC = importlib.util.spec_from_file_location("kd_verdict_table", _PATH)
-bench = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(bench)
 
 
 def status(name, reference, answer):

@@ -20,6 +20,16 @@ import kd
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "torchtune")
 
 
+def version_of(package: str | None) -> str | None:
+    """Installed version of a package, None where it is not installed; "" for torch and kd."""
+    if package is None:
+        return ""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
@@ -63,12 +73,8 @@ def machine_info(device: str, commit: str = "") -> dict[str, Any]:
         "kd": kd.__version__,
         "commit": commit,
     }
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    versions = {package: version_of(package) for package in PACKAGES}
+    return found | {package: version for package, version in versions.items() if version}
 
 
 def line_of(info: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kd_bench import machine
-from kd_bench.suite import Implementation, Inputs, Problem, Step, Truth, version_of
+from kd_bench.suite import Implementation, Inputs, Problem, Step, Truth
 
 MEMORY_SHARE = 0.7  # of what is free: what needs more is not tried
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
@@ -44,7 +44,7 @@ def prepared(problem: Problem, device: str) -> tuple[Inputs, Truth]:
 
 def guard(problem: Problem, implementation: Implementation, device: str) -> None:
     """Raise ``NotMeasured`` for what is not installed, cannot run here or would not fit."""
-    if version_of(implementation.package) is None:
+    if machine.version_of(implementation.package) is None:
         raise NotMeasured(f"{implementation.package} is not installed")
     if implementation.needs_gpu and device == "cpu":
         raise NotMeasured("needs a GPU: on a CPU its Triton kernels would run in an interpreter")
@@ -69,38 +69,29 @@ def checked(problem: Problem, implementation: Implementation, device: str) -> di
     return {"value_error": value, "grad_error": worst, "detail": step.detail}
 
 
-class PeakMemory:
-    """How far memory rose inside a ``with`` block: ``extra`` bytes, None where that is unknown.
+def reset_peak(device: str) -> int | None:
+    """Start to watch for the highest use of memory; bytes in use now, None where that is unknown.
 
-    On a GPU the allocator's own peak. On Linux the kernel's high-water mark of resident memory,
-    reset at the start, after free memory that the allocator kept was handed back: what a library
-    keeps for the life of the process, such as its packing buffers, is not counted again.
+    On a GPU by the allocator. On Linux by the kernel's high-water mark of resident memory, after
+    free memory that the allocator kept was handed back: what a library keeps for the life of the
+    process, such as its packing buffers, is not counted again.
     """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):  # not Linux with glibc
+        return None
+    return resident("VmRSS")
 
-    def __init__(self, device: str) -> None:
-        self.device, self.extra = device, None
 
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        if self.device != "cpu":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return self
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-        except (OSError, AttributeError):  # not Linux with glibc
-            self.before = 0
-        else:
-            self.before = resident("VmRSS")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.device != "cpu":
-            self.extra = torch.cuda.max_memory_allocated() - self.before
-        elif self.before:
-            self.extra = resident("VmHWM") - self.before
+def peak(device: str) -> int:
+    """Bytes at the highest use since ``reset_peak``."""
+    return resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def resident(field: str) -> int:
@@ -111,13 +102,13 @@ def resident(field: str) -> int:
 
 def peak_of(step: Step, inputs: Inputs, device: str) -> dict[str, Any]:
     """Extra bytes at the peak of a step, above the inputs and the gradients it returns."""
-    with PeakMemory(device) as peak:
-        _, results = step()
-        machine.synchronize(device)
+    before = reset_peak(device)
+    _, results = step()
+    machine.synchronize(device)
+    extra = None if before is None else peak(device) - before
     given = {tensor.data_ptr() for tensor in inputs.values()}
-    made = [t for t in results.values() if t.data_ptr() not in given]
-    returned = sum(t.numel() * t.element_size() for t in made)
-    extra = None if peak.extra is None else max(0, peak.extra - returned)
+    returned = sum(t.nbytes for t in results.values() if t.data_ptr() not in given)
+    extra = None if extra is None else max(0, extra - returned)
     return {"extra_memory": extra, "returned_memory": returned}
 
 
@@ -172,7 +163,7 @@ def measure(
         "dtype": problem.dtype,
         "divergence": problem.divergence,
         "implementation": implementation.name,
-        "version": version_of(implementation.package),
+        "version": machine.version_of(implementation.package),
         "bare": implementation.bare,
         "bare_name": problem.bare.name if problem.bare else "",
         "error_name": suite.error_name,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -124,7 +122,7 @@ class Suite:
     """A question: its inputs, its true answer, and who may answer it.
 
     Args:
-        name, what: its name, and what one step of it is.
+        name: what the tables call it.
         inputs: the tensors of a problem, on the CPU, from a fixed seed.
         few: of the inputs, what the check takes.
         truth: the oracle's answer to a problem with those few inputs.
@@ -137,12 +135,11 @@ class Suite:
     """
 
     name: str
-    what: str
     inputs: Callable[[Problem], Inputs]
-    few: Callable[[Inputs], Inputs]
     truth: Callable[[Problem, Inputs], Truth]
     implementations: tuple[Implementation, ...]
     memory: Callable[[Problem, Implementation], int]
+    few: Callable[[Inputs], Inputs] = dict
     flops: Callable[[Shape], int] = lambda shape: 0
     bytes: Callable[[Shape, int], int] = lambda shape, itemsize: 0
     errors: Callable[[Answer, Truth], tuple[float, float]] = relative_errors
@@ -205,17 +202,5 @@ def unknown_divergence(peer: str, divergence: kd.Divergence) -> ValueError:
 
 def add_peers_to_path() -> None:
     """Make the packages of ``KD_PEERS`` importable, after everything that is installed."""
-    for folder in os.environ.get("KD_PEERS", "").split(os.pathsep):
-        if folder and folder not in sys.path:
-            sys.path.append(folder)
-    importlib.invalidate_caches()
-
-
-def version_of(package: str | None) -> str | None:
-    """Installed version of a package, None where it is not installed; "" for torch and kd."""
-    if package is None:
-        return ""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    folders = os.environ.get("KD_PEERS", "").split(os.pathsep)
+    sys.path += [folder for folder in folders if folder and folder not in sys.path]
