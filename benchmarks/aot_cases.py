@@ -12,7 +12,6 @@ import torch
 
 from kd_kernels import shards
 from kd_kernels.dense import dense_losses, head_logits
-from kd_kernels.selection import sample, select_top
 from kd_kernels.sparse import sparse_losses
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -123,30 +122,6 @@ def sparse_case(divergence: str, kind: str, vocab: int, stored: int, **options) 
     )
 
 
-def selection_case(what: str, kind: str, vocab: int, k: int, live: int | None = None) -> Case:
-    """A teacher's top k, or draws from it; bytes without the bisection's passes over the cache."""
-    dtype = DTYPES[kind]
-    size = dtype.itemsize
-
-    def launch() -> None:
-        logits = empty(ROWS, vocab, dtype=dtype)
-        if what == "top":
-            select_top(logits, k, vocab=live)
-        else:
-            sample(logits, k, 1, vocab=live)
-
-    return Case(
-        f"select {what} {kind} {live or vocab} k={k}",
-        launch,
-        bytes=(4 if what == "top" else 2) * size,  # passes: statistics, steps, count, compaction
-        one_read_bytes=size,
-        least_bytes=size,
-        read_bytes=size,
-        aligned=what != "top",  # it stores 8-byte ids, one by one
-        bounded=False,
-    )
-
-
 def head_case(kind: str, vocab: int) -> Case:
     """The threshold of adaptive_kl's head."""
     dtype = DTYPES[kind]
@@ -215,8 +190,6 @@ def representative() -> list[Case]:
         *(dense_case(d, "bf16", 128_256) for d in ("forward_kl", "jsd", "adaptive_kl")),
         sparse_case("forward_kl", "bf16", 128_256, 64),
         head_case("bf16", 128_256),
-        selection_case("top", "bf16", 151_936, 64, live=151_665),
-        selection_case("sample", "bf16", 151_936, 64, live=151_665),
         shard_case("statistics", "reverse_kl", "bf16", 18_992),
         shard_case("gradient", "jsd", "bf16", 18_992),
         dense_case("none", "bf16", 151_936, live=151_665, ce=1.0),
@@ -245,12 +218,6 @@ def cases(subset: bool) -> list[Case]:
     found += [sparse_case(d, k, v, 64) for d, k, v in grid]
     found += [sparse_case("forward_kl", "bf16", 151_936, k) for k in (1, 8, 32, 256, 1024)]
     found += [head_case(k, v) for v in VOCABULARIES for k in DTYPES]
-    found += [
-        selection_case(what, k, v, 64)
-        for what in ("top", "sample")
-        for v in VOCABULARIES
-        for k in DTYPES
-    ]
     found += [dense_case("none", k, 151_936, live=151_665, ce=1.0) for k in DTYPES]
     found += shard_cases()
     hard = dict(live=151_665, ce=1.0, temperature=2.0)

@@ -67,7 +67,7 @@ def _cases():
         )
     for tail in ("renormalize", "drop", "uniform"):
         found[f"tail {tail}"] = Case(teacher=tail, options=dict(**HARD))
-    found["floor"] = Case(
+    found["bounded"] = Case(
         collectives=2, options=dict(divergence="reverse_kl", min_logprob=-5.0, reduction="sum")
     )
     found["cross-entropy"] = Case(teacher="none", options=dict(kd_weight=0.0, **HARD))

@@ -1,6 +1,6 @@
 """The dense row kernel in Triton's interpreter, against the float64 oracle.
 
-A mutation planted here and caught: the per-lane rescaling of the running sum dropped.
+A mutation put in here and caught: the per-lane rescaling of the running sum dropped.
 """
 
 import pytest
@@ -74,7 +74,7 @@ def test_minus_infinity(name):
 
 
 def test_infinite_values():
-    """Where the maths is +inf the value is, and a floor bounds it."""
+    """Where the maths is +inf the value is, and min_logprob bounds it."""
     student, teacher = logits(), logits(seed=1)
     teacher[1, 7] = -torch.inf
     values = kd.reverse_kl(student, teacher, reduction="none", backend="triton")

@@ -12,7 +12,6 @@ from kernel_cases import TOKENS, VOCAB, logits
 
 import kd
 from kd_kernels import launch
-from kd_kernels.selection import sample, select_top
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # numpy's -inf
 FAR = 1_200_000_000  # elements between rows: the third row starts past 2**31
@@ -62,14 +61,6 @@ class Overwritten(torch.autograd.Function):
         return gradient, None
 
 
-def test_far_rows_are_selected_from(tmp_path):
-    z = logits(tokens=3).half()
-    far = far_rows(tmp_path, z, "logits")
-    for found, want in zip(select_top(far, 5), select_top(z, 5), strict=True):
-        assert torch.equal(found, want)
-    assert torch.equal(sample(far, 8, 1), sample(z, 8, 1))
-
-
 def hopper_shape(vocab=32_000):
     row = torch.empty(4, vocab, dtype=torch.bfloat16, device="meta")
     return launch.one_read_shape(row, row, row, vocab, launch.Target("cuda", 90))
@@ -117,10 +108,9 @@ def test_dtypes_refused(dtype):
 
 
 def test_columns_apart_refused():
-    """Selection takes raw logits: columns must lie side by side."""
-    for call in (lambda z: select_top(z, 2), lambda z: sample(z, 2, 0)):
-        with pytest.raises(ValueError, match="unit column stride"):
-            call(logits(2 * VOCAB)[:, ::2])
+    """Kernels take raw logits: columns must lie side by side."""
+    with pytest.raises(ValueError, match="unit column stride"):
+        launch.check_logits(logits(2 * VOCAB)[:, ::2])
 
 
 def test_no_rows_of_a_sparse_teacher():

@@ -9,7 +9,6 @@ import pytest
 import test_kernel_dense as dense
 import test_kernel_linear as linear_tests
 import test_kernel_one_read as one_read
-import test_kernel_selection as selected
 import test_kernel_shards as shard_tests
 import test_kernel_sparse as sparse_tests
 import test_kernel_sparse_one_read as sparse_one_read_tests
@@ -23,7 +22,6 @@ from kd_kernels import (
     dense_two_pass,
     head,
     scale,
-    selection,
     shard_rows,
     sparse_one_read,
     sparse_two_pass,
@@ -115,10 +113,6 @@ KERNEL_DEFECTS = {
         shard_rows.shard_statistics_rows, "if SLOTS > 0:\n            s = ",
         "if SLOTS < 0:\n            s = ",
         shard_tests.test_one_shard_is_the_plain_loss, "forward_kl", "sparse",
-    ),
-    "top k one slot late": (
-        selection.select_top_rows, "tl.cumsum(is_larger, 0) - 1", "tl.cumsum(is_larger, 0)",
-        selected.test_top_k, 16, 1.0,
     ),
 }  # fmt: skip
 

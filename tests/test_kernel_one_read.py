@@ -1,7 +1,7 @@
 """The cluster schedule's kernel in Triton's interpreter, which runs a cluster as one program.
 
-What a cluster adds (reductions through distributed shared memory, registers) is the compile-time
-gate's to check.
+What a cluster adds (reductions through distributed shared memory, registers) is for the
+compile-time checks.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def test_every_divergence(name, segments):
 @pytest.mark.parametrize("segments", SHAPES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_options(segments, temperature):
-    """Hard labels, padding, masked rows, -inf, a floor."""
+    """Hard labels, padding, masked rows, -inf, a lower bound."""
     student, teacher = logits(176), logits(160, seed=1)
     student[:, VOCAB:], teacher[:, VOCAB:] = torch.nan, torch.inf
     student[3, :VOCAB:3] = teacher[3, :VOCAB:3] = -torch.inf

@@ -134,7 +134,7 @@ def test_refusals(one_rank):
 @pytest.mark.parametrize("form", ["dense", "sparse"])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_one_shard_is_the_plain_loss(name, form):
-    """The shards' kernels on the whole vocabulary, in this process: defects are planted here."""
+    """The shards' kernels on the whole vocabulary, in this process: the mutations run here."""
     g = torch.Generator().manual_seed(3)
     z, t = (2 * torch.randn(3, 150, generator=g) for _ in range(2))
     logprobs, ids = torch.log_softmax(t, -1).topk(4)

@@ -1,6 +1,6 @@
 """The sparse row kernel in Triton's interpreter, against the float64 oracle.
 
-A mutation planted here and caught: the stored columns left in the tail's sum.
+A mutation put in here and caught: the stored columns left in the tail's sum.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """The sparse kernel of the cluster schedule in Triton's interpreter: a cluster as one program.
 
-What a cluster adds (reductions through distributed shared memory, registers) is the compile-time
-gate's to check.
+What a cluster adds (reductions through distributed shared memory, registers) is for the
+compile-time checks.
 """
 
 import contextlib

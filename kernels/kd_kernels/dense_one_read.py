@@ -11,7 +11,7 @@ segments of power-of-two width: 151,936 columns are 131,072 and 32,768.
 student [N, width], teacher [N, width_t]: bf16, fp16 or fp32, unit column stride, rows of whole
 16-byte vectors; losses [N] float32.
 
-Reads 4 B/element in bf16, writes 2, floor 6, ours 6.
+Reads 4 B/element in bf16, writes 2, least 6, ours 6.
 
 Source: the cluster softmax of quack (https://github.com/Dao-AILab/quack), the idea alone.
 """

@@ -11,7 +11,7 @@ online in the other. The others' h needs both normalisers, so its sum takes a pa
 
 student [N, width], teacher [N, width_t]: bf16, fp16 or fp32, unit column stride; losses [N] fp32.
 
-Reads 8 B/element in bf16 (12 in three passes), writes 2, floor 6, ours 10 (14) where no second
+Reads 8 B/element in bf16 (12 in three passes), writes 2, least 6, ours 10 (14) where no second
 read hits the cache.
 
 Source: Milakov and Gimelshein 2018 (online softmax), https://arxiv.org/abs/1805.02867.

@@ -10,7 +10,7 @@ row more than about the bits of its dtype. No sort, no host sync.
 teacher [N, width]: bf16, fp16 or fp32; heads [N] float32.
 
 Reads 2 B/element in bf16 a pass (after the first from the cache), writes nothing per element,
-floor 2, ours 4 plus 2 for each step of the bisection.
+least 2, ours 4 plus 2 for each step of the bisection.
 """
 
 import triton

@@ -5,8 +5,8 @@
 The upstream gradient of a loss is 1 in nearly every training step: the kernel then reads the
 factor, one number, and returns.
 
-Reads 0 B/element and writes 0 where the factor is 1, floor 0, ours 0; reads 2 and writes 2 in bf16
-otherwise, floor 4, ours 4.
+Reads 0 B/element and writes 0 where the factor is 1, least 0, ours 0; reads 2 and writes 2 in bf16
+otherwise, least 4, ours 4.
 """
 
 import torch

@@ -14,7 +14,7 @@ functions are the unsharded kernels' own.
 student [N, live], teacher [N, live]: bf16, fp16 or fp32, unit column stride.
 
 Reads 8 B/element in bf16 (12 with shard_sums: neither forward nor reverse KL; 4 for a sparse
-teacher), writes 2, floor 6 (4 sparse), ours 10 (14; 6 sparse): a row cannot wait in registers for
+teacher), writes 2, least 6 (4 sparse), ours 10 (14; 6 sparse): a row cannot wait in registers for
 the other ranks.
 """
 

@@ -12,7 +12,7 @@ Launches order what a cluster's blocks would else have to wait for.
 student [N, width]: bf16, fp16 or fp32, rows of whole 16-byte vectors; ids [N, S] int32, log_p
 [N, S] float32 in log2 units, as in kd_kernels.sparse_two_pass; marks [N, columns / 8] bytes.
 
-Reads 2 B/element in bf16, writes 2, floor 4, ours 4.25: the marks are an eighth of a byte, once
+Reads 2 B/element in bf16, writes 2, least 4, ours 4.25: the marks are an eighth of a byte, once
 zeroed and once read; per row 20 S bytes of targets, gradients and marks, and K scattered 32-byte
 sectors.
 

@@ -13,7 +13,7 @@ student [N, width]: bf16, fp16 or fp32, unit column stride; ids [N, S] int32, lo
 in log2 units, S a power of two above K: slot K is the tail, empty slots hold id -1 and -inf. Ids
 are unique in a row.
 
-Reads 4 B/element in bf16, writes 2, floor 4, ours 6 where the second read misses the cache; per row
+Reads 4 B/element in bf16, writes 2, least 4, ours 6 where the second read misses the cache; per row
 12 S bytes of targets and K scattered 32-byte sectors, read and written.
 
 Source: Anshumann et al. 2025 (sparse logit sampling), https://arxiv.org/abs/2503.16870, for the
@@ -44,7 +44,7 @@ def without(z, ids, start, BLOCK: tl.constexpr):
     """A tile of logits with -inf at the ids that fall into it.
 
     "!= 0" and not "> 0": Triton 3.8's AMD range analysis takes a histogram's counts for zeros and
-    folds the latter away, with the whole histogram (seen in the gate as 32 bytes of shared memory).
+    folds the latter away, with the whole histogram (compiled, it is 32 bytes of shared memory).
     """
     place = ids - start
     hits = tl.histogram(place, BLOCK, mask=(place >= 0) & (place < BLOCK))
