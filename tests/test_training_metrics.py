@@ -9,8 +9,8 @@ from transformers import TrainerCallback
 
 import kd
 from kd.training import DistillationCollator, DistillationTrainer, Objective, TokenClasses, fit
+from kd.training.loss import flat_targets
 from kd.training.metrics import ANSWER, DIGIT, THINK, StepMetrics
-from kd.training.objective import flat_targets
 
 TEXTS = ["<pad>", "a ", "1", "</th", "ink>", "42", "b"] + [f"w{i} " for i in range(16)]
 

@@ -21,7 +21,7 @@ from kd.training import (
     prepare_student,
 )
 from kd.training.checks import check_domains
-from kd.training.objective import trained_weight
+from kd.training.rows import trained_weight
 from kd.training.teachers import Teachers
 
 PLAIN = {"temperature": 2.0, "vocab_size": cases.VOCABULARY}

@@ -15,9 +15,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kd.training.collator import DistillationCollator
+from kd.training.loss import compute_loss
 from kd.training.metrics import TokenClasses
-from kd.training.objective import Objective, compute_loss, trained_weight
+from kd.training.objective import Objective
 from kd.training.preflight import Check, check
+from kd.training.rows import trained_weight
 from kd.training.schedules import Schedule, cosine, linear
 from kd.training.student import prepare_student
 from kd.training.teachers import Teacher

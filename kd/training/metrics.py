@@ -12,9 +12,9 @@ from torch import Tensor
 
 import kd
 from kd.heads import dense_logits
+from kd.training.batches import Target, per_token
 from kd.training.objective import Objective
 from kd.training.rows import aligned_labels
-from kd.training.teachers import Target, per_token
 
 THINK, ANSWER, DIGIT = 1, 2, 4
 CLASSES = {"think": THINK, "answer": ANSWER, "digit": DIGIT}

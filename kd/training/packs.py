@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kd.heads import causal_lm
 from kd.traces import isolates_documents
-from kd.training.teachers import RECORD, STAMP, Teachers
+from kd.training.batches import RECORD, STAMP
+from kd.training.teachers import Teachers
 
 # They read borders in every row of a batch; any other (flash) reads them in a single row only.
 SEVERAL_ROWS = ("eager", "sdpa", "flex_attention", None)

@@ -170,3 +170,9 @@ def aligned_labels(batch: Mapping[str, Any], asked: str = "compute_loss") -> Ten
             f"{int(moved[row, at])} for the token after position {at} of row {row}. {fix}"
         )
     return found
+
+
+def trained_weight(labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """How many tokens count, or their weights' sum: what a mean over tokens divides by."""
+    trained = labels != IGNORE
+    return (trained if weights is None else weights * trained).sum().float()

@@ -1,20 +1,12 @@
-"""Where a student's soft targets come from: caches, models in memory, or several of both.
-
-A teacher's part of a batch is one or a few tensors ``[B, L, ...]``, aligned with the student's
-rows: ``teacher_ids``, ``teacher_logprobs`` and perhaps ``teacher_tail_log_partition`` from a cache
-of sparse targets (the fields of ``kd.TopK``), ``teacher_hidden`` from a hidden-state cache (both
-put there by the collator) or from a model in memory (put there by ``Teachers.forward``; logits
-where its lm_head is not a plain matrix). The second teacher's keys end in ``_1``, and so on.
-"""
+"""Where a student's soft targets come from: caches, models in memory, or several of both."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,17 +16,21 @@ from torch import Tensor
 
 import kd
 from kd.heads import causal_lm, final_hidden, reading
+from kd.training.batches import (
+    FLAT_KEYS,
+    HIDDEN,
+    MODEL_KEYS,
+    RECORD,
+    SPARSE,
+    STAMP,
+    Target,
+    keyed,
+    mapped,
+    record_entry,
+    top_k_of,
+)
 
 Document = tuple[int, int, Tensor, int]  # row of the batch, where it starts, its tokens, domain
-Target = kd.TopK | kd.Hidden | Tensor
-STAMP = "teacher_stamp_"  # of a batch: in a key's name, so that no GPU is waited for to read it
-RECORD = "teacher_record"
-FLAT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of one row
-MODEL_KEYS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", *FLAT_KEYS)
-TOKEN_KEYS = ("shift_labels", "weights", "domain", "token_class")
-# A cache's answer by field, with what an empty row holds.
-SPARSE = {"ids": -1, "logprobs": -math.inf, "tail_log_partition": 0.0}
-HIDDEN = {"hidden": 0.0}
 
 
 @dataclass(frozen=True)
@@ -179,10 +175,7 @@ class Teachers:
             for name, values in _looked_up(member, shape, mine).items():
                 batch[keyed(f"teacher_{name}", number)] = values
             if member.record is not None:
-                text = torch.frombuffer(
-                    bytearray(json.dumps(member.record).encode()), dtype=torch.uint8
-                )
-                batch[keyed(RECORD, number)] = text.repeat(shape[0], 1)
+                batch[keyed(RECORD, number)] = record_entry(member.record, shape[0])
         batch[self.stamp] = torch.zeros(shape[0], dtype=torch.int8)
         if self.domains:
             domain = torch.full(shape, -1, dtype=torch.long)
@@ -207,7 +200,7 @@ class Teachers:
             elif bool(mine.any()):
                 some = {k: v if k in FLAT_KEYS else v[mine] for k, v in inputs.items()}
                 said = self._run(member, some)
-                found[keyed("teacher_hidden", number)] = _mapped(said, partial(_spread, mine))
+                found[keyed("teacher_hidden", number)] = mapped(said, partial(_spread, mine))
         return found
 
     def _run(self, member: Teacher, inputs: dict[str, Any]) -> kd.Hidden | Tensor:
@@ -255,57 +248,6 @@ class Teachers:
         """Which of the rows a teacher teaches."""
         wanted = [at for at in range(-1, len(self.domains)) if self.teaches(number, at)]
         return torch.isin(domain, torch.tensor(wanted, device=domain.device))
-
-
-def keyed(name: str, number: int) -> str:
-    """The batch's key of a teacher's part."""
-    return name if number == 0 else f"{name}_{number}"
-
-
-def top_k_of(
-    flat: Mapping[str, Any], number: int, record: Mapping[str, Any], rule: str | None
-) -> kd.TopK:
-    """A cache's part of a batch, as the ``record`` says that it is to be read."""
-    fields: dict[str, Any] = {n: flat.get(keyed(f"teacher_{n}", number)) for n in SPARSE}
-    return kd.TopK(
-        **fields,
-        tail=record["tail"],
-        temperature=record["temperature"],
-        tail_temperatures=tuple(record["tail_temperatures"]),
-        tail_at_temperature=rule,
-    )
-
-
-def record_in(batch: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of the first teacher's cache that a batch carries, or None."""
-    text = batch.get(RECORD)
-    return None if text is None else json.loads(bytes(text[0].tolist()))
-
-
-def per_token(
-    batch: Mapping[str, Any], change: Callable[[Tensor], Tensor], *, every: bool = False
-) -> dict[str, Any]:
-    """A batch's targets with ``change`` made to every entry that has a value for each token.
-
-    What belongs to the whole batch stays as it is; ``every`` keeps what is no target, too.
-    """
-    found: dict[str, Any] = {}
-    for key, value in batch.items():
-        if value is None:
-            continue
-        if key.startswith((RECORD, STAMP)):
-            found[key] = value
-        elif isinstance(value, kd.Hidden) or key in TOKEN_KEYS or key.startswith("teacher_"):
-            found[key] = _mapped(value, change)
-        elif every:
-            found[key] = value
-    return found
-
-
-def _mapped(said: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(said, Tensor):
-        return change(said)
-    return dataclasses.replace(said, hidden=change(said.hidden))
 
 
 def hidden_of(model: Any, inputs: Mapping[str, Any]) -> kd.Hidden | Tensor:

@@ -6,11 +6,8 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,43 +29,16 @@ from kd.training.checks import (
     context_length,
 )
 from kd.training.collator import DistillationCollator, default_collator
+from kd.training.loss import compute_loss
 from kd.training.metrics import StepMetrics, TokenClasses
-from kd.training.objective import Objective, compute_loss, trained_weight
+from kd.training.objective import Objective
 from kd.training.report import append_metrics, peak_memory, write_report
-from kd.training.rows import aligned_labels
+from kd.training.rows import aligned_labels, trained_weight
+from kd.training.stopping import StopSignal, TrainingInterrupted
 from kd.training.student import prepare_student
 from kd.training.teachers import Teachers
 
 CARRIED = "kd_state.json"
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the step in hand was finished and a checkpoint written."""
-
-
-class StopSignal:
-    """Remembers the first SIGINT or SIGTERM; a second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.name = ""
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.name:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listens inside, in the main thread (signals reach no other)."""
-        self.name = ""
-        main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-        before = {number: signal.signal(number, self._note) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Steps(TrainerCallback):
