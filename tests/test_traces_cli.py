@@ -189,11 +189,12 @@ def test_the_page_escapes_everything_and_loads_nothing(tmp_path):
     assert set(re.findall(r'(?:src|href)="(.{5})', text)) == {"data:"}
 
 
-def test_the_demo_runs_the_whole_pipeline_with_real_verdicts(tmp_path):
+def test_the_demo_runs_the_whole_pipeline_with_real_verdicts(tmp_path, capsys):
     pytest.importorskip("reasoning_gym")
-    from kd.traces.demo import run_demo
-
-    page = run_demo(tmp_path, problems=30, steps=60)
+    options = ["-o", str(tmp_path), "--problems", "30", "--steps", "60"]
+    assert main(["traces", "demo", *options]) == 0
+    page = tmp_path / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["generate"]["kept"] == 60
     for tally in counts.values():

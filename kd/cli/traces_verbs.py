@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import warnings
@@ -274,8 +275,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from kd.traces.demo import run_demo
-
-    page = run_demo(args.output or "runs/traces-demo", problems=args.problems, steps=args.steps)
-    print(page)
+    demo = importlib.import_module("kd_recipes._traces_demo")  # above kd, found as recipes are
+    folder = args.output or "runs/traces-demo"
+    print(demo.run_demo(folder, problems=args.problems, steps=args.steps))
     return 0
