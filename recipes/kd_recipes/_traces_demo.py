@@ -15,7 +15,6 @@ from kd.traces import (
     ReasoningGym,
     Renderer,
     Sampling,
-    Trace,
     Verifier,
     Yield,
     best_of_n,
