@@ -67,7 +67,7 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
     return memory.view(dtype).view(shape)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Plan:
     """The cut of a loss's rows into chunks, and the memory for their logits."""
 

@@ -21,7 +21,7 @@ Transform: TypeAlias = "tuple[float | None, float | None]"
 NO_TRANSFORM: Transform = (None, None)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Objective:
     """What a row's loss is: kd_weight * divergence(T) + ce_weight * cross-entropy."""
 
@@ -33,7 +33,7 @@ class Objective:
     min_logprob: float | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Projection:
     """Logits as matmuls, sum of x @ w.T + bias: the lm_head, and LoRA's second pair."""
 
@@ -42,7 +42,7 @@ class Projection:
     transform: Transform
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class SparseRows:
     """A sparse teacher's rows, canonical: unique ids, at the loss temperature.
 
@@ -58,7 +58,7 @@ class SparseRows:
         return SparseRows(self.ids[rows], self.log_p[rows], self.log_tail[rows], self.tail)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Tile:
     """Rows for a backend."""
 
@@ -87,7 +87,7 @@ class Backend:
     """Runs Triton kernels, so that a large chunk costs no memory beyond its logits."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True)
 class Problem:
     """One loss: what is compared and how rows count. Tensors are flat over tokens."""
 
