@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 SHELLS = ("bash", "zsh", "fish")
@@ -42,11 +43,9 @@ def asked() -> bool:
     return "_ARGCOMPLETE" in os.environ
 
 
-def complete() -> None:
-    """Answer the shell, and end the process."""
+def complete(build_parser: Callable[[str], argparse.ArgumentParser]) -> None:
+    """Answer the shell from the parser of its command, and end the process."""
     import argcomplete
-
-    from kd.cli.main import build_parser
 
     words = os.environ.get("COMP_LINE", "").split()
     argcomplete.autocomplete(build_parser(words[1] if len(words) > 1 else ""))

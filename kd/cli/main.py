@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         if completion.asked():
-            completion.complete()
+            completion.complete(build_parser)
         return _dispatch(arguments)
     except KeyboardInterrupt:
         print("stopped: run the same command again to continue.", file=sys.stderr)
