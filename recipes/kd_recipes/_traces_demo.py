@@ -91,7 +91,8 @@ def _train(folder: Path, tokenizer: Any, held_out: set[str], steps: int, seed: i
 
     from kd.training import DistillationCollator, fit
 
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
+    rows: list[dict[str, list[int]]] = []
     while len(rows) < 64 * steps:
         question = arithmetic.problem(rng)
         if question not in held_out:
