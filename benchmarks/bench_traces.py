@@ -19,13 +19,13 @@ from pathlib import Path
 
 from kd.traces import (
     CHATML,
+    DropCounts,
     Evaluations,
     JsonlTraces,
     Lint,
     OneLanguage,
     Renderer,
     Source,
-    Yield,
     decontaminate,
     exact_duplicates,
     filter_stream,
@@ -101,7 +101,7 @@ def run(count: int, folder: Path) -> Iterator[str]:
     rng = random.Random(1)
     questions = [" ".join(rng.choices(WORDS, k=40)) for _ in range(2000)]
     evaluations = Evaluations().add("bench", questions)
-    report = Yield()
+    report = DropCounts()
     names = ("load", "filter", "dedupe exact", "dedupe near", "decontaminate", "mix", "render")
     for name in names:
         report.stage(name)
@@ -119,11 +119,11 @@ def run(count: int, folder: Path) -> Iterator[str]:
     ended = time.perf_counter()
     total = ended - started
     rows_of_stages = [
-        [name, f"{tally.seen:,}", f"{tally.kept:,}",
-         f"{tally.seen / max(tally.seconds, 1e-9):,.0f}", f"{tally.seconds:.1f}"]
-        for name, tally in report.stages.items()
+        [name, f"{stage.seen:,}", f"{stage.kept:,}",
+         f"{stage.seen / max(stage.seconds, 1e-9):,.0f}", f"{stage.seconds:.1f}"]
+        for name, stage in report.stages.items()
     ]  # fmt: skip
-    counted = sum(tally.seconds for tally in report.stages.values())
+    counted = sum(stage.seconds for stage in report.stages.values())
     rows_of_stages += [
         ["writing in the middle, packing", "", "", "", f"{total - counted:.1f}"],
         ["**all**", f"{count:,}", f"{report.kept:,}", f"{count / total:,.0f}", f"{total:.1f}"],

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from kd.traces import (
+    DropCounts,
     Evaluations,
     Lint,
     OneLanguage,
     Trace,
-    Yield,
     decontaminate,
     near_duplicates,
 )
@@ -122,7 +122,7 @@ def duplicates() -> dict[str, tuple[list[Trace], list[Trace]]]:
 
 def near_rows() -> Iterable[Row]:
     for kind, (same, others) in duplicates().items():
-        report = Yield()
+        report = DropCounts()
         kept = list(near_duplicates([*same, *others], report=report))
         found = sum(trace not in kept for trace in same[1:])
         if len(same) > 1:
@@ -165,7 +165,7 @@ def _templates() -> Iterable[Row]:
                 items = list(reasoning_gym.create_dataset(name, size=size, seed=1))
             asked |= {x["question"]: x["metadata"].get("answer_cot", PROSE) for x in items}
         traces = [Trace(question, thought, "Done.") for question, thought in asked.items()]
-        kept = sum(1 for _ in near_duplicates(traces, report=Yield()))
+        kept = sum(1 for _ in near_duplicates(traces, report=DropCounts()))
         yield Row("near duplicates", kind, False, len(traces), len(traces) - kept)
 
 
@@ -245,7 +245,7 @@ def leak_rows() -> Iterable[Row]:
 
 
 def _leaks(evaluations: Evaluations, traces: list[Trace]) -> int:
-    kept = list(decontaminate(traces, evaluations, report=Yield()))
+    kept = list(decontaminate(traces, evaluations, report=DropCounts()))
     return len(traces) - len(kept)
 
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kd.traces import Trace, Yield, load, yields
+from kd.traces import DropCounts, Trace, counts, load
 
 # ("what it is", what is written, (question, thought, answer[, reference]) or the reason)
 Q, A = "What is 2+3?", "5"
@@ -185,16 +185,16 @@ def write(folder: Path) -> dict[tuple[str, int], tuple[str, Any]]:
     return expected
 
 
-def outcomes(folder: Path) -> tuple[dict[tuple[str, int], Trace | str], Yield]:
+def outcomes(folder: Path) -> tuple[dict[tuple[str, int], Trace | str], DropCounts]:
     """What became of each record, by (file, index): the trace, or the reason of its drop."""
-    report, found = Yield(), {}
-    shown, yields.EXAMPLES = yields.EXAMPLES, 1000
+    report, found = DropCounts(), {}
+    shown, counts.EXAMPLES = counts.EXAMPLES, 1000
     try:
         for file in sorted(folder.iterdir()):
             for trace in load(file, report=report):
                 found[file.name, trace.metadata["index"]] = trace
     finally:
-        yields.EXAMPLES = shown
+        counts.EXAMPLES = shown
     for reason, examples in report["load"].examples.items():
         for example in examples:
             found[example["file"], example["index"]] = reason
@@ -217,10 +217,10 @@ def main() -> None:
             texts = (became.prompt, became.think, became.answer, became.reference)
             cells = ["kept", *(text.replace("\n", " ") for text in texts)]
         print(f"| {what} | {' | '.join(cells or [])} |")
-    tally = report["load"]
+    counted = report["load"]
     lost = len(expected) - len(found)
     print(
-        f"\n{tally.seen} in, {tally.kept} kept, {sum(tally.dropped.values())} dropped, {lost} lost"
+        f"\n{counted.seen} in, {counted.kept} kept, {sum(counted.dropped.values())} dropped, {lost} lost"
     )
 
 

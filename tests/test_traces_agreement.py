@@ -5,10 +5,20 @@ import json
 import pytest
 
 from kd.cli.main import main
-from kd.traces import Exact, Numeric, Trace, Verdict, Yield, compare, load, write_traces, yields
+from kd.traces import (
+    DropCounts,
+    Exact,
+    Numeric,
+    Trace,
+    Verdict,
+    compare,
+    counts,
+    load,
+    write_traces,
+)
 from kd.traces.agreement import DECIDE, decision
+from kd.traces.counts import metered
 from kd.traces.report import write_report
-from kd.traces.yields import metered
 
 TRACES = [
     Trace("same", "t", "5", reference="5"),
@@ -30,15 +40,15 @@ BOTH = {"literal": literal, "numeric": Numeric()}
 
 
 def test_every_pair_is_counted_and_examples_of_disagreement_are_kept():
-    report = Yield()
+    report = DropCounts()
     kept = list(compare(TRACES, BOTH, workers=2, report=report))
     assert [trace.prompt for trace in kept] == ["same", "words"]
-    tally = report["verify"]
-    assert tally.notes["verdicts"] == {
+    counted = report["verify"]
+    assert counted.notes["verdicts"] == {
         "literal": {"correct": 2, "wrong": 2, "unknown": 1},
         "numeric": {"correct": 2, "wrong": 1, "unknown": 2},
     }
-    assert tally.notes["agreement"] == {
+    assert counted.notes["agreement"] == {
         "literal / numeric": {
             "correct / correct": 1,
             "wrong / correct": 1,
@@ -47,9 +57,9 @@ def test_every_pair_is_counted_and_examples_of_disagreement_are_kept():
             "correct / unknown": 1,
         }
     }
-    (example,) = tally.notes["disagreements"]  # unknown is no disagreement
+    (example,) = counted.notes["disagreements"]  # unknown is no disagreement
     assert example["prompt"] == "another spelling" and example["numeric says"] == "correct"
-    assert tally.dropped == {"wrong: different answer": 2, "unknown: no reference": 1}
+    assert counted.dropped == {"wrong: different answer": 2, "unknown: no reference": 1}
     assert set(kept[0].metadata["verdicts"]) == {"literal", "numeric"}
     assert "literal / numeric agree, %" in report.table() and "60.0" in report.table()
 
@@ -64,7 +74,7 @@ def test_every_pair_is_counted_and_examples_of_disagreement_are_kept():
     ],
 )
 def test_whose_verdict_counts(decide, kept):
-    found = compare(TRACES, BOTH, decide=decide, report=Yield())
+    found = compare(TRACES, BOTH, decide=decide, report=DropCounts())
     assert [trace.prompt for trace in found] == kept
 
 
@@ -79,16 +89,16 @@ def test_a_tie_is_unknown_and_a_crash_is_no_vote():
 
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="verifiers must be at least two, got .'a'"):
-        compare([], {"a": Exact()}, report=Yield())
+        compare([], {"a": Exact()}, report=DropCounts())
     with pytest.raises(ValueError, match="decide must be one of first, all, any, majority, got"):
-        compare([], BOTH, decide="mine", report=Yield())
+        compare([], BOTH, decide="mine", report=DropCounts())
 
 
 def test_the_page_shows_who_disagrees_and_escapes_it(tmp_path):
-    report = Yield()
+    report = DropCounts()
     evil = Trace("<script>", "t", "5.0", reference="5")
     list(compare([*TRACES, evil], BOTH, report=report))
-    report = Yield.from_dict(json.loads(json.dumps(report.to_dict())))
+    report = DropCounts.from_dict(json.loads(json.dumps(report.to_dict())))
     text = write_report(tmp_path / "r.html", report).read_text()
     assert "They agree on 50.0 % of 6 traces." in text and "literal \\ numeric" in text
     assert "another spelling" in text and "&lt;script&gt;" in text and "<script" not in text
@@ -96,8 +106,8 @@ def test_the_page_shows_who_disagrees_and_escapes_it(tmp_path):
 
 def test_a_stage_counts_its_own_time_and_not_that_of_the_stages_it_reads(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(yields.time, "perf_counter", lambda: clock[0])
-    report = Yield()
+    monkeypatch.setattr(counts.time, "perf_counter", lambda: clock[0])
+    report = DropCounts()
     first, middle, last = (report.stage(name) for name in ("first", "middle", "last"))
 
     def made():

@@ -7,7 +7,7 @@ import pytest
 from traces_cases import CHATML_QWEN, byte_tokenizer, tiny_model
 
 from kd.cli.main import main
-from kd.traces import Trace, Yield, load, write_traces
+from kd.traces import DropCounts, Trace, load, write_traces
 from kd.traces.report import write_report
 
 
@@ -53,7 +53,7 @@ def test_the_pipeline_runs_from_raw_records_to_packed_rows_and_a_page(files, cap
         ["traces", "report", str(files / "d.jsonl"), "--report", str(files / "n.json")]
         + ["-o", str(files / "page.html")]
     )
-    counts = Yield.from_dict(json.loads((files / "n.json").read_text()))
+    counts = DropCounts.from_dict(json.loads((files / "n.json").read_text()))
     assert list(counts.stages)[2:5] == ["filter", "dedupe exact", "decontaminate"]
     assert {name: (t.seen, t.kept) for name, t in counts.stages.items()} == {
         "load": (23, 22),
@@ -135,7 +135,7 @@ def test_no_row_out_is_an_error_of_every_verb_with_counts_and_the_cure(
     assert (files / "out.jsonl").exists() == (verb == "report")
     assert ("out.jsonl is not written" in told.err) == (verb not in ("mix", "report"))
     if verb != "report":
-        for reason, count in Yield.from_dict(json.loads(counts.read_text())).dropped.items():
+        for reason, count in DropCounts.from_dict(json.loads(counts.read_text())).dropped.items():
             assert re.search(rf"(?m)^  - {re.escape(reason)} +{count}$", told.out)
 
 
@@ -145,8 +145,8 @@ def test_records_that_a_later_verb_cannot_read_are_counted_there(files, capsys):
     for verb, more in (("filter", []), ("mix", []), ("select", ["--best", "1"])):
         options = ["-o", str(files / "out.jsonl"), "--report", str(counts), *more]
         assert main(["traces", verb, str(path), *options]) == 0
-        tally = Yield.from_dict(json.loads(counts.read_text()))[f"read for {verb}"]
-        assert (tally.seen, tally.kept) == (4, 1) and tally.dropped["not JSON"] == 1
+        counted = DropCounts.from_dict(json.loads(counts.read_text()))[f"read for {verb}"]
+        assert (counted.seen, counted.kept) == (4, 1) and counted.dropped["not JSON"] == 1
 
 
 def test_your_own_columns_can_be_named_on_the_command_line(files, capsys):
@@ -179,7 +179,7 @@ def test_an_evaluation_question_that_cannot_be_read_is_refused(files, capsys):
 
 def test_the_page_escapes_everything_and_loads_nothing(tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=y>"
-    report = Yield()
+    report = DropCounts()
     stage = report.stage(evil)
     stage.drop(evil, Trace(evil, evil, evil), evil)
     stage.keep()
@@ -197,8 +197,8 @@ def test_the_demo_runs_the_whole_pipeline_with_real_verdicts(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == str(page)
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["generate"]["kept"] == 60
-    for tally in counts.values():
-        assert tally["in"] == tally["kept"] + sum(tally["dropped"].values())
+    for counted in counts.values():
+        assert counted["in"] == counted["kept"] + sum(counted["dropped"].values())
     assert page.read_text().startswith("<!doctype html>")
     for trace in load(tmp_path / "traces.jsonl"):
         assert trace.answer == trace.reference

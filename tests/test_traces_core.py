@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from traces_cases import CHATML_QWEN, R1_PREFILLED, byte_tokenizer, tiny_model
 
 from kd.traces import (
+    DropCounts,
     Exact,
     Sampling,
     Trace,
     Verdict,
-    Yield,
     generate_local,
     split_completion,
     verify,
@@ -70,7 +70,7 @@ def test_a_completion_of_a_prefilled_thought_that_never_ends_has_no_answer():
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=30), st.integers(0, 30))
 def test_yields_account_for_every_record_and_merge_to_the_whole(records, cut):
     def count(rows):
-        report = Yield()
+        report = DropCounts()
         stage = report.stage("s")
         for reason, good in rows:
             stage.keep() if good else stage.drop(reason, Trace(reason))
@@ -81,11 +81,13 @@ def test_yields_account_for_every_record_and_merge_to_the_whole(records, cut):
     assert merged.to_dict() | {} == whole.to_dict()
     stage = whole["s"]
     assert stage.seen == len(records) == stage.kept + sum(stage.dropped.values())
-    assert Yield.from_dict(json.loads(json.dumps(whole.to_dict()))).to_dict() == whole.to_dict()
+    assert (
+        DropCounts.from_dict(json.loads(json.dumps(whole.to_dict()))).to_dict() == whole.to_dict()
+    )
 
 
 def test_the_table_names_stages_reasons_and_counts():
-    report = Yield()
+    report = DropCounts()
     report.stage("lint").keep(3)
     report.stage("lint").drop("empty answer", Trace("q", "x" * 5000), "nothing after </think>")
     table = report.table()

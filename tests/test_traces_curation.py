@@ -7,6 +7,7 @@ import pytest
 from traces_cases import CHATML_QWEN, byte_tokenizer
 
 from kd.traces import (
+    DropCounts,
     Evaluations,
     JsonlTraces,
     Lint,
@@ -14,7 +15,6 @@ from kd.traces import (
     Source,
     Tokens,
     Trace,
-    Yield,
     best_of_n,
     by_difficulty,
     decontaminate,
@@ -81,7 +81,7 @@ def test_language_mixing_is_found_but_asked_for_languages_are_not():
 
 
 def test_filters_run_in_order_and_count():
-    report = Yield()
+    report = DropCounts()
     traces = [GOOD, GOOD.replace(answer=""), GOOD.note(finish="length")]
     assert list(filter_stream(traces, [Lint(), OneLanguage()], report=report)) == [GOOD]
     assert report["filter"].dropped == {"empty answer": 1, "truncated": 1}
@@ -96,7 +96,7 @@ WORDS = [a + b for a in "ba de fi go hu ja ke li mo nu".split() for b in "n r s 
 
 
 def test_exact_duplicates_ignore_case_and_spaces():
-    report = Yield()
+    report = DropCounts()
     traces = [Trace("a  b"), Trace("A b\n"), Trace("a c")]
     assert [t.prompt for t in exact_duplicates(traces, report=report)] == ["a  b", "a c"]
     assert report["dedupe exact"].dropped == {"exact duplicate": 1}
@@ -110,7 +110,7 @@ def test_near_duplicates_are_found_and_different_texts_are_kept():
         words = trace.think.split()
         words[60] = "changed"
         changed.append(trace.replace(think=" ".join(words)))
-    report = Yield()
+    report = DropCounts()
     kept = list(near_duplicates(originals + changed, report=report))
     assert kept[:150] == originals  # nothing different was thrown away
     assert len(kept) - 150 <= 5, "of 50 near duplicates at most 5 may slip through"
@@ -142,7 +142,7 @@ QUESTIONS = [
 )
 def test_contamination_is_found_with_its_evidence(prompt, kind):
     evaluations = Evaluations(n=8 if kind != "fuzzy" else 40, fuzzy=0.7).add("bench", QUESTIONS)
-    report, evidence = Yield(), []
+    report, evidence = DropCounts(), []
     traces = [Trace("harmless", "t", "a"), Trace(prompt, "t", "a")]
     kept = list(decontaminate(traces, evaluations, report=report, evidence=evidence))
     if kind is None:
@@ -160,10 +160,12 @@ def test_a_question_quoted_in_a_thought_or_an_answer_is_found():
     for name in ("think", "answer"):
         trace = Trace("mine", "t", "a").replace(**{name: f"This reminds me: {QUESTIONS[0]}"})
         evidence = []
-        assert not list(decontaminate([trace], evaluations, report=Yield(), evidence=evidence))
+        assert not list(decontaminate([trace], evaluations, report=DropCounts(), evidence=evidence))
         assert evidence[0]["field"] == name and evidence[0]["kind"] == "13-gram"
         fields = ("prompt",)
-        assert list(decontaminate([trace], evaluations, report=Yield(), fields=fields)) == [trace]
+        assert list(decontaminate([trace], evaluations, report=DropCounts(), fields=fields)) == [
+            trace
+        ]
 
 
 def judged(prompt, answer, status, think="t"):
@@ -177,7 +179,7 @@ def test_the_best_of_n_is_correct_first_then_short():
         judged("a", "right", "correct"),
         judged("b", "only wrong", "wrong"),
     ]
-    report = Yield()
+    report = DropCounts()
     assert [t.answer for t in best_of_n(traces, report=report)] == ["right", "only wrong"]
     assert report["best of n"].dropped == {"another sample was better": 2}
 
@@ -186,7 +188,7 @@ def test_difficulty_is_the_pass_rate():
     traces = [judged("easy", str(i), "correct") for i in range(4)]
     traces += [judged("hard", str(i), "wrong") for i in range(4)]
     traces += [judged("fit", "1", "correct"), judged("fit", "2", "wrong"), Trace("none", "", "x")]
-    report = Yield()
+    report = DropCounts()
     kept = by_difficulty(traces, least=0.2, most=0.8, report=report)
     assert [t.prompt for t in kept] == ["fit", "fit"] and kept[0].metadata["pass_rate"] == 0.5
     assert report["difficulty"].dropped == {"too easy": 4, "too hard": 4, "no verdict": 1}
@@ -194,11 +196,11 @@ def test_difficulty_is_the_pass_rate():
 
 def test_diverse_sampling_is_even_over_domains_and_repeats_under_its_seed():
     traces = [Trace(str(i), "t" * i, "a", domain="math" if i < 90 else "art") for i in range(100)]
-    chosen = diverse(traces, 20, report=Yield(), seed=3)
-    assert chosen == diverse(traces, 20, report=Yield(), seed=3)
+    chosen = diverse(traces, 20, report=DropCounts(), seed=3)
+    assert chosen == diverse(traces, 20, report=DropCounts(), seed=3)
     assert len({t.prompt for t in chosen}) == 20
     assert 5 <= sum(t.domain == "art" for t in chosen) <= 10
-    assert len(diverse(traces, 500, report=Yield())) == 100
+    assert len(diverse(traces, 500, report=DropCounts())) == 100
 
 
 def sources(epochs=1.0):
@@ -208,25 +210,25 @@ def sources(epochs=1.0):
 
 
 def test_mixing_is_by_weight_or_epochs_and_repeats_under_its_seed():
-    report = Yield()
+    report = DropCounts()
     mixed = list(mix(sources(), total=40, seed=1, report=report, count_tokens=lambda t: 7))
     assert sum(bool(t.think) for t in mixed) == 30 and len(mixed) == 40
     assert report["mix"].notes["sources"]["r"]["tokens"] == 210
-    assert mixed == list(mix(sources(), total=40, seed=1, report=Yield()))
-    assert mixed != list(mix(sources(), total=40, seed=2, report=Yield()))
-    twice = [t.prompt for t in mix(sources(epochs=2.5), report=Yield())]
+    assert mixed == list(mix(sources(), total=40, seed=1, report=DropCounts()))
+    assert mixed != list(mix(sources(), total=40, seed=2, report=DropCounts()))
+    twice = [t.prompt for t in mix(sources(epochs=2.5), report=DropCounts())]
     counts = sorted(twice.count(f"r{i}") for i in range(100))
     assert counts == [2] * 50 + [3] * 50 and len(twice) == 310
 
 
 def test_the_share_of_reasoning_is_met_and_the_rest_is_counted():
-    report = Yield()
+    report = DropCounts()
     mixed = list(mix(sources(), reasoning_share=0.5, report=report))
     assert sum(bool(t.think) for t in mixed) == 60 == len(mixed) - 60
     assert report["mix"].dropped == {"too much reasoning": 40}
-    assert all(t.think for t in mix(sources(), reasoning_share=1, report=Yield()))
+    assert all(t.think for t in mix(sources(), reasoning_share=1, report=DropCounts()))
     with pytest.raises(ValueError, match=r"mix: reasoning_share must lie in \[0, 1\], got 2"):
-        list(mix(sources(), reasoning_share=2, report=Yield()))
+        list(mix(sources(), reasoning_share=2, report=DropCounts()))
 
 
 THINK = [Trace(f"r{i}", "t", "a") for i in range(100)]
@@ -251,7 +253,7 @@ NONE = [Trace(f"p{i}", "", "a") for i in range(100)]
 def test_a_mixture_that_cannot_be_had_is_refused_with_the_numbers(held, total, share, words):
     made = [Source(f"s{i}", traces) for i, traces in enumerate(held)]
     with pytest.raises(ValueError, match=f"mix: .*{words}"):
-        mix(made, total=total, reasoning_share=share, report=Yield())
+        mix(made, total=total, reasoning_share=share, report=DropCounts())
 
 
 @pytest.mark.parametrize("total", [4, 7, 100, 333, 1000])
@@ -260,7 +262,7 @@ def test_a_mixture_that_cannot_be_had_is_refused_with_the_numbers(held, total, s
 def test_total_and_share_are_both_met_and_weights_within_each_side(total, share, weights):
     held = [THINK, NONE[:20], THINK[:30] + NONE[20:50]]
     made = [Source(f"s{i}", held[i], weight=weights[i]) for i in range(3)]
-    report = Yield()
+    report = DropCounts()
     mixed = list(mix(made, total=total, reasoning_share=share, report=report))
     assert len(mixed) == total == report["mix"].seen and not report["mix"].dropped
     assert sum(bool(trace.think) for trace in mixed) == round(total * share)
@@ -272,7 +274,7 @@ def test_total_and_share_are_both_met_and_weights_within_each_side(total, share,
 
 
 def test_what_is_repeated_is_said_in_the_table():
-    report = Yield()
+    report = DropCounts()
     list(mix([Source("small", THINK[:10]), Source("large", NONE)], total=100, report=report))
     assert "small repeated, times" in report.table() and "5.00" in report.table()
     assert "large" not in report.table()
@@ -283,7 +285,7 @@ def test_files_are_mixed_without_being_held(tmp_path):
     write_traces(tmp_path / "x.jsonl", traces)
     held = JsonlTraces(tmp_path / "x.jsonl")
     assert len(held) == 50 and held[17] == traces[17] and held[-1] == traces[-1]
-    assert {t.id for t in mix([Source("x", held)], report=Yield())} == {t.id for t in traces}
+    assert {t.id for t in mix([Source("x", held)], report=DropCounts())} == {t.id for t in traces}
 
 
 HOSTILE = [
@@ -309,6 +311,6 @@ def test_a_megabyte_of_anything_is_filtered_at_once(text):
     long = text * (900_000 // len(text))
     trace = Trace(f"一 {text}", long, long[:1000])
     Lint()(trace), OneLanguage()(trace)
-    list(decontaminate([trace], Evaluations().add("b", ["What is 2 + 2?"]), report=Yield()))
-    list(exact_duplicates([trace], report=Yield()))
+    list(decontaminate([trace], Evaluations().add("b", ["What is 2 + 2?"]), report=DropCounts()))
+    list(exact_duplicates([trace], report=DropCounts()))
     assert time.process_time() - started < 10

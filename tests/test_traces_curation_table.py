@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import curation_table as cases
-from kd.traces import Evaluations, Lint, OneLanguage, Trace, Yield, near_duplicates
+from kd.traces import DropCounts, Evaluations, Lint, OneLanguage, Trace, near_duplicates
 from kd.traces.words import carried, tokens, words
 
 pytest.importorskip("rensa")
@@ -54,7 +54,7 @@ def test_translations_and_comments_are_no_mixture(name):
 def test_problems_that_differ_in_two_numbers_of_a_hundred_words_are_all_kept():
     text = " ".join(["Anna counts the stones of the wall"] * 14)
     traces = [Trace(f"{text} {i} and {i * i + 7} are left.", "t", "a") for i in range(57)]
-    report = Yield()
+    report = DropCounts()
     assert list(near_duplicates(traces, report=report)) == traces
     again = [trace.replace(prompt=f"Now {trace.prompt}") for trace in traces]
     assert list(near_duplicates(traces + again, report=report)) == traces

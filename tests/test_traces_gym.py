@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd.traces import Trace, Yield, verifier, verify
+from kd.traces import DropCounts, Trace, verifier, verify
 from kd.traces.verifiers.process import ReasoningGym, Worker, gym_problems
 
 
@@ -38,7 +38,7 @@ def test_reasoning_gym_items_are_scored_by_their_own_scorer():
     assert problems == gym_problems("chain_sum", 4, seed=1, min_terms=2, max_terms=3)
     right = [p.replace(think="t", answer=f"The answer is {p.reference}") for p in problems]
     wrong = [p.replace(think="t", answer="12345") for p in problems]
-    kept, report = verify(right + wrong, ReasoningGym(), report=Yield())
+    kept, report = verify(right + wrong, ReasoningGym(), report=DropCounts())
     assert [t.answer for t in kept] == [t.answer for t in right]
     assert report["verify"].dropped == {"wrong: scored below 1": 4}
     (grid,) = gym_problems("mini_sudoku", 1, seed=1)

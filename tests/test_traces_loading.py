@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traces_cases import CHATML_QWEN, byte_tokenizer
 
-from kd.traces import Lint, Renderer, Trace, Yield, load, write_traces
+from kd.traces import DropCounts, Lint, Renderer, Trace, load, write_traces
 from kd.traces.columns import ShapeError
 from kd.traces.loading import to_dataset
 from kd.traces.shapes import normalise, problem
@@ -124,7 +124,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_public_shape_is_recognised_and_split(name):
-    report = Yield()
+    report = DropCounts()
     traces = list(load(FIXTURES / f"{name}.jsonl", report=report))
     shape, prompt, think, answer, reference, metadata = EXPECTED[name]
     first = traces[0]
@@ -160,7 +160,7 @@ def test_the_rest_of_the_shapes_in_mixed_files():
 
 
 def test_every_sample_of_a_record_can_be_asked_for():
-    report = Yield()
+    report = DropCounts()
     traces = list(load(FIXTURES / "openr1_math.jsonl", all_samples=True, report=report))
     assert [(t.think, t.answer) for t in traces] == [
         ("2x = 8, x = 4.", "$\\boxed{4}$"),
@@ -186,7 +186,7 @@ def test_multiple_turns_become_history_without_the_earlier_thoughts():
 
 
 def test_what_fits_no_shape_is_counted_with_its_index_and_keys():
-    report = Yield()
+    report = DropCounts()
     kept = list(load(FIXTURES / "malformed.jsonl", report=report))
     assert [trace.answer for trace in kept] == ["the one good record"]
     stage = report["load"]
@@ -226,7 +226,7 @@ json_values = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(KEYS, json_values, max_size=6), st.booleans())
 def test_no_record_whatsoever_stops_a_load(record, all_samples):
-    report = Yield()
+    report = DropCounts()
     kept = list(load([record], report=report, all_samples=all_samples))
     assert report["load"].seen == len(kept) + sum(report["load"].dropped.values()) >= 1
     for trace in kept:
@@ -247,7 +247,7 @@ def test_traces_survive_every_file_format(tmp_path, suffix):
     ] * 300
     path = tmp_path / f"traces{suffix}"
     assert write_traces(path, iter(traces)) == 600
-    report = Yield()
+    report = DropCounts()
     again = [t.replace(metadata=dict(t.metadata)) for t in load(path, report=report)]
     assert [(t.id, t.reference) for t in again] == [(t.id, t.reference) for t in traces]
     assert again[0].metadata["n"] == {"x": [1, None, "\u00df"]}
@@ -295,7 +295,7 @@ def test_parquet_with_invalid_text_loses_only_that_row(tmp_path):
     column = pyarrow.array([b"good", b"caf\xe9", b"fine"], pyarrow.binary()).view(pyarrow.string())
     table = pyarrow.table({"prompt": column, "response": ["1", "2", "3"]})
     parquet.write_table(table, tmp_path / "x.parquet")
-    report = Yield()
+    report = DropCounts()
     assert [t.prompt for t in load(tmp_path / "x.parquet", report=report)] == ["good", "fine"]
     assert report["load"].dropped == {"invalid UTF-8": 1}
 
@@ -463,13 +463,13 @@ def test_lost_parts_and_called_tools_are_counted_by_name_and_do_not_pass_the_lin
         {"messages": [ASK, {**SAY, "tool_calls": []}]},
         {"messages": [ASK, {**SAY, "tool_calls": None}]},
     ]
-    report = Yield()
+    report = DropCounts()
     kept = list(load(rows, report=report))
     reasons = ["parts that are not text"] * 2 + ["tool call"] * 3 + [None] * 2
     assert [Lint()(trace) for trace in kept] == reasons
-    tally = report["load"]
-    assert tally.dropped == {"tool turns": 1, "tool call without an answer": 1}
-    assert tally.notes["tools"] == {"look_up": 3, "add": 2}
+    counted = report["load"]
+    assert counted.dropped == {"tool turns": 1, "tool call without an answer": 1}
+    assert counted.notes["tools"] == {"look_up": 3, "add": 2}
     assert re.search(r"= tool called: look_up +3\n", report.table())
     assert re.search(r"= part that is not text: image_url +2\n", report.table())
     renderer = Renderer(byte_tokenizer(CHATML_QWEN))
@@ -477,7 +477,7 @@ def test_lost_parts_and_called_tools_are_counted_by_name_and_do_not_pass_the_lin
     assert [getattr(outcome, "reason", None) for outcome in outcomes] == ["tool call"] * 3 + [
         None
     ] * 2
-    assert tally.notes["lost_parts"] == {"image_url": 2, "image, video or audio": 1}
+    assert counted.notes["lost_parts"] == {"image_url": 2, "image, video or audio": 1}
 
 
 def test_folders_that_datasets_saved_are_read(tmp_path):
@@ -498,7 +498,7 @@ def test_several_answers_are_taken_when_asked_for_and_else_counted():
         {"prompt": [ASK], "completions": ["a", "b"]},
         {"problem": "q", "generations": ["a", "b"]},
     ]
-    report = Yield()
+    report = DropCounts()
     assert not list(load(rows, report=report)) and report["load"].dropped == {"several answers": 4}
     kept = list(load(rows, all_samples=True))
     assert [trace.answer for trace in kept] == ["a", "b"] * 4

@@ -15,8 +15,8 @@ def loaded(tmp_path_factory):
 
 def test_a_hundred_records_are_accounted_for(loaded):
     expected, found, report = loaded
-    tally = report["load"]
-    assert len(expected) == 100 == tally.seen == tally.kept + sum(tally.dropped.values())
+    counted = report["load"]
+    assert len(expected) == 100 == counted.seen == counted.kept + sum(counted.dropped.values())
     assert found.keys() == expected.keys()
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from kd.traces import JsonlTraces, Trace, Yield, load, write_traces
+from kd.traces import DropCounts, JsonlTraces, Trace, load, write_traces
 from kd.traces.records import is_lines, read_records
 
 LINES = ['{"prompt": "q%d", "response": "\u00e9"}' % i for i in range(1, 5)]  # noqa: UP031
@@ -25,11 +25,11 @@ TEXT = "\n".join(LINES) + "\n"
 
 def loaded(path):
     """(prompts kept, reason to count) of a file or folder."""
-    report = Yield()
+    report = DropCounts()
     kept = [trace.prompt for trace in load(path, report=report)]
-    tally = report["load"]
-    assert tally.seen == len(kept) + sum(tally.dropped.values())
-    return kept, tally.dropped
+    counted = report["load"]
+    assert counted.seen == len(kept) + sum(counted.dropped.values())
+    return kept, counted.dropped
 
 
 def zstd(data):
@@ -92,7 +92,7 @@ def test_a_damaged_gzip_keeps_what_comes_before_the_damage(tmp_path):
     packed = bytearray(gzip.compress(BIG.encode(), mtime=0))
     packed[len(packed) // 2] ^= 0xFF
     (tmp_path / "x.jsonl.gz").write_bytes(packed)
-    report = Yield()
+    report = DropCounts()
     kept = list(load(tmp_path / "x.jsonl.gz", report=report))
     assert len(kept) > 4000 and "file is cut" in report["load"].dropped
     assert "what follows is lost" in report["load"].examples["file is cut"][0]["detail"]
@@ -150,7 +150,7 @@ def test_null_columns_of_parquet_are_absent(tmp_path):
         }
     )
     parquet.write_table(table, tmp_path / "x.parquet")
-    report = Yield()
+    report = DropCounts()
     (trace,) = load(tmp_path / "x.parquet", report=report)
     assert (trace.prompt, trace.think, trace.answer, trace.reference) == ("a", "", "1", "0")
     assert report["load"].dropped == {"empty answer": 1, "empty prompt": 1}
@@ -234,7 +234,7 @@ def test_metadata_that_json_cannot_hold_is_written_as_text(tmp_path, suffix):
 def test_lines_that_hold_no_trace_are_counted_when_a_file_is_mixed(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(TEXT + "oops\n[1]\n" + LINES[0] + LINES[1] + "\n")
-    report = Yield()
+    report = DropCounts()
     held = JsonlTraces(path, report=report)
     assert [trace.prompt for trace in held] == ["q1", "q2", "q3", "q4"]
     assert report["load"].dropped == {"not JSON": 2, "not an object": 1}

@@ -17,10 +17,10 @@ from kd.traces import (
     COMPACT,
     R1,
     SKY_T1,
+    DropCounts,
     Renderer,
     RenderError,
     Trace,
-    Yield,
     render,
     render_stream,
 )
@@ -153,7 +153,7 @@ def test_any_text_either_survives_exactly_or_is_refused(think, answer):
 def test_the_stream_counts_drops_and_tokens():
     tokenizer = byte_tokenizer(CHATML_QWEN)
     traces = [Trace("q", "t", "a"), Trace("q", "t", ""), Trace("q", "t" * 500, "a")]
-    report = Yield()
+    report = DropCounts()
     kept = list(render_stream(traces, Renderer(tokenizer), report=report, max_tokens=300))
     assert [trace for trace, _ in kept] == traces[:1]
     stage = report["render"]

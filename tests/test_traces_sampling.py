@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from kd.cli.main import main
 from kd.evaluation import generate
 from kd.serving import ServerError
-from kd.traces import Sampling, Server, Trace, Yield, complete, generate_local, overridden
+from kd.traces import DropCounts, Sampling, Server, Trace, complete, generate_local, overridden
 from kd.traces.sampling import INERT, NEUTRAL, STATED
 from kd.traces.server import generate_server
 from kd.traces.verifiers.judge import Judge
@@ -246,7 +246,7 @@ def sent(body):
 
 
 def test_a_request_states_everything(chat, tmp_path):
-    report, journal = Yield(), tmp_path / "journal.jsonl"
+    report, journal = DropCounts(), tmp_path / "journal.jsonl"
     sampling = Sampling(0.7, 0.9, 55, seed=3)
     (trace,) = generate_server(
         chat.client, ["q"], sampling=sampling, report=report, journal=journal
@@ -261,7 +261,7 @@ def test_a_request_states_everything(chat, tmp_path):
 
 def test_what_is_asked_for_is_sent(chat):
     sampling = Sampling(1.0, 1.0, 9, top_k=20, min_p=0.1, repetition_penalty=1.2)
-    list(generate_server(chat.client, ["q"], sampling=sampling, report=Yield()))
+    list(generate_server(chat.client, ["q"], sampling=sampling, report=DropCounts()))
     body = chat.asked[0]
     assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (20, 0.1, 1.2)
 
@@ -274,7 +274,7 @@ def test_a_judge_states_it_too(chat):
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_server_without_these_fields_is_asked_without_and_that_is_recorded(chat, refusal):
     chat.refuses = refusal
-    report = Yield()
+    report = DropCounts()
     traces = list(generate_server(chat.client, ["a", "b", "c"], report=report))
     assert len(traces) == 3 and not report["generate"].dropped
     assert len(chat.asked) == 4  # once refused, then as it likes
@@ -287,7 +287,7 @@ def test_a_server_without_these_fields_is_asked_without_and_that_is_recorded(cha
 
 def test_a_server_without_penalties_either_is_asked_without_any(chat):
     chat.refuses = "bare"
-    report = Yield()
+    report = DropCounts()
     assert len(list(generate_server(chat.client, ["a", "b"], report=report))) == 2
     assert len(chat.asked) == 4 and set(sent(chat.asked[-1])) == {
         "temperature", "top_p", "max_tokens", "seed",
@@ -298,7 +298,7 @@ def test_a_server_without_penalties_either_is_asked_without_any(chat):
 
 def test_what_was_asked_for_is_never_left_out(chat):
     chat.refuses = "openai"
-    report = Yield()
+    report = DropCounts()
     asked = Sampling(top_k=20)
     assert not list(generate_server(chat.client, ["a"], sampling=asked, report=report))
     assert report["generate"].dropped == {"teacher failed: HTTP 400": 1}

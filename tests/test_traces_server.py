@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from kd.cli.main import main
-from kd.traces import Sampling, Trace, Yield, load, verify, write_traces
+from kd.traces import DropCounts, Sampling, Trace, load, verify, write_traces
 from kd.traces.server import Server, generate_server
 from kd.traces.verifiers.judge import Judge
 
@@ -90,7 +90,7 @@ def test_every_failure_is_retried_or_counted_and_order_is_kept(teacher):
         "d": ["400"],
         "e": ["cut"],
     }
-    report = Yield()
+    report = DropCounts()
     server = client(address, concurrency=4, input_price=1.0, output_price=2.0)
     traces = list(generate_server(server, list("abcdef"), report=report))
     assert [t.prompt for t in traces] == ["a", "b", "e", "f"]
@@ -107,7 +107,9 @@ def test_every_failure_is_retried_or_counted_and_order_is_kept(teacher):
 def test_concurrency_is_bounded_and_used(teacher):
     state, address = teacher
     server = client(address, concurrency=3)
-    assert len(list(generate_server(server, [str(i) for i in range(20)], report=Yield()))) == 20
+    assert (
+        len(list(generate_server(server, [str(i) for i in range(20)], report=DropCounts()))) == 20
+    )
     assert 2 <= state["most"] <= 3
 
 
@@ -116,18 +118,18 @@ def test_a_rerun_asks_only_for_what_is_missing(teacher, tmp_path):
     journal = tmp_path / "answers.jsonl"
     options = dict(sampling=Sampling(max_new_tokens=9), n=2, journal=journal)
     server = client(address)
-    first = list(generate_server(server, ["a", "b"], report=Yield(), **options))
+    first = list(generate_server(server, ["a", "b"], report=DropCounts(), **options))
     assert [t.metadata["sample"] for t in first] == [0, 1, 0, 1]
     assert first[0].answer != first[1].answer
     lines = journal.read_text().splitlines()
     journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])  # killed while writing
     state["asked"].clear()
-    assert list(generate_server(server, ["a", "b"], report=Yield(), **options)) == first
+    assert list(generate_server(server, ["a", "b"], report=DropCounts(), **options)) == first
     assert len(state["asked"]) == 1
-    list(generate_server(server, ["b", "a"], report=Yield(), **options))
+    list(generate_server(server, ["b", "a"], report=DropCounts(), **options))
     assert len(state["asked"]) == 1  # another order is the same content
     other = {**options, "sampling": Sampling(max_new_tokens=10)}
-    list(generate_server(server, ["a"], report=Yield(), **other))
+    list(generate_server(server, ["a"], report=DropCounts(), **other))
     assert len(state["asked"]) == 3
 
 
@@ -144,7 +146,7 @@ def test_a_judge_decides_is_undecided_or_fails_but_a_failure_is_not_wrong(teache
 
 def test_a_server_that_is_not_there_is_counted(tmp_path):
     gone = Server("http://127.0.0.1:9/v1", "x", retries=0, timeout=1)
-    report = Yield()
+    report = DropCounts()
     assert not list(generate_server(gone, ["a"], report=report))
     assert report["generate"].dropped == {"teacher failed: server unreachable": 1}
 
@@ -222,7 +224,7 @@ def test_an_answer_without_content_is_an_answer(teacher, tmp_path, name):
     choice, (reason, think, text) = CHOICES[name]
     state["plan"] = {"a": [choice] * 9}
     for _ in range(2):  # from the server, then from the journal
-        report = Yield()
+        report = DropCounts()
         options = {"report": report, "journal": tmp_path / "journal.jsonl"}
         (trace,) = generate_server(client(address), ["a"], **options)
         assert (trace.think, trace.answer) == (think, text)
@@ -255,7 +257,7 @@ def test_an_answer_without_content_is_an_answer(teacher, tmp_path, name):
 def test_what_is_no_message_is_garbage_and_asked_again(teacher, choice):
     state, address = teacher
     state["plan"] = {"a": [choice], "b": [choice] * 9}
-    report = Yield()
+    report = DropCounts()
     (trace,) = generate_server(client(address), ["a", "b"], report=report)
     assert trace.prompt == "a" and report["generate"].notes["retries"] == 1
     assert report["generate"].dropped == {"teacher failed: garbage from the server": 1}
@@ -274,7 +276,9 @@ def test_what_was_answered_is_kept_when_the_reader_stops(teacher, tmp_path):
     state, address = teacher
     journal = tmp_path / "answers.jsonl"
     server = client(address, concurrency=4)
-    stream = generate_server(server, [str(i) for i in range(8)], report=Yield(), journal=journal)
+    stream = generate_server(
+        server, [str(i) for i in range(8)], report=DropCounts(), journal=journal
+    )
     next(stream)
     stream.close()
     answered = len(state["asked"])
@@ -285,9 +289,12 @@ def test_what_was_answered_is_kept_when_the_reader_stops(teacher, tmp_path):
         raise RuntimeError("the source broke")
 
     with pytest.raises(RuntimeError, match="the source broke"):
-        list(generate_server(server, broken(), report=Yield(), journal=journal))
+        list(generate_server(server, broken(), report=DropCounts(), journal=journal))
     state["asked"].clear()
-    assert len(list(generate_server(server, ["0", "x", "y"], report=Yield(), journal=journal))) == 3
+    assert (
+        len(list(generate_server(server, ["0", "x", "y"], report=DropCounts(), journal=journal)))
+        == 3
+    )
     assert not state["asked"]
 
 
@@ -296,7 +303,7 @@ def test_a_server_that_echoes_the_key_gets_it_into_no_report(teacher, tmp_path, 
     monkeypatch.setenv("KD_KEY", "sk-0123456789abcdef")
     echo = {"message": {"content": "sk-0123456789abcdef", "reasoning": 7}}
     state["plan"] = {"a": [echo] * 9}
-    report, journal = Yield(), tmp_path / "journal.jsonl"
+    report, journal = DropCounts(), tmp_path / "journal.jsonl"
     server = client(address, key_variable="KD_KEY")
     assert not list(generate_server(server, ["a"], report=report, journal=journal))
     assert "garbage" in json.dumps(report.to_dict()) and "***" in json.dumps(report.to_dict())

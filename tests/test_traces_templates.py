@@ -5,7 +5,7 @@ import json
 import pytest
 from traces_cases import CHATML_QWEN, QWEN3, byte_tokenizer
 
-from kd.traces import CHATML, SKY_T1, Renderer, RenderError, Tags, Trace, Yield, render_stream
+from kd.traces import CHATML, SKY_T1, DropCounts, Renderer, RenderError, Tags, Trace, render_stream
 from kd.traces.templates import ChatTemplate
 
 HISTORY = [{"role": "user", "content": "First?"}, {"role": "assistant", "content": "Reply."}]
@@ -65,7 +65,7 @@ def test_a_message_that_the_template_loses_is_named(what, template):
     with pytest.raises(RenderError, match="must be shown by the chat template as it is") as caught:
         made(trace)
     assert caught.value.reason == f"chat template loses {what}"
-    report = Yield()
+    report = DropCounts()
     assert list(render_stream([trace], made, report=report)) == []
     assert report["render"].dropped == {f"chat template loses {what}": 1}
 

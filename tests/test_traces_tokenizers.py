@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 from traces_cases import CHATML_QWEN, QWEN3, R1_DISTILL, R1_PREFILLED
 
-from kd.traces import COMPACT, R1, SKY_T1, Renderer, RenderError, Trace, Yield, pack, render_stream
+from kd.traces import (
+    COMPACT,
+    R1,
+    SKY_T1,
+    DropCounts,
+    Renderer,
+    RenderError,
+    Trace,
+    pack,
+    render_stream,
+)
 from kd.vocab import qwen_tokenizer
 
 
@@ -185,7 +195,7 @@ def test_one_family_read_as_another_is_seen_by_the_round_trip_or_the_ids():
 
 def test_a_stream_packs(options):
     tokenizer, chosen = options
-    report = Yield()
+    report = DropCounts()
     traces = [Trace(f"{i}: {text}", text, str(i)) for i, text in enumerate(TEXTS * 4)]
     stream = render_stream(traces, Renderer(tokenizer, **chosen), report=report)
     packs = list(pack((rendered for _, rendered in stream), 512))

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import verdict_table as bench
-from kd.traces import Trace, Yield, advice, verifier, verify, verify_stream
+from kd.traces import DropCounts, Trace, advice, verifier, verify, verify_stream
 from kd.traces.verification import Journal, judge
 from kd.traces.verifiers import VERIFIERS, Choice, Exact, Maths, Numeric, Verdict
 from kd.traces.verifiers.answers import final_answer, final_statement, last_boxed
@@ -310,7 +310,7 @@ def test_undecided_verdicts_are_counted_by_their_reason():
 
 def test_advice_names_the_verifier_that_fits():
     pairs = [Trace("q", "t", f"({i}, {i + 1})", reference=f"({i},{i + 1})") for i in range(5)]
-    missed, report = [], Yield()
+    missed, report = [], DropCounts()
     assert not list(verify_stream(pairs, Numeric(), report=report, missed=missed))
     assert missed == pairs
     said = advice(missed, "numeric")

@@ -8,8 +8,8 @@ from typing import Any
 
 from kd.cli.traces_verbs import counts_of, finish, reread, tell
 from kd.models import load_tokenizer
+from kd.traces.counts import DropCounts
 from kd.traces.trace import Trace
-from kd.traces.yields import Yield
 
 
 def run_select(args: argparse.Namespace) -> int:
@@ -109,7 +109,7 @@ def run_mix(args: argparse.Namespace) -> int:
     return finish(args, report, stream)
 
 
-def _source(given: str, report: Yield) -> Any:
+def _source(given: str, report: DropCounts) -> Any:
     """FILE, FILE=WEIGHT or FILE@EPOCHS; what is lost in reading it is counted."""
     from kd.traces.loading import load
     from kd.traces.mixing import JsonlTraces, Source
@@ -125,12 +125,12 @@ def _source(given: str, report: Yield) -> Any:
                 raise ValueError(
                     f"kd traces mix: {name} must be a number, got {number!r} in {given}."
                 ) from None
-    scratch = Yield()
+    scratch = DropCounts()
     held: Any = (
         JsonlTraces(path, report=scratch) if is_lines(path) else list(load(path, report=scratch))
     )
     if scratch.dropped:
-        lost = Yield()
+        lost = DropCounts()
         lost.stages["read for mix"] = scratch["load"]
         report.merge(lost)
     return Source(Path(path).stem, held, **numbers)

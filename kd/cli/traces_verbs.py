@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from kd.models import load_model, load_tokenizer
+from kd.traces.counts import DropCounts
 from kd.traces.trace import Trace
-from kd.traces.yields import Yield
 
 
-def counts_of(args: argparse.Namespace) -> Yield:
+def counts_of(args: argparse.Namespace) -> DropCounts:
     path = Path(args.report) if args.report else None
     if path is not None and path.exists():
-        return Yield.from_dict(json.loads(path.read_text()))
-    return Yield()
+        return DropCounts.from_dict(json.loads(path.read_text()))
+    return DropCounts()
 
 
 def finish(
     args: argparse.Namespace,
-    report: Yield,
+    report: DropCounts,
     rows: Iterable[Any],
     write: Any = None,
     advise: Callable[[], str] = str,
@@ -56,27 +56,27 @@ def finish(
     return 0
 
 
-def tell(args: argparse.Namespace, report: Yield) -> None:
+def tell(args: argparse.Namespace, report: DropCounts) -> None:
     print(report.table())
     if args.report:
         Path(args.report).parent.mkdir(parents=True, exist_ok=True)
         Path(args.report).write_text(json.dumps(report.to_dict(), indent=1))
 
 
-def _read(args: argparse.Namespace, report: Yield, **options: Any) -> Iterator[Trace]:
+def _read(args: argparse.Namespace, report: DropCounts, **options: Any) -> Iterator[Trace]:
     from kd.traces.loading import load
 
     for source in args.input:
         yield from load(source, report=report, **options)
 
 
-def reread(args: argparse.Namespace, report: Yield) -> Iterator[Trace]:
+def reread(args: argparse.Namespace, report: DropCounts) -> Iterator[Trace]:
     """Read what an earlier verb wrote: counted a second time only where records are lost."""
-    name, scratch = f"read for {args.verb}", Yield()
+    name, scratch = f"read for {args.verb}", DropCounts()
     report.stage(name)
     yield from _read(args, scratch)
     if scratch.dropped:
-        again = Yield()
+        again = DropCounts()
         again.stages[name] = scratch["load"]
         report.merge(again)
     elif not report[name].seen:
@@ -106,14 +106,14 @@ def run_generate(args: argparse.Namespace) -> int:
     from kd.traces.server import generate_server
 
     report = counts_of(args)
-    tally = report.stage("generate")
+    counted = report.stage("generate")
     problems = []
     for source in args.input:
         for place, found in questions(source, _columns(args)):
             if isinstance(found, Trace):
                 problems.append(found)
             else:
-                tally.drop(found.reason, {"record": place}, found.detail)
+                counted.drop(found.reason, {"record": place}, found.detail)
     if not problems:
         return finish(args, report, ())
     sampling = Sampling(
@@ -137,7 +137,7 @@ def run_generate(args: argparse.Namespace) -> int:
         return done
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, dtype="auto")
     own = overridden(model, sampling)
-    tally.notes |= {"sampling": sampling.stated(), "not applied": own}
+    counted.notes |= {"sampling": sampling.stated(), "not applied": own}
     options: dict[str, Any] = {"n": args.n, "batch_size": args.batch_size, "report": report}
     stream = generate_local(model, tokenizer, problems, sampling=sampling, **options)
     done = finish(args, report, stream)
@@ -261,7 +261,7 @@ def run_report(args: argparse.Namespace) -> int:
 
     def traces() -> Iterator[Trace]:
         nonlocal shown
-        for trace in _read(args, Yield()):
+        for trace in _read(args, DropCounts()):
             shown += 1
             yield trace
 

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd.evaluation.scores import Z_95, Score
-from kd.traces import Sampling, Server, Trace, Yield, generate_local, generate_server, judge_all
+from kd.traces import (
+    DropCounts,
+    Sampling,
+    Server,
+    Trace,
+    generate_local,
+    generate_server,
+    judge_all,
+)
 from kd.traces.verification import MISSED
 
 
@@ -134,7 +142,7 @@ def evaluate(
     asked = [trace.note(number=i) for i, trace in enumerate(problems)]
     if server is not None:
         stream = generate_server(
-            server, asked, sampling=sampling, n=n, journal=journal, report=Yield()
+            server, asked, sampling=sampling, n=n, journal=journal, report=DropCounts()
         )
         answered: Any = _counted(stream, progress)
     else:

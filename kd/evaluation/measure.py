@@ -14,7 +14,7 @@ from kd.evaluation.texts import blocks, documents
 from kd.models import load_model, load_tokenizer, mixed_precision
 from kd.progress import Progress
 from kd.serving import KEY_VARIABLE
-from kd.traces import AnyRenderer, Sampling, Server, Yield, as_recorded, render_rows, verifier
+from kd.traces import AnyRenderer, DropCounts, Sampling, Server, as_recorded, render_rows, verifier
 from kd.traces.verifiers.registry import DEFAULT
 
 BLOCK = 512
@@ -190,7 +190,7 @@ def _same_tokenizer(tokenizer: Any, path: Path) -> None:
 
 
 def _rendered(path: Path, tokenizer: Any, limit: int, way: dict[str, Any]) -> list[dict[str, Any]]:
-    report = Yield()
+    report = DropCounts()
     rows = render_rows(path, AnyRenderer(tokenizer, **as_recorded(way)), report=report)
     found = [row._asdict() for row in islice(rows, limit or None)]
     if not found:

@@ -10,7 +10,7 @@ from typing import Any
 
 from kd.cache import TeacherCache
 from kd.cache.manifest import NAME
-from kd.traces import AnyRenderer, Yield, render_rows
+from kd.traces import AnyRenderer, DropCounts, render_rows
 from kd.traces.rows import rendered_before
 
 CHUNK = 1 << 22
@@ -55,11 +55,11 @@ class TrainingData:
         **options: Any,
     ) -> None:
         self.path, self.limit, self.max_tokens = path, limit, max_tokens
-        self.report = Yield()
+        self.report = DropCounts()
         self.renderer = None if tokenizer is None else AnyRenderer(tokenizer, **options)
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.report = Yield()
+        self.report = DropCounts()
         if self.renderer is not None:
             self.renderer.forget()
         most = self.max_tokens
@@ -120,7 +120,7 @@ class TrainingData:
 
     def summary(self) -> str:
         """What was dropped and what the chat template added, in words; empty where nothing was."""
-        tally = self.report.stage("render")
-        lines = [self.report.table()] if tally.dropped else []
+        counted = self.report.stage("render")
+        lines = [self.report.table()] if counted.dropped else []
         lines += self.renderer.remarks() if self.renderer is not None else []
         return "".join(f"{line}\n" for line in lines)

@@ -10,6 +10,7 @@ Example:
 
 from kd.traces.agreement import compare
 from kd.traces.conversations import RenderError
+from kd.traces.counts import DropCounts, StageCounts
 from kd.traces.decontaminate import Evaluations, decontaminate
 from kd.traces.dedupe import exact_duplicates, near_duplicates
 from kd.traces.files import write_traces
@@ -40,7 +41,6 @@ from kd.traces.verifiers import (
     gym_problems,
     verifier,
 )
-from kd.traces.yields import Tally, Yield
 
 __all__ = [
     "CHATML",
@@ -68,12 +68,12 @@ __all__ = [
     "Server",
     "Source",
     "Tags",
-    "Tally",
+    "StageCounts",
     "Tokens",
     "Trace",
     "Verdict",
     "Verifier",
-    "Yield",
+    "DropCounts",
     "advice",
     "as_recorded",
     "best_fit",

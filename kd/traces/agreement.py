@@ -11,10 +11,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from kd.traces.counts import DropCounts, excerpt, metered
 from kd.traces.trace import Trace
 from kd.traces.verification import judge_all
 from kd.traces.verifiers.verdict import CORRECT, UNKNOWN, WRONG, Verdict, Verifier
-from kd.traces.yields import Yield, excerpt, metered
 
 DECIDE = ("first", "all", "any", "majority")
 EXAMPLES = 12
@@ -28,7 +28,7 @@ def compare(
     keep: Collection[str] = (CORRECT,),
     workers: int = 1,
     journal: str | Path | None = None,
-    report: Yield,
+    report: DropCounts,
     stage: str = "verify",
 ) -> Iterator[Trace]:
     """Check every trace with every verifier, count how they agree, and keep by their decision.
@@ -56,11 +56,11 @@ def compare(
         )
     if decide not in DECIDE:
         raise ValueError(f"compare: decide must be one of {', '.join(DECIDE)}, got {decide!r}.")
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     stream: Iterator[Trace] = iter(traces)
     for name, verifier in verifiers.items():
         stream = _asked(stream, name, verifier, workers, journal)
-    return metered(tally, _decided(stream, list(verifiers), decide, keep, tally))
+    return metered(counted, _decided(stream, list(verifiers), decide, keep, counted))
 
 
 def _asked(
@@ -72,11 +72,11 @@ def _asked(
 
 
 def _decided(
-    traces: Iterator[Trace], names: list[str], decide: str, keep: Collection[str], tally: Any
+    traces: Iterator[Trace], names: list[str], decide: str, keep: Collection[str], counted: Any
 ) -> Iterator[Trace]:
-    verdicts: dict[str, dict[str, int]] = tally.notes.setdefault("verdicts", {})
-    agreement: dict[str, dict[str, int]] = tally.notes.setdefault("agreement", {})
-    examples: list[dict[str, Any]] = tally.notes.setdefault("disagreements", [])
+    verdicts: dict[str, dict[str, int]] = counted.notes.setdefault("verdicts", {})
+    agreement: dict[str, dict[str, int]] = counted.notes.setdefault("agreement", {})
+    examples: list[dict[str, Any]] = counted.notes.setdefault("disagreements", [])
     for trace in traces:
         said = {name: Verdict.from_dict(trace.metadata["verdicts"][name]) for name in names}
         for name, verdict in said.items():
@@ -89,10 +89,10 @@ def _decided(
             examples.append({**labels, **excerpt(trace)})
         verdict = decision(said, decide)
         if verdict.status in keep:
-            tally.keep()
+            counted.keep()
             yield trace.note(verdict=verdict.to_dict())
         else:
-            tally.drop(verdict.label(), trace, verdict.detail)
+            counted.drop(verdict.label(), trace, verdict.detail)
 
 
 def decision(said: Mapping[str, Verdict], decide: str) -> Verdict:

@@ -101,7 +101,7 @@ class ShapeError(ValueError):
     """A record cannot become a trace.
 
     Attributes:
-        reason: the phrase that yields count.
+        reason: the phrase that drops are counted by.
         detail: what was special about this record.
         names: what else is counted by name: the tools that were called.
     """

@@ -10,7 +10,7 @@ from kd.traces.trace import Trace
 
 
 class RenderError(ValueError):
-    """A trace cannot be rendered; ``reason`` is the phrase that yields count."""
+    """A trace cannot be rendered; ``reason`` is the phrase that drops are counted by."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

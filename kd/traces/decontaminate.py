@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
 
+from kd.traces.counts import DropCounts
 from kd.traces.trace import Trace
 from kd.traces.words import OPERATORS, plain, tokens, words
-from kd.traces.yields import Yield
 
 KEY = 4  # words that lead from a text to a question
 STRIDE = 5  # words from one look at a thought to the next
@@ -267,7 +267,7 @@ def decontaminate(
     traces: Iterable[Trace],
     evaluations: Evaluations,
     *,
-    report: Yield,
+    report: DropCounts,
     evidence: list[dict[str, Any]] | None = None,
     fields: Sequence[str] = ("prompt", "think", "answer"),
     stage: str = "decontaminate",
@@ -282,20 +282,20 @@ def decontaminate(
         fields: of the trace, looked through.
         stage: the stage's name in the report.
     """
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     for number, trace in enumerate(traces):
         found = None
-        with tally.timed():
+        with counted.timed():
             for name in fields:
                 found = evaluations.match(getattr(trace, name), asked=name == "prompt")
                 if found:
                     break
         if not found:
-            tally.keep()
+            counted.keep()
             yield trace
             continue
         detail = f"{found['set']} {found['number']}, {name}: {found['shared']}"
-        tally.drop(f"in {found['set']} ({found['kind']})", trace, detail)
+        counted.drop(f"in {found['set']} ({found['kind']})", trace, detail)
         if evidence is not None:
             row = {"record": number, "id": trace.id, "field": name, "prompt": trace.prompt[:500]}
             evidence.append({**row, **found})

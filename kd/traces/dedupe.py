@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+from kd.traces.counts import DropCounts
 from kd.traces.trace import Trace
 from kd.traces.words import carried, words
-from kd.traces.yields import Yield
 
 _SPACES = re.compile(r"\s+")
 
@@ -25,28 +25,28 @@ def key_texts(trace: Trace, by: str) -> tuple[str, ...]:
 
 
 def exact_duplicates(
-    traces: Iterable[Trace], *, report: Yield, by: str = "trace", stage: str = "dedupe exact"
+    traces: Iterable[Trace], *, report: DropCounts, by: str = "trace", stage: str = "dedupe exact"
 ) -> Iterator[Trace]:
     """Keep the first of those that differ in case and spaces only; 16 bytes each in memory."""
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     seen: set[bytes] = set()
     for trace in traces:
-        with tally.timed():
+        with counted.timed():
             text = _SPACES.sub(" ", "\n".join(key_texts(trace, by))).strip().casefold()
             key = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
             fresh = key not in seen
             seen.add(key)
         if fresh:
-            tally.keep()
+            counted.keep()
             yield trace
         else:
-            tally.drop("exact duplicate", trace)
+            counted.drop("exact duplicate", trace)
 
 
 def near_duplicates(
     traces: Iterable[Trace],
     *,
-    report: Yield,
+    report: DropCounts,
     by: str = "trace",
     threshold: float = 0.85,
     permutations: int = 128,
@@ -75,12 +75,12 @@ def near_duplicates(
 
     if not 0 < threshold < 1:
         raise ValueError(f"near_duplicates: threshold must lie in (0, 1), got {threshold}.")
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     bands = _bands(threshold, permutations)
     index = RMinHashLSH(threshold=threshold, num_perm=permutations, num_bands=bands)
     kept: dict[int, Any] = {}
     for number, trace in enumerate(traces):
-        with tally.timed():
+        with counted.timed():
             signature = RMinHash(num_perm=permutations, seed=42)
             # the problem is part of every shingle: another problem shares none
             said = list(chain.from_iterable(map(words, key_texts(trace, by))))
@@ -95,10 +95,10 @@ def near_duplicates(
                 index.insert(number, signature)
                 kept[number] = signature
         if fresh:
-            tally.keep()
+            counted.keep()
             yield trace
         else:
-            tally.drop("near duplicate", trace, f"of record {twin}, similarity {best:.2f}")
+            counted.drop("near duplicate", trace, f"of record {twin}, similarity {best:.2f}")
 
 
 def shingles(said: list[str], size: int, prefix: str) -> list[str]:

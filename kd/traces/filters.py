@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kd.traces.counts import DropCounts
 from kd.traces.loops import loops
 from kd.traces.trace import Trace, has_marks
-from kd.traces.yields import Yield
 
 Filter = Callable[[Trace], str | None]
 _SCRIPTS = {
@@ -54,18 +54,18 @@ _FENCE = re.compile(r"^\s{0,3}(`{3,}|~{3,})", re.MULTILINE)
 
 
 def filter_stream(
-    traces: Iterable[Trace], filters: Sequence[Filter], *, report: Yield, stage: str = "filter"
+    traces: Iterable[Trace], filters: Sequence[Filter], *, report: DropCounts, stage: str = "filter"
 ) -> Iterator[Trace]:
     """Pass on what no filter objects to; the first objection is the reason counted."""
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     for trace in traces:
-        with tally.timed():
+        with counted.timed():
             reason = next((found for check in filters if (found := check(trace))), None)
         if reason is None:
-            tally.keep()
+            counted.keep()
             yield trace
         else:
-            tally.drop(reason, trace)
+            counted.drop(reason, trace)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from kd.traces.counts import DropCounts, metered
 from kd.traces.sampling import Sampling, only
 from kd.traces.templates import ChatTemplate, opened_thought
 from kd.traces.trace import Trace, split_completion
-from kd.traces.yields import Yield, metered
 
 
 def generate_local(
@@ -21,7 +21,7 @@ def generate_local(
     batch_size: int = 64,
     chat: bool = True,
     progress: Callable[[int], None] | None = None,
-    report: Yield | None = None,
+    report: DropCounts | None = None,
     stage: str = "generate",
 ) -> Iterator[Trace]:
     """Sample answers from a local model; problems of like length share a batch.
@@ -65,10 +65,10 @@ def generate_local(
         think, answer = split_completion(text, prefilled=bool(opened_thought(texts[i])))
         used = {"prompt_tokens": len(encoded[i]), "completion_tokens": len(ids)}
         if report is not None:
-            tally = report.stage(stage)
-            tally.keep()
+            counted = report.stage(stage)
+            counted.keep()
             for name, count in used.items():
-                tally.notes[name] = tally.notes.get(name, 0) + count
+                counted.notes[name] = counted.notes.get(name, 0) + count
         trace = asked[i].replace(think=think, answer=answer)
         yield trace.note(sample=k, sampling=sampling.stated(), finish=finish, **used)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from kd.traces.columns import ShapeError
+from kd.traces.counts import DropCounts, StageCounts, metered
 from kd.traces.files import table_rows
 from kd.traces.records import BadRecord, expand, read_records
 from kd.traces.shapes import every_sample, normalise, problem
 from kd.traces.trace import Trace
 from kd.traces.turns import call_names
-from kd.traces.yields import Tally, Yield, metered
 
 _HUB = re.compile(r"^[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:@[\w.\[\]:%-]+)?$")
 
@@ -21,7 +21,7 @@ _HUB = re.compile(r"^[\w.-]+/[\w.-]+(?::[\w.-]+)?(?:@[\w.\[\]:%-]+)?$")
 def load(
     source: str | Path | Iterable[Any],
     *,
-    report: Yield | None = None,
+    report: DropCounts | None = None,
     stage: str = "load",
     name: str = "",
     domain: str = "",
@@ -47,44 +47,44 @@ def load(
     Returns:
         An iterator over the traces; ``metadata`` says the record's "index" and "shape".
     """
-    tally = (report if report is not None else Yield()).stage(stage)
+    counted = (report if report is not None else DropCounts()).stage(stage)
     labels = {"source": name, "domain": domain}
-    return metered(tally, _load(source, tally, labels, all_samples, columns))
+    return metered(counted, _load(source, counted, labels, all_samples, columns))
 
 
 def _load(
     source: str | Path | Iterable[Any],
-    tally: Tally,
+    counted: StageCounts,
     defaults: Mapping[str, str],
     all_samples: bool,
     columns: Mapping[str, str] | None,
 ) -> Iterator[Trace]:
-    shapes: dict[str, int] = tally.notes.setdefault("shapes", {})
+    shapes: dict[str, int] = counted.notes.setdefault("shapes", {})
     for file, origin, index, record in located_records(source):
         where = {"index": index, **({"file": file} if file else {})}
         if isinstance(record, BadRecord):
-            tally.drop(record.reason, where, record.detail)
+            counted.drop(record.reason, where, record.detail)
             continue
         if columns and isinstance(record, Mapping):
             record = {columns.get(key, key): value for key, value in record.items()}
         rows = every_sample(record) if all_samples else [record]
         if not rows:
-            tally.drop("no samples", where, "generations is empty")
+            counted.drop("no samples", where, "generations is empty")
         for row in rows:
             try:
                 trace = normalise(row)
             except ShapeError as error:
                 keys = ", ".join(map(str, row))[:300] if isinstance(row, Mapping) else ""
-                tally.drop(error.reason, {**where, "keys": keys}, error.detail)
-                _count(tally.notes.setdefault("tools", {}), error.names)
+                counted.drop(error.reason, {**where, "keys": keys}, error.detail)
+                _count(counted.notes.setdefault("tools", {}), error.names)
                 continue
             _count(shapes, [str(trace.metadata.get("shape", "kd"))])
             _count(
-                tally.notes.setdefault("tools", {}), call_names(trace.metadata.get("tool_calls"))
+                counted.notes.setdefault("tools", {}), call_names(trace.metadata.get("tool_calls"))
             )
             for part, number in trace.metadata.get("lost_parts", {}).items():
-                _count(tally.notes.setdefault("lost_parts", {}), [part] * number)
-            tally.keep()
+                _count(counted.notes.setdefault("lost_parts", {}), [part] * number)
+            counted.keep()
             yield trace.replace(
                 source=trace.source or defaults["source"] or origin,
                 domain=trace.domain or defaults["domain"],

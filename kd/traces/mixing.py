@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, overload
 
 from kd.traces.columns import ShapeError
+from kd.traces.counts import DropCounts, StageCounts, metered
 from kd.traces.records import BadRecord, parse
 from kd.traces.shapes import normalise
 from kd.traces.trace import Trace
-from kd.traces.yields import Tally, Yield, metered
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,22 @@ class JsonlTraces(Sequence[Trace]):
         thoughts: for each trace, whether it has one.
     """
 
-    def __init__(self, path: str | Path, *, report: Yield | None = None) -> None:
+    def __init__(self, path: str | Path, *, report: DropCounts | None = None) -> None:
         self.path = Path(path)
         self.thoughts = bytearray()
         self._offsets = array("q")
         self._file = self.path.open("rb")
-        tally, at = (report if report is not None else Yield()).stage("load"), 0
+        counted, at = (report if report is not None else DropCounts()).stage("load"), 0
         for number, line in enumerate(self._file):
             if line.strip():
                 trace = _read(line)
                 if isinstance(trace, Trace):
                     self._offsets.append(at)
                     self.thoughts.append(bool(trace.think))
-                    tally.keep()
+                    counted.keep()
                 else:
                     where = {"index": number, "file": self.path.name}
-                    tally.drop(trace.reason, where, trace.detail)
+                    counted.drop(trace.reason, where, trace.detail)
             at += len(line)
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ def mix(
     total: int | None = None,
     reasoning_share: float | None = None,
     seed: int = 0,
-    report: Yield,
+    report: DropCounts,
     stage: str = "mix",
     count_tokens: Callable[[Trace], int] | None = None,
 ) -> Iterator[Trace]:
@@ -142,11 +142,11 @@ def mix(
             f"mix: every source must hold traces, got none in {', '.join(empty) or 'no source'}. "
             "Check the file, or leave it out."
         )
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     rng = random.Random(f"mix-{seed}")
-    plan = _plan(sources, total, reasoning_share, rng, tally)
+    plan = _plan(sources, total, reasoning_share, rng, counted)
     rng.shuffle(plan)
-    return metered(tally, _taken(plan, sources, tally, count_tokens))
+    return metered(counted, _taken(plan, sources, counted, count_tokens))
 
 
 Plan = list[tuple[int, int]]  # (which source, which of its traces)
@@ -157,7 +157,7 @@ def _plan(
     total: int | None,
     share: float | None,
     rng: random.Random,
-    tally: Tally,
+    counted: StageCounts,
 ) -> Plan:
     weights = [source.weight for source in sources]
     everything = [range(len(source.traces)) for source in sources]
@@ -166,7 +166,7 @@ def _plan(
             return _drawn(everything, _shares(weights, total), rng)
         return _drawn(everything, _epochs(sources), rng)
     if total is None:
-        return _thinned(_drawn(everything, _epochs(sources), rng), sources, share, rng, tally)
+        return _thinned(_drawn(everything, _epochs(sources), rng), sources, share, rng, counted)
     plan: Plan = []
     pools: dict[bool, list[list[int]]] = {True: [], False: []}
     for source, indices in zip(sources, everything, strict=True):
@@ -198,10 +198,10 @@ def _check_share(share: float, there: dict[bool, int], wanted: dict[bool, int]) 
 def _taken(
     plan: Plan,
     sources: Sequence[Source],
-    tally: Tally,
+    counted: StageCounts,
     count_tokens: Callable[[Trace], int] | None,
 ) -> Iterator[Trace]:
-    notes: dict[str, Any] = tally.notes.setdefault("sources", {})
+    notes: dict[str, Any] = counted.notes.setdefault("sources", {})
     empty = {"traces": 0, "reasoning": 0, "characters": 0, "tokens": 0, "times": 0.0}
     for which, count in Counter(which for which, _ in plan).items():
         entry = notes.setdefault(sources[which].name, dict(empty))
@@ -213,7 +213,7 @@ def _taken(
         entry["reasoning"] += bool(trace.think)
         entry["characters"] += len(trace.prompt) + len(trace.think) + len(trace.answer)
         entry["tokens"] += count_tokens(trace) if count_tokens else 0
-        tally.keep()
+        counted.keep()
         yield trace
 
 
@@ -245,7 +245,7 @@ def _drawn(pools: Sequence[Sequence[int]], wanted: Sequence[int], rng: random.Ra
 
 
 def _thinned(
-    plan: Plan, sources: Sequence[Source], share: float, rng: random.Random, tally: Tally
+    plan: Plan, sources: Sequence[Source], share: float, rng: random.Random, counted: StageCounts
 ) -> Plan:
     """The plan without what one side has too many of."""
     sides: dict[bool, Plan] = {True: [], False: []}
@@ -260,6 +260,6 @@ def _thinned(
     for side, name in ((True, "too much reasoning"), (False, "too little reasoning")):
         rng.shuffle(sides[side])
         for which, index in sides[side][wanted[side] :]:
-            tally.drop(name, sources[which].traces[index])
+            counted.drop(name, sources[which].traces[index])
         del sides[side][wanted[side] :]
     return sides[True] + sides[False]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kd.page import Page, subplots
+from kd.traces.counts import DropCounts, agreed
 from kd.traces.trace import Trace
 from kd.traces.verifiers.verdict import STATUSES
-from kd.traces.yields import Yield, agreed
 
 KEPT, DROPPED = "#3465a4", "#d9776f"
 SAMPLES = 8
@@ -18,7 +18,7 @@ SHOWN = 3  # reasons named beside a bar of the stages
 
 def write_report(
     path: str | Path,
-    report: Yield,
+    report: DropCounts,
     traces: Iterable[Trace] = (),
     *,
     title: str = "Traces",
@@ -49,7 +49,7 @@ def write_report(
         page.figure(_stages_figure(report), "Kept and dropped records of each stage.")
     page.table(
         ["stage", "in", "kept", "dropped", "per s", "reasons"],
-        [_stage_row(name, tally) for name, tally in report.stages.items()],
+        [_stage_row(name, counted) for name, counted in report.stages.items()],
     )
     if lengths:
         page.heading("Lengths of the final set, in characters")
@@ -65,16 +65,16 @@ def write_report(
     return page.save(path)
 
 
-def _stages_figure(report: Yield) -> Any:
+def _stages_figure(report: DropCounts) -> Any:
     """A bar for each stage: what went on, what did not, and beside it the commonest reasons."""
     figure, axes = subplots(9, 0.5 + 0.6 * len(report.stages))
-    for i, (name, tally) in enumerate(report.stages.items()):
-        gone = tally.seen - tally.kept
-        axes.barh(i, tally.kept, 0.4, color=KEPT)
-        axes.barh(i, gone, 0.4, left=tally.kept, color=DROPPED)
-        lost = list(tally.to_dict()["dropped"].items())[:SHOWN]
+    for i, (name, counted) in enumerate(report.stages.items()):
+        gone = counted.seen - counted.kept
+        axes.barh(i, counted.kept, 0.4, color=KEPT)
+        axes.barh(i, gone, 0.4, left=counted.kept, color=DROPPED)
+        lost = list(counted.to_dict()["dropped"].items())[:SHOWN]
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in lost)[:90]
-        label = f"{name}: {tally.kept:,} kept" + (f", {reasons}" if lost else "")
+        label = f"{name}: {counted.kept:,} kept" + (f", {reasons}" if lost else "")
         # neither mathematics between dollars nor half a character is drawn
         label = label.encode("utf-8", "replace").decode()
         axes.text(0, i - 0.28, label, fontsize=8, parse_math=False)
@@ -83,10 +83,10 @@ def _stages_figure(report: Yield) -> Any:
     return figure
 
 
-def _stage_row(name: str, tally: Any) -> list[str]:
-    rate = f"{tally.seen / tally.seconds:,.0f}" if tally.seconds else ""
-    counts = (f"{count:,}" for count in (tally.seen, tally.kept, tally.seen - tally.kept))
-    dropped = tally.to_dict()["dropped"].items()
+def _stage_row(name: str, counted: Any) -> list[str]:
+    rate = f"{counted.seen / counted.seconds:,.0f}" if counted.seconds else ""
+    counts = (f"{count:,}" for count in (counted.seen, counted.kept, counted.seen - counted.kept))
+    dropped = counted.to_dict()["dropped"].items()
     return [name, *counts, rate, ", ".join(f"{count:,} {reason}" for reason, count in dropped)]
 
 
@@ -109,17 +109,17 @@ def _lengths_words(what: str, values: Sequence[int]) -> str:
     return f"{what}: median {middle:,}, 95 % below {high:,}, longest {ordered[-1]:,}"
 
 
-def _add_agreement(page: Page, report: Yield) -> None:
+def _add_agreement(page: Page, report: DropCounts) -> None:
     """How several verifiers judged the same traces, and some that they judged differently."""
-    for name, tally in report.stages.items():
-        if not tally.notes.get("agreement"):
+    for name, counted in report.stages.items():
+        if not counted.notes.get("agreement"):
             continue
         page.heading(f"Verifiers compared: {name}")
-        for pair, counts in tally.notes["agreement"].items():
+        for pair, counts in counted.notes["agreement"].items():
             share, total = 100 * agreed(counts), sum(counts.values())
             page.text(f"They agree on {share:.1f} % of {total:,} traces.")
             page.table(*_agreement_table(pair, counts))
-        shown = [_lines(row) for row in tally.notes["disagreements"]]
+        shown = [_lines(row) for row in counted.notes["disagreements"]]
         if shown:
             page.details("traces that one calls correct and another wrong", shown, opened=True)
 
@@ -137,11 +137,11 @@ def _agreement_table(pair: str, counts: Mapping[str, int]) -> tuple[list[str], l
     return [f"{left} \\ {right}", *columns], body
 
 
-def _add_dropped(page: Page, report: Yield) -> None:
+def _add_dropped(page: Page, report: DropCounts) -> None:
     named = [
-        (f"{name}: {reason} ({tally.dropped.get(reason, 0):,})", examples)
-        for name, tally in report.stages.items()
-        for reason, examples in tally.examples.items()
+        (f"{name}: {reason} ({counted.dropped.get(reason, 0):,})", examples)
+        for name, counted in report.stages.items()
+        for reason, examples in counted.examples.items()
     ]
     if named:
         page.heading("Examples of what was dropped")

@@ -9,6 +9,7 @@ from typing import Any
 
 from kd.traces.columns import ANSWERS, QUESTIONS, TURNS, ShapeError
 from kd.traces.conversations import RenderError
+from kd.traces.counts import DropCounts, StageCounts, metered
 from kd.traces.documents import documents
 from kd.traces.loading import located_records
 from kd.traces.records import BadRecord
@@ -17,7 +18,6 @@ from kd.traces.shapes import normalise
 from kd.traces.tokens import IGNORE, Rendered, plain
 from kd.traces.trace import Tags, Trace
 from kd.traces.turns import are_turns
-from kd.traces.yields import Tally, Yield, metered
 
 _BATCH = 256
 _ASKED = (*TURNS, "choices", "generic_request", *QUESTIONS, *ANSWERS)
@@ -118,7 +118,7 @@ def render_stream(
     traces: Iterable[Trace],
     renderer: Renderer,
     *,
-    report: Yield,
+    report: DropCounts,
     stage: str = "render",
     max_tokens: int | None = None,
     check: bool = True,
@@ -133,16 +133,16 @@ def render_stream(
         max_tokens: longer ones are dropped, never cut.
         check: the round trip of every trace.
     """
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     outcomes = renderer.render_all(traces, check=check)
-    return metered(tally, _kept(outcomes, renderer, tally, max_tokens))
+    return metered(counted, _kept(outcomes, renderer, counted, max_tokens))
 
 
 def render_rows(
     source: str | Path | Iterable[Any],
     renderer: Renderer | AnyRenderer | None,
     *,
-    report: Yield | None = None,
+    report: DropCounts | None = None,
     stage: str = "render",
     max_tokens: int | None = None,
 ) -> Iterator[Rendered]:
@@ -171,29 +171,29 @@ def render_rows(
                 raise outcome
             yield outcome
         return
-    tally = report.stage(stage)
-    for _, rendered in metered(tally, _kept(outcomes, renderer, tally, max_tokens)):
+    counted = report.stage(stage)
+    for _, rendered in metered(counted, _kept(outcomes, renderer, counted, max_tokens)):
         yield rendered
 
 
 def _kept(
     outcomes: Iterable[Outcome],
     renderer: Renderer | AnyRenderer | None,
-    tally: Tally,
+    counted: StageCounts,
     most: int | None,
 ) -> Iterator[tuple[Any, Rendered]]:
     """Those that were rendered, the others counted."""
-    notes = tally.notes
+    notes = counted.notes
     for key in ("tokens", "trained_tokens"):
         notes.setdefault(key, 0)
     for item, outcome in outcomes:
         shown = item if isinstance(item, (Trace, Mapping)) else {"text": str(item)}
         if isinstance(outcome, RenderError):
-            tally.drop(outcome.reason, shown, str(outcome))
+            counted.drop(outcome.reason, shown, str(outcome))
         elif most is not None and len(outcome.input_ids) > most:
-            tally.drop(f"longer than {most} tokens", shown, f"{len(outcome.input_ids)} tokens")
+            counted.drop(f"longer than {most} tokens", shown, f"{len(outcome.input_ids)} tokens")
         else:
-            tally.keep()
+            counted.keep()
             notes["tokens"] += len(outcome.input_ids)
             notes["trained_tokens"] += len(outcome.labels) - outcome.labels.count(IGNORE)
             yield item, outcome

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
+from kd.traces.counts import DropCounts
 from kd.traces.trace import Trace
-from kd.traces.yields import Yield
 
 
 def by_prompt(traces: Iterable[Trace]) -> dict[tuple[str, str], list[Trace]]:
@@ -30,7 +30,7 @@ def best_of_n(
     keep: int = 1,
     prefer: str = "shortest",
     seed: int = 0,
-    report: Yield,
+    report: DropCounts,
     stage: str = "best of n",
 ) -> list[Trace]:
     """Of the samples of each prompt keep a few, correct ones first.
@@ -47,7 +47,7 @@ def best_of_n(
         raise ValueError(
             f'best_of_n: prefer must be "shortest", "longest" or "random", got {prefer!r}.'
         )
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     rng = random.Random(seed)
     chosen: list[Trace] = []
     for samples in by_prompt(traces).values():
@@ -61,9 +61,9 @@ def best_of_n(
 
         ranked = sorted(samples, key=rank)
         chosen.extend(ranked[:keep])
-        tally.keep(len(ranked[:keep]))
+        counted.keep(len(ranked[:keep]))
         for trace in ranked[keep:]:
-            tally.drop("another sample was better", trace)
+            counted.drop("another sample was better", trace)
     return chosen
 
 
@@ -72,7 +72,7 @@ def by_difficulty(
     *,
     least: float = 0.0,
     most: float = 1.0,
-    report: Yield,
+    report: DropCounts,
     stage: str = "difficulty",
 ) -> list[Trace]:
     """Keep the prompts whose pass rate lies in [least, most]; each trace notes its rate."""
@@ -81,18 +81,18 @@ def by_difficulty(
             f"by_difficulty: least and most must satisfy 0 <= least <= most <= 1, got {least}, "
             f"{most}."
         )
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     chosen: list[Trace] = []
     for samples in by_prompt(traces).values():
         rate = pass_rate(samples)
         for trace in samples:
             if rate != rate:
-                tally.drop("no verdict", trace)
+                counted.drop("no verdict", trace)
             elif least <= rate <= most:
-                tally.keep()
+                counted.keep()
                 chosen.append(trace.note(pass_rate=round(rate, 4)))
             else:
-                tally.drop("too hard" if rate < least else "too easy", trace, f"rate {rate:.2f}")
+                counted.drop("too hard" if rate < least else "too easy", trace, f"rate {rate:.2f}")
     return chosen
 
 
@@ -102,7 +102,7 @@ def diverse(
     *,
     by: str = "domain",
     seed: int = 0,
-    report: Yield,
+    report: DropCounts,
     stage: str = "diverse",
 ) -> list[Trace]:
     """Sample ``count`` traces evenly over domains (or sources), longer thoughts more often.
@@ -113,7 +113,7 @@ def diverse(
         raise ValueError(f'diverse: by must be "domain" or "source", got {by!r}.')
     if count < 0:
         raise ValueError(f"diverse: count must be at least 0, got {count}.")
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     rng = random.Random(seed)
     groups: dict[str, list[Trace]] = {}
     for trace in traces:
@@ -131,8 +131,8 @@ def diverse(
         chosen.append(group.pop(rng.randrange(start, min(len(group), start + step))))
         if not group:
             del groups[name]
-    tally.keep(len(chosen))
+    counted.keep(len(chosen))
     for group in groups.values():
         for trace in group:
-            tally.drop("not sampled", trace)
+            counted.drop("not sampled", trace)
     return chosen

@@ -17,9 +17,9 @@ from typing import Any
 from kd.files import JsonLines
 from kd.serving import KEY_VARIABLE, Endpoint, ServerError, default_address, shown_fields
 from kd.traces.conversations import messages
+from kd.traces.counts import DropCounts
 from kd.traces.sampling import Sampling
 from kd.traces.trace import Trace, split_completion
-from kd.traces.yields import Yield
 
 LARGEST = 64 * 2**20
 # Off, in the words of OpenAI's servers, and of those that have more (vLLM, SGLang): a request that
@@ -188,7 +188,7 @@ def generate_server(
     sampling: Sampling | None = None,
     n: int = 1,
     journal: str | Path | None = None,
-    report: Yield,
+    report: DropCounts,
     stage: str = "generate",
 ) -> Iterator[Trace]:
     """Sample answers from a server, in order, with ``server.concurrency`` requests in flight.
@@ -211,7 +211,7 @@ def generate_server(
         call", "content filter", "no content"), and "refusal" and "tool_calls" hold what there is.
     """
     sampling = sampling or Sampling()
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     answers = _Answers(journal)
     asked = (Trace(item) if isinstance(item, str) else item for item in problems)
     jobs = ((trace, k) for trace in asked for k in range(n))
@@ -236,9 +236,9 @@ def generate_server(
                 for trace, k in jobs:
                     waiting.append((trace, k, pool.submit(ask, trace, k)))
                     if len(waiting) >= 2 * server.concurrency:
-                        yield from _take(waiting, server, tally, answers)
+                        yield from _take(waiting, server, counted, answers)
                 while waiting:
-                    yield from _take(waiting, server, tally, answers)
+                    yield from _take(waiting, server, counted, answers)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
                 for _, _, future in waiting:  # paid for, although nobody takes them any more
@@ -248,11 +248,11 @@ def generate_server(
         answers.close()
 
 
-def _take(waiting: Any, server: Server, tally: Any, answers: _Answers) -> Iterator[Trace]:
+def _take(waiting: Any, server: Server, counted: Any, answers: _Answers) -> Iterator[Trace]:
     trace, k, future = waiting.popleft()
     key, answer = future.result()
     if "failed" in answer:
-        tally.drop(f"teacher failed: {answer['failed']}", trace, answer["detail"])
+        counted.drop(f"teacher failed: {answer['failed']}", trace, answer["detail"])
         return
     answers.add(key, answer)
     said, usage = answer["message"], answer["usage"]
@@ -265,21 +265,21 @@ def _take(waiting: Any, server: Server, tally: Any, answers: _Answers) -> Iterat
         if isinstance(usage.get(name), int)
     }
     for name, value in {**counts, "retries": answer.get("retries", 0)}.items():
-        tally.notes[name] = tally.notes.get(name, 0) + value
+        counted.notes[name] = counted.notes.get(name, 0) + value
     cost = counts.get("prompt_tokens", 0) * server.input_price
     cost += counts.get("completion_tokens", 0) * server.output_price
-    tally.notes["cost"] = tally.notes.get("cost", 0.0) + cost / 1e6
+    counted.notes["cost"] = counted.notes.get("cost", 0.0) + cost / 1e6
     sent = answer.get("sampling", {})
-    tally.notes["sampling"] = {k: v for k, v in sent.items() if k != "seed"}
+    counted.notes["sampling"] = {k: v for k, v in sent.items() if k != "seed"}
     if server.unstated:
-        tally.notes["not stated"] = ", ".join(server.unstated)
+        counted.notes["not stated"] = ", ".join(server.unstated)
     reason = without_content(answer)
     if reason:
-        absent = tally.notes.setdefault("without_content", {})
+        absent = counted.notes.setdefault("without_content", {})
         absent[reason] = absent.get(reason, 0) + 1
         counts["without_content"] = reason
         counts.update({name: said[name] for name in ("refusal", "tool_calls") if said.get(name)})
-    tally.keep()
+    counted.keep()
     finish = answer.get("finish_reason") or ""
     yield trace.replace(think=think, answer=text).note(
         sample=k, finish=finish, sampling=sent, **counts

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kd.files import JsonLines
+from kd.traces.counts import DropCounts, StageCounts, metered
 from kd.traces.trace import Trace
 from kd.traces.verifiers.registry import identity
 from kd.traces.verifiers.verdict import CORRECT, ERROR, UNKNOWN, Verdict, Verifier
-from kd.traces.yields import Tally, Yield, metered
 
 MISSED = 50
 
@@ -27,9 +27,9 @@ def verify(
     keep: Collection[str] = (CORRECT,),
     workers: int = 1,
     journal: str | Path | None = None,
-    report: Yield | None = None,
+    report: DropCounts | None = None,
     stage: str = "verify",
-) -> tuple[list[Trace], Yield]:
+) -> tuple[list[Trace], DropCounts]:
     """Check every trace and keep those whose verdict has a wanted status.
 
     Args:
@@ -46,7 +46,7 @@ def verify(
         The kept traces in their order, each with its verdict in ``metadata["verdict"]``, and the
         yield.
     """
-    report = Yield() if report is None else report
+    report = DropCounts() if report is None else report
     stream = verify_stream(
         traces, verifier, keep=keep, workers=workers, journal=journal, report=report, stage=stage
     )
@@ -60,7 +60,7 @@ def verify_stream(
     keep: Collection[str] = (CORRECT,),
     workers: int = 1,
     journal: str | Path | None = None,
-    report: Yield,
+    report: DropCounts,
     stage: str = "verify",
     missed: list[Trace] | None = None,
 ) -> Iterator[Trace]:
@@ -69,32 +69,32 @@ def verify_stream(
     ``missed`` takes the first 50 that were not found correct: ``verifiers.advice`` says what to do
     where that is all of them.
     """
-    tally = report.stage(stage)
+    counted = report.stage(stage)
     judged = judge_all(traces, verifier, workers=workers, journal=journal)
-    return metered(tally, _kept(judged, keep, tally, [] if missed is None else missed))
+    return metered(counted, _kept(judged, keep, counted, [] if missed is None else missed))
 
 
 def _kept(
     judged: Iterator[tuple[Trace, Verdict]],
     keep: Collection[str],
-    tally: Tally,
+    counted: StageCounts,
     missed: list[Trace],
 ) -> Iterator[Trace]:
-    statuses: dict[str, int] = tally.notes.setdefault("statuses", {})
-    undecided: dict[str, int] = tally.notes.setdefault("undecided", {})
+    statuses: dict[str, int] = counted.notes.setdefault("statuses", {})
+    undecided: dict[str, int] = counted.notes.setdefault("undecided", {})
     for trace, verdict in judged:
-        spent = tally.notes.get("verifier_seconds", 0.0) + verdict.seconds
-        tally.notes["verifier_seconds"] = round(spent, 6)
+        spent = counted.notes.get("verifier_seconds", 0.0) + verdict.seconds
+        counted.notes["verifier_seconds"] = round(spent, 6)
         statuses[verdict.status] = statuses.get(verdict.status, 0) + 1
         if verdict.status in (UNKNOWN, ERROR):
             undecided[verdict.reason] = undecided.get(verdict.reason, 0) + 1
         if not verdict.correct and len(missed) < MISSED:
             missed.append(trace)
         if verdict.status in keep:
-            tally.keep()
+            counted.keep()
             yield trace.note(verdict=verdict.to_dict())
         else:
-            tally.drop(verdict.label(), trace, verdict.detail)
+            counted.drop(verdict.label(), trace, verdict.detail)
 
 
 def judge_all(

@@ -87,9 +87,9 @@ def get_traces(
 ) -> dict[str, Any]:
     """Traces of a file or a data set, or of the offline teacher; verified, and counted."""
     from kd.traces import (
+        DropCounts,
         Lint,
         Trace,
-        Yield,
         advice,
         exact_duplicates,
         filter_stream,
@@ -98,7 +98,7 @@ def get_traces(
     )
     from kd.traces import verifier as verifier_named
 
-    report = Yield()
+    report = DropCounts()
     found = (
         _offline_traces(folder, models, limit, held_out, report)
         if source == OFFLINE
@@ -157,7 +157,7 @@ def _offline_traces(folder: Path, models: Stage, count: int, held_out: int, repo
 
         path = str(folder / "teacher")
         _offline_qwen.write_model("teacher", folder / "teacher")
-    tally = report.stage("generate")
+    counted = report.stage("generate")
     with Progress("the teacher solves problems", len(asked)) as bar:
         for trace in generate_local(
             load_model(path),
@@ -167,7 +167,7 @@ def _offline_traces(folder: Path, models: Stage, count: int, held_out: int, repo
             batch_size=64,
             progress=bar.to,
         ):
-            tally.keep()
+            counted.keep()
             yield trace
 
 
@@ -177,21 +177,21 @@ def render_rows(
     """Every trace in the student's template and, where there is one, in the teacher's."""
     from datasets import Dataset
 
-    from kd.traces import TAGS, Renderer, Yield, load
+    from kd.traces import TAGS, DropCounts, Renderer, load
 
     if tags not in TAGS:
         raise ValueError(f"recipe: tags must be one of {', '.join(TAGS)}, got {tags!r}.")
     student = Renderer(load_tokenizer(models.result["student"]), tags=TAGS[tags])
     teacher_path = models.result["teacher"]
     teacher = Renderer(load_tokenizer(teacher_path), tags=TAGS[tags]) if teacher_path else None
-    report, totals = Yield(), {"rows": 0, "tokens": 0, "trained": 0}
+    report, totals = DropCounts(), {"rows": 0, "tokens": 0, "trained": 0}
 
     def rows() -> Any:
-        tally = report.stage("render")
+        counted = report.stage("render")
         with Progress("rendering", traces.result["kept"]) as bar:
             for trace in load(traces.path / "traces.jsonl"):
                 bar.advance()
-                row = _render(trace, student, teacher, max_length, tally)
+                row = _render(trace, student, teacher, max_length, counted)
                 if row is not None:
                     totals["rows"] += 1
                     totals["tokens"] += len(row["input_ids"])
@@ -206,7 +206,7 @@ def render_rows(
 
 
 def _render(
-    trace: Any, student: Any, teacher: Any, max_length: int, tally: Any
+    trace: Any, student: Any, teacher: Any, max_length: int, counted: Any
 ) -> dict[str, Any] | None:
     from kd.traces import RenderError
 
@@ -214,13 +214,13 @@ def _render(
         ours = student(trace)
         theirs = teacher(trace) if teacher is not None else None
     except RenderError as error:
-        tally.drop(error.reason, trace, str(error))
+        counted.drop(error.reason, trace, str(error))
         return None
     longest = max(len(ours.input_ids), len(theirs.input_ids) if theirs else 0)
     if longest > max_length:
-        tally.drop(f"longer than {max_length} tokens", trace, f"{longest} tokens")
+        counted.drop(f"longer than {max_length} tokens", trace, f"{longest} tokens")
         return None
-    tally.keep()
+    counted.keep()
     row = {"input_ids": ours.input_ids, "labels": ours.labels, "start": _start(ours.labels)}
     if theirs is not None:
         row |= {"teacher_ids": theirs.input_ids, "teacher_start": _start(theirs.labels)}

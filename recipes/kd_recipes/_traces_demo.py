@@ -9,6 +9,7 @@ from typing import Any
 
 from kd.traces import (
     COMPACT,
+    DropCounts,
     Lint,
     Maths,
     Numeric,
@@ -16,7 +17,6 @@ from kd.traces import (
     Renderer,
     Sampling,
     Verifier,
-    Yield,
     best_of_n,
     compare,
     efficiency,
@@ -58,7 +58,7 @@ def run_demo(folder: str | Path, *, problems: int = 400, steps: int = 600, seed:
     tokenizer = arithmetic.tokenizer()
     held_out = {trace.prompt for trace in asked}
     teacher = _train(folder / "teacher", tokenizer, held_out, steps, seed)
-    report = Yield()
+    report = DropCounts()
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24, seed=seed)
     told: dict[str, Any] = {"n": 2, "batch_size": 128, "report": report}
     answered = list(generate_local(teacher, tokenizer, asked, sampling=sampling, **told))

@@ -42,7 +42,7 @@ class Verdict:
         return self.status == CORRECT
 
     def label(self) -> str:
-        """Status and reason in one phrase, as yields count it."""
+        """Status and reason in one phrase, as drops are counted by it."""
         return f"{self.status}: {self.reason}" if self.reason else self.status
 
     def to_dict(self) -> dict[str, Any]:

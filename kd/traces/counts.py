@@ -42,7 +42,7 @@ COUNTED = {"lost_parts": "part that is not text", "tools": "tool called"}
 
 
 @dataclass
-class Tally:
+class StageCounts:
     """One stage's counts; ``seen == kept + the sum of dropped`` at any time.
 
     Attributes:
@@ -103,11 +103,11 @@ class Tally:
         }
 
 
-class Yield:
+class DropCounts:
     """The stages of a pipeline in order, each with its counts.
 
     Example:
-        >>> report = Yield()
+        >>> report = DropCounts()
         >>> lint = report.stage("lint")
         >>> lint.keep(9)
         >>> lint.drop("empty answer", Trace("1+1=?", "two"))
@@ -116,13 +116,13 @@ class Yield:
     """
 
     def __init__(self) -> None:
-        self.stages: dict[str, Tally] = {}
+        self.stages: dict[str, StageCounts] = {}
 
-    def stage(self, name: str) -> Tally:
+    def stage(self, name: str) -> StageCounts:
         """The stage of this name, appended when it is new."""
-        return self.stages.setdefault(name, Tally())
+        return self.stages.setdefault(name, StageCounts())
 
-    def __getitem__(self, name: str) -> Tally:
+    def __getitem__(self, name: str) -> StageCounts:
         return self.stages[name]
 
     @property
@@ -139,12 +139,12 @@ class Yield:
     def dropped(self) -> dict[str, int]:
         """Reason to count over all stages."""
         total: dict[str, int] = {}
-        for tally in self.stages.values():
-            for reason, count in tally.dropped.items():
+        for counted in self.stages.values():
+            for reason, count in counted.dropped.items():
                 total[reason] = total.get(reason, 0) + count
         return total
 
-    def merge(self, other: Yield) -> Yield:
+    def merge(self, other: DropCounts) -> DropCounts:
         """Add another's counts: stages of the same name add up, new ones are appended."""
         for name, theirs in other.stages.items():
             ours = self.stage(name)
@@ -160,15 +160,15 @@ class Yield:
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict that JSON can hold; ``Yield.from_dict`` reads it back."""
-        return {name: tally.to_dict() for name, tally in self.stages.items()}
+        """A dict that JSON can hold; ``DropCounts.from_dict`` reads it back."""
+        return {name: counted.to_dict() for name, counted in self.stages.items()}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Yield:
+    def from_dict(cls, record: Mapping[str, Any]) -> DropCounts:
         """Read what ``to_dict`` made."""
         made = cls()
         for name, entry in record.items():
-            made.stages[name] = Tally(
+            made.stages[name] = StageCounts(
                 seen=entry["in"],
                 kept=entry["kept"],
                 dropped=dict(entry["dropped"]),
@@ -181,26 +181,28 @@ class Yield:
     def table(self) -> str:
         """The counts as aligned text, one line per stage and one per reason below it."""
         lines = [f"{'stage':<34}{'in':>9}{'kept':>9}{'dropped':>9}{'kept %':>8}{'per s':>9}"]
-        for name, tally in self.stages.items():
-            share = f"{100 * tally.kept / tally.seen:.1f}" if tally.seen else "-"
-            rate = f"{tally.seen / tally.seconds:,.0f}" if tally.seconds > 0 else "-"
-            gone = tally.seen - tally.kept
-            lines.append(f"{name:<34}{tally.seen:>9,}{tally.kept:>9,}{gone:>9,}{share:>8}{rate:>9}")
-            for reason, count in tally.to_dict()["dropped"].items():
+        for name, counted in self.stages.items():
+            share = f"{100 * counted.kept / counted.seen:.1f}" if counted.seen else "-"
+            rate = f"{counted.seen / counted.seconds:,.0f}" if counted.seconds > 0 else "-"
+            gone = counted.seen - counted.kept
+            lines.append(
+                f"{name:<34}{counted.seen:>9,}{counted.kept:>9,}{gone:>9,}{share:>8}{rate:>9}"
+            )
+            for reason, count in counted.to_dict()["dropped"].items():
                 lines.append(f"  - {reason:<48}{count:>9,}")
-            for pair, counts in tally.notes.get("agreement", {}).items():
+            for pair, counts in counted.notes.get("agreement", {}).items():
                 lines.append(f"  = {pair + ' agree, %':<48}{100 * agreed(counts):>9.1f}")
             for key, words in COUNTED.items():
-                for name, count in tally.notes.get(key, {}).items():
+                for name, count in counted.notes.get(key, {}).items():
                     lines.append(f"  = {f'{words}: {name}':<48}{count:>9,}")
-            for source, entry in tally.notes.get("sources", {}).items():
+            for source, entry in counted.notes.get("sources", {}).items():
                 if entry.get("times", 0) > 1:
                     lines.append(f"  = {source + ' repeated, times':<48}{entry['times']:>9.2f}")
         return "\n".join(lines)
 
     def cure(self) -> str:
         """What to do about the commonest reason of the stage that let nothing through."""
-        empty = [tally for tally in self.stages.values() if tally.seen and not tally.kept]
+        empty = [counted for counted in self.stages.values() if counted.seen and not counted.kept]
         if not empty:
             return "Check that the input holds records."
         reasons = sorted(empty[0].dropped.items(), key=lambda item: -item[1])
@@ -229,7 +231,7 @@ class _Inner(threading.local):
 _INNER = _Inner()
 
 
-def metered(tally: Tally, stream: Iterable[T]) -> Iterator[T]:
+def metered(counted: StageCounts, stream: Iterable[T]) -> Iterator[T]:
     """Pass a stage's output on, and count the time that it takes to make it.
 
     Stages are generators that read one another, so that the time of a step holds those of all
@@ -245,7 +247,7 @@ def metered(tally: Tally, stream: Iterable[T]) -> Iterator[T]:
             return
         finally:
             took = time.perf_counter() - started
-            tally.seconds += max(0.0, took - _INNER.seconds)
+            counted.seconds += max(0.0, took - _INNER.seconds)
             _INNER.seconds = outer + took
         yield item
 
