@@ -39,9 +39,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     suite.add_peers_to_path()
-    if config.getoption("--device") == "cuda":  # one card: trainers would spread over all
-        cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        os.environ["CUDA_VISIBLE_DEVICES"] = cards.split(",")[0]
+    if config.getoption("--device") == "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = machine.one_card()
         if not torch.cuda.is_available():
             raise pytest.UsageError("--device cuda: torch sees no GPU here.")
     results, device = config.getoption("--results"), config.getoption("--device")

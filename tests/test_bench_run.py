@@ -112,32 +112,53 @@ def test_broken(row, measure):
 """
 
 
-def test_a_failing_implementation_is_a_row_and_a_wrong_answer_is_never_timed(tmp_path):
+def run_broken(tmp_path, text, *options):
+    """(what pytest printed, results.json, README.md) of a suite of its own."""
     folder = tmp_path / "benchmarks"
     folder.mkdir()
     for name in ("conftest.py", "pytest.ini"):
-        text = (ROOT / "benchmarks" / name).read_text()
-        (folder / name).write_text(text.replace("Path(__file__).parent)", "Path.cwd())"))
-    (folder / "bench_broken.py").write_text(BROKEN)
+        copied = (ROOT / "benchmarks" / name).read_text()
+        (folder / name).write_text(copied.replace("Path(__file__).parent)", "Path.cwd())"))
+    (folder / "bench_broken.py").write_text(text)
     command = [sys.executable, "-m", "pytest", str(folder), "--results", str(tmp_path / "out")]
     mine = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     paths = (ROOT / "benchmarks", ROOT, ROOT / "kernels", *sys.path)
     done = subprocess.run(
-        [*command, "--smoke", "--seconds", "0.1", "-q", "-p", "no:cacheprovider"],
+        [*command, "--smoke", "--seconds", "0.1", "-q", "-p", "no:cacheprovider", *options],
         cwd=ROOT / "benchmarks",
         env={**mine, "PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,
     )
     (path,) = (tmp_path / "out").glob("*/results.json")
-    data = json.loads(path.read_text())
+    return done.stdout, json.loads(path.read_text()), (path.parent / "README.md").read_text()
+
+
+def test_a_failing_implementation_is_a_row_and_a_wrong_answer_is_never_timed(tmp_path):
+    printed, data, text = run_broken(tmp_path, BROKEN)
     reasons = {row["implementation"]: row["reason"] for row in data["not_measured"]}
     assert "OutOfMemoryError: CUDA out of memory" in reasons["fails"]
     assert reasons["wrong"].startswith("wrong answer: value error 1.0e+00")
     assert [row["extra_info"]["implementation"] for row in data["benchmarks"]] == ["pytorch"]
-    assert "1 failed, 1 passed, 1 skipped" in done.stdout
-    text = (path.parent / "README.md").read_text()
+    assert "1 failed, 1 passed, 1 skipped" in printed
     assert "not measured: OutOfMemoryError" in text and "not measured: wrong answer" in text
+
+
+@pytest.mark.slow
+def test_a_step_that_hangs_is_a_row_and_the_run_goes_on(tmp_path):
+    hangs = BROKEN.replace('raise torch.OutOfMemoryError("CUDA out of memory.")',
+                           'import time; time.sleep(200)')  # fmt: skip
+    printed, data, text = run_broken(tmp_path, hangs, "-o", "timeout=40")
+    reasons = {row["implementation"]: row["reason"] for row in data["not_measured"]}
+    assert reasons["fails"] == results.UNFINISHED and "2 failed, 1 passed" in printed
+    assert [row["extra_info"]["implementation"] for row in data["benchmarks"]] == ["pytorch"]
+
+
+def test_one_card_is_used(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert machine.one_card() == "3"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert machine.one_card() == "0"
 
 
 def test_compare_shows_a_slowdown_of_30_percent(measured, tmp_path):

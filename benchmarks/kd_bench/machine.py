@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import re
 import shlex
@@ -40,6 +41,11 @@ def release(device: str) -> None:
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
+
+
+def one_card() -> str:
+    """The first of the cards that may be used: trainers would spread over all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def free_memory(device: str) -> int:
