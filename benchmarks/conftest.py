@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     suite.add_peers_to_path()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped, and not a row's fault
     if config.getoption("--device") == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = machine.one_card()
         if not torch.cuda.is_available():

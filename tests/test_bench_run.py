@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,11 @@ def test_broken(row, measure):
 """
 
 
-def run_broken(tmp_path, text, *options):
-    """(what pytest printed, results.json, README.md) of a suite of its own."""
+def run_broken(tmp_path, text, *options, stop=False):
+    """(what pytest printed, results.json, README.md) of a suite of its own.
+
+    stop: it is ended by SIGTERM in its first row.
+    """
     folder = tmp_path / "benchmarks"
     folder.mkdir()
     for name in ("conftest.py", "pytest.ini"):
@@ -123,15 +127,21 @@ def run_broken(tmp_path, text, *options):
     command = [sys.executable, "-m", "pytest", str(folder), "--results", str(tmp_path / "out")]
     mine = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     paths = (ROOT / "benchmarks", ROOT, ROOT / "kernels", *sys.path)
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*command, "--smoke", "--seconds", "0.1", "-q", "-p", "no:cacheprovider", *options],
         cwd=ROOT / "benchmarks",
         env={**mine, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
     )
+    while stop and process.poll() is None:
+        time.sleep(0.5)
+        if list((tmp_path / "out").glob("*/results.json")):
+            process.terminate()
+            break
+    printed, _ = process.communicate()
     (path,) = (tmp_path / "out").glob("*/results.json")
-    return done.stdout, json.loads(path.read_text()), (path.parent / "README.md").read_text()
+    return printed, json.loads(path.read_text()), (path.parent / "README.md").read_text()
 
 
 def test_a_failing_implementation_is_a_row_and_a_wrong_answer_is_never_timed(tmp_path):
@@ -144,14 +154,25 @@ def test_a_failing_implementation_is_a_row_and_a_wrong_answer_is_never_timed(tmp
     assert "not measured: OutOfMemoryError" in text and "not measured: wrong answer" in text
 
 
+HANGS = BROKEN.replace(
+    'raise torch.OutOfMemoryError("CUDA out of memory.")', "import time; time.sleep(200)"
+)
+
+
 @pytest.mark.slow
 def test_a_step_that_hangs_is_a_row_and_the_run_goes_on(tmp_path):
-    hangs = BROKEN.replace('raise torch.OutOfMemoryError("CUDA out of memory.")',
-                           'import time; time.sleep(200)')  # fmt: skip
-    printed, data, text = run_broken(tmp_path, hangs, "-o", "timeout=40")
+    printed, data, _ = run_broken(tmp_path, HANGS, "-o", "timeout=40")
     reasons = {row["implementation"]: row["reason"] for row in data["not_measured"]}
     assert reasons["fails"] == results.UNFINISHED and "2 failed, 1 passed" in printed
     assert [row["extra_info"]["implementation"] for row in data["benchmarks"]] == ["pytorch"]
+
+
+def test_a_run_that_is_stopped_tries_its_row_again(tmp_path):
+    _, data, text = run_broken(tmp_path, HANGS, stop=True)
+    (row,) = data["not_measured"]
+    assert row["reason"] == "interrupted" and "not measured: interrupted" in text
+    (folder,) = (tmp_path / "out").iterdir()
+    assert not results.Results(folder).has(row["name"])
 
 
 def test_one_card_is_used(monkeypatch):
