@@ -26,6 +26,7 @@ from kd.heads.observing import (
     causal_lm,
     lm_head,
     observing,
+    text_config,
     undisturbed,
     without_logits,
 )
@@ -104,5 +105,6 @@ __all__ = [
     "observing",
     "reading",
     "refusal",
+    "text_config",
     "undisturbed",
 ]

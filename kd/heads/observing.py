@@ -32,6 +32,11 @@ def lm_head(model: Any) -> Any:
     return find() if callable(find) else None
 
 
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text model; the config itself, or None, otherwise."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def own_forward(causal: Any) -> Any:
     """A model's forward as it was before it had a ``head_loss`` argument."""
     return getattr(causal, "_kd_original_forward", None) or causal.forward

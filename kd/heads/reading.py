@@ -19,10 +19,11 @@ from kd.heads.observing import (
     no_loss,
     own_forward,
     takes,
+    text_config,
     undisturbed,
     without_logits,
 )
-from kd.heads.weights import dense_logits
+from kd.heads.weights import dense_logits, scaled
 from kd.losses import Hidden
 
 # What the lm_head returns for the tokens of the check: a slope, a range of sizes, a saturated cap.
@@ -55,10 +56,7 @@ class HeadReading:
 
     def applied(self, product: Tensor) -> Tensor:
         """The model's logits from its lm_head's output [..., V]."""
-        logits = product[..., : self.width]
-        if self.scale is not None:
-            logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return scaled(product[..., : self.width], self.scale, self.softcap)
 
     def described(self, seen: Hidden) -> Hidden:
         """An lm_head's plain product with what the model does to it."""
@@ -101,7 +99,7 @@ def reading(model: Any) -> HeadReading | None:
 def _identity(causal: Any) -> tuple[Any, ...]:
     """What a reading depends on and a user may change: the lm_head, and the config's numbers."""
     config: Any = getattr(causal, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     found = {} if config is None else vars(config) | vars(text)
     plain = (bool, int, float, type(None))
     numbers = tuple((k, v) for k, v in found.items() if isinstance(v, plain) and k != "use_cache")
@@ -277,8 +275,7 @@ def _difference(ours: Tensor, own: Tensor) -> str | None:
 
 def _few_tokens(causal: Any) -> Tensor:
     """[1, n] different tokens from the middle of the vocabulary, away from special ones."""
-    config = causal.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(causal.config)
     longest = getattr(text, "max_position_embeddings", None) or 0
     count = min(len(PROBES), longest) if longest > 0 else len(PROBES)  # XLNet says -1
     embeddings = causal.get_input_embeddings()

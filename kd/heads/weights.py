@@ -54,6 +54,13 @@ def lora_pair(head: Any) -> tuple[Tensor, Tensor, float] | None:
     )
 
 
+def scaled(logits: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    """Logits times a scale, then softcapped."""
+    if scale is not None:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def dense_logits(student: Hidden) -> Tensor:
     """The logits a ``kd.Hidden`` stands for."""
     logits = student.hidden @ student.weight.T
@@ -62,8 +69,4 @@ def dense_logits(student: Hidden) -> Tensor:
         logits = logits + scaling * (student.hidden @ first.T @ second.T)
     if student.bias is not None:
         logits = logits + student.bias
-    if student.logit_scale is not None:
-        logits = logits * student.logit_scale
-    if student.softcap is not None:
-        logits = student.softcap * torch.tanh(logits / student.softcap)
-    return logits
+    return scaled(logits, student.logit_scale, student.softcap)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd.heads import text_config
 from kd.training.teachers import Teachers
 
 # --- the student's context ------------------------------------------------------------------------
@@ -22,7 +23,7 @@ from kd.training.teachers import Teachers
 
 def context_length(config: Any) -> int | None:
     """Tokens a model can read: its positions, times RoPE scaling; None when it has no limit."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     most = getattr(text, "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.heads import causal_lm
+from kd.heads import causal_lm, text_config
 from kd.traces import isolates_documents
 from kd.training.batches import RECORD, STAMP
 from kd.training.teachers import Teachers
@@ -138,8 +138,7 @@ def _bare(model: Any) -> Any:
 def _attention(model: Any) -> tuple[str | None, ...]:
     """The attention implementations that a model and its text part name, the latter last."""
     config: Any = getattr(causal_lm(_bare(model)), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return tuple(getattr(one, "_attn_implementation", None) for one in (config, text))
+    return tuple(getattr(c, "_attn_implementation", None) for c in (config, text_config(config)))
 
 
 def _kept(model: Any, flat: bool) -> tuple[str] | None:

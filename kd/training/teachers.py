@@ -240,8 +240,7 @@ class Teachers:
             )
         if member.kind == "sparse":
             return top_k_of(flat, number, member.record or record, rule)
-        head = member.source.head
-        made = kd.Hidden(flat[needed], head.weight, head.bias, head.logit_scale, head.softcap)
+        made = kd.Hidden(flat[needed], **vars(member.source.head))
         return _on(made, made.hidden.device)
 
     def mask(self, number: int, domain: Tensor) -> Tensor:
