@@ -67,38 +67,43 @@ def checked_rows(
     _refuse(bad, f"{name}: ids", "different within a row", ordered[:, 1:])
     mass = np.where(used, np.exp(np.where(used, logprobs, 0)), 0).sum(1)
     _refuse(mass > 1 + MASS_TOLERANCE, f"{name}: probabilities", "at most 1 in sum", mass)
+    shape = (len(tokens), len(meta.tail_temperatures))
     rows = Rows(
         np.array([len(tokens)]),
         counts,
         ids[used].astype(np.int32),
         np.minimum(logprobs[used], 0),
-        _tails_of(name, mass, tails, meta),
-        _realised_of(name, tokens, realised, meta),
+        _optional(tails, shape, "tails must be [L, M]", "tail_temperatures", meta, name),
+        _optional(realised, tokens.shape, "realised must be [L]", "realised", meta, name),
         tokens,
     )
     if rows.tails is not None:
+        for problem, rule, bad in broken_tails(rows.tails, mass, meta):
+            _refuse(bad, f"{name}: {problem}", rule, rows.tails)
         rows.tails[counts == 0] = 0  # such a row says nothing
     if rows.realised is not None:
+        rows.realised[-1] = np.nan
+        rows.realised[(rows.realised > 0) & (rows.realised <= ROUNDING)] = 0
         for problem, rule, bad in broken_realised(rows, meta):
             _refuse(bad, f"{name}: {problem}", rule, rows.realised)
     return rows
 
 
-def _realised_of(
-    name: str, tokens: NDArray[np.int32], realised: Any, meta: CacheMeta
+def _optional(
+    values: Any, shape: tuple[int, ...], what: str, field: str, meta: CacheMeta, name: str
 ) -> NDArray[np.float32] | None:
-    if not meta.realised and realised is None:
+    """What a sequence has beside its entries, exactly where the meta's ``field`` asks for it."""
+    asked = getattr(meta, field)
+    if not asked and values is None:
         return None
-    found: NDArray[Any] = np.zeros(0) if realised is None else _array(realised)
-    if not meta.realised or found.shape != tokens.shape or found.dtype.kind != "f":
+    found: NDArray[Any] = np.zeros(0) if values is None else _array(values)
+    if not asked or found.shape != shape or found.dtype.kind != "f":
         raise ValueError(
-            f"CacheWriter.add: realised must be [L] = {tokens.shape} floating-point log-probs "
-            f"where meta.realised is True, got {None if realised is None else found.shape} for "
-            f"{name} and meta.realised={meta.realised}."
+            f"CacheWriter.add: {what} = {shape} floating-point values exactly where meta.{field} "
+            f"asks for them, got {None if values is None else found.shape} for {name} and "
+            f"meta.{field}={asked!r}."
         )
-    followed = found.astype(np.float32)
-    followed[-1] = np.nan
-    return np.where((followed > 0) & (followed <= ROUNDING), np.float32(0), followed)
+    return found.astype(np.float32)
 
 
 def broken_realised(rows: Rows, meta: CacheMeta) -> list[tuple[str, str, NDArray[np.bool_]]]:
@@ -125,25 +130,6 @@ def broken_realised(rows: Rows, meta: CacheMeta) -> list[tuple[str, str, NDArray
         ("realised", "that of the row's own entry for the token that follows", differ),
         ("realised", "at most what the row's tokens leave over", value > most + ROUNDING),
     ]
-
-
-def _tails_of(
-    name: str, mass: NDArray[Any], tails: Any, meta: CacheMeta
-) -> NDArray[np.float32] | None:
-    temperatures = meta.tail_temperatures
-    if not temperatures and tails is None:
-        return None
-    shape = (len(mass), len(temperatures))
-    found: NDArray[Any] = np.zeros(0) if tails is None else _array(tails)
-    if not temperatures or found.shape != shape or found.dtype.kind != "f":
-        raise ValueError(
-            f"CacheWriter.add: tails must be [L, M] = {shape} floating-point values at the meta's "
-            f"tail_temperatures, got {None if tails is None else found.shape} for {name}."
-        )
-    stored: NDArray[np.float32] = found.astype(np.float32)
-    for problem, rule, bad in broken_tails(stored, mass, meta):
-        _refuse(bad, f"{name}: {problem}", rule, stored)
-    return stored
 
 
 def broken_tails(

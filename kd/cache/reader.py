@@ -131,14 +131,6 @@ class CacheReader:
                 self._verified.add(number)
         return shard
 
-    def check_shard(self, number: int) -> None:
-        """Compare a shard's SHA-256 with the manifest's.
-
-        Raises:
-            ValueError: naming the shard and both digests.
-        """
-        self.shard(number, verify=False).check_digest(self.manifest.shards[number].sha256)
-
     def sequences(self) -> Iterator[NDArray[np.int32]]:
         """The token ids of every sequence, in the order of the shards."""
         for number in range(len(self.manifest.shards)):
