@@ -82,6 +82,11 @@ def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
         temporary.write_bytes(data)
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder and in those below it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The file's dict, or an empty one where it is missing or torn."""
     try:

@@ -50,6 +50,12 @@ def load_model(name: str | Path, *, on: str | None = None, **options: Any) -> An
     return model.to(on or device())
 
 
+def load_for_inference(name: str | Path) -> Any:
+    """A causal LM that is asked, not trained: in its own dtype on a GPU, in float32 on a CPU."""
+    own = {"dtype": "auto"} if device().type == "cuda" else {}
+    return load_model(name, **own).eval()
+
+
 def load_tokenizer(name: str | Path, **options: Any) -> Any:
     """The tokenizer of a model."""
     from transformers import AutoTokenizer

@@ -28,7 +28,7 @@ def students(folder):
     timed = ("tokens_per_second", "train_runtime")
     return {
         (run["arm"], run["seed"]): (
-            run["completions"],
+            run["samples"],
             [{k: v for k, v in entry.items() if k not in timed} for entry in run["log"]],
         )
         for runs in result.values()

@@ -109,18 +109,25 @@ def test_two_processes_share_the_stages(tmp_path):
     assert read_json(tmp_path / "run" / "first" / "stage.json")["result"] == {"made": 1}
 
 
-def square(job, report):
+def square(folder, report, *, number):
     report(0.5)
-    if job < 0:
-        raise ValueError("job must be at least 0")
-    return job * job
+    if number < 0:
+        raise ValueError("number must be at least 0")
+    (folder / "calls").open("a").write("x")
+    return {"square": number * number}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_jobs_keep_their_order_and_the_first_failure_is_raised(workers):
-    assert run_jobs(square, [3, 1, 2], "squares", workers, threads=1) == [9, 1, 4]
+def test_jobs_keep_their_order_and_the_first_failure_is_raised(workers, tmp_path):
+    jobs = {tmp_path / str(number): {"number": number} for number in (3, 1, 2, -1)}
     with pytest.raises(ValueError, match="must be at least 0"):
-        run_jobs(square, [1, -1], "squares", workers)
+        run_jobs(square, jobs, "squares", workers)
+    jobs.popitem()
+    for _ in range(2):  # the second time nothing is done again
+        results = run_jobs(square, jobs, "squares", workers, threads=1)
+        assert results == [{"square": 9}, {"square": 1}, {"square": 4}]
+    assert {(folder / "calls").read_text() for folder in jobs} == {"x"}
+    assert read_json(tmp_path / "3" / "result.json") == {"square": 9}
 
 
 def test_progress_counts_what_was_found_apart_from_what_was_done(capsys, monkeypatch):

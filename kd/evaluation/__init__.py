@@ -12,6 +12,7 @@ from kd.evaluation.arms import (
     compare_runs,
     intervals_figure,
     percent,
+    show_arms,
     text_table,
 )
 from kd.evaluation.likelihood import Closeness, Likelihood, closeness, likelihood
@@ -44,6 +45,7 @@ __all__ = [
     "percent",
     "read_problems",
     "score",
+    "show_arms",
     "spread",
     "text_table",
 ]

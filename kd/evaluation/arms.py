@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd.evaluation.scores import Comparison, compare, spread
-from kd.page import COLOURS, subplots
+from kd.page import COLOURS, Page, subplots
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -133,6 +133,39 @@ def compare_arms(
 ) -> str:
     """``verdict`` of two arms whose runs share seeds."""
     return verdict(baseline, other, compare(arms[baseline], arms[other]), metric)
+
+
+def show_arms(
+    page: Page,
+    sentence: str,
+    arms: Mapping[str, Sequence[float]],
+    seeds: Sequence[int],
+    references: Mapping[str, float] | None = None,
+    metric: Metric = ACCURACY,
+    name: str = "accuracy",
+    drawn: Sequence[str] | None = None,
+) -> str:
+    """Put a comparison on a page: what it says, its table and its plot.
+
+    Args:
+        page: gets them, the plot also as a file of that ``name``.
+        sentence: of ``compare_arms`` or ``compare_runs``.
+        arms: values of each arm, one a seed.
+        seeds: names of the columns.
+        references: values with no seeds of their own, such as the teacher's.
+        metric: what the values are.
+        name: of the plot.
+        drawn: the references that the plot shows; all when None.
+
+    Returns:
+        Table and sentence as text for the terminal.
+    """
+    header, rows = arms_rows(arms, seeds, references, metric)
+    caption = "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds."
+    page.verdict(sentence).table(header, rows)
+    levels = {key: v for key, v in (references or {}).items() if drawn is None or key in drawn}
+    page.figure(arms_figure(arms, levels, metric), caption, name)
+    return f"{text_table(header, rows)}\n\n{sentence}"
 
 
 def arms_figure(

@@ -1,6 +1,6 @@
 """Running a recipe: stages that are skipped when nothing they read has changed, and their jobs."""
 
-from kd.stages.catalog import Entry, entry, find_recipes, run_recipe
+from kd.stages.catalog import Entry, entry, find_recipes, run_recipe, show_report
 from kd.stages.jobs import default_workers, one_thread, run_jobs
 from kd.stages.stages import Run, Stage
 
@@ -14,4 +14,5 @@ __all__ = [
     "one_thread",
     "run_jobs",
     "run_recipe",
+    "show_report",
 ]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+from kd.progress import say
+from kd.stages.stages import Stage
 
 PACKAGE = "kd_recipes"
 
@@ -32,17 +36,24 @@ def find_recipes(package: str = PACKAGE) -> list[Entry]:
 
 def entry(module: ModuleType) -> Entry:
     """A recipe module as an entry."""
-    name = module.__name__.rpartition(".")[2]
+    name = _full_name(module).rpartition(".")[2]
     lines = (module.__doc__ or "").strip().splitlines()
     return Entry(name, lines[0] if lines else "", module.PRESETS, module)
 
 
-def run_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None = None) -> Any:
+def _full_name(module: ModuleType) -> str:
+    """Its name, also where it is the program itself (``python -m``)."""
+    return module.__spec__.name if module.__spec__ is not None else module.__name__
+
+
+def run_recipe(
+    module: ModuleType, arguments: Sequence[str] | None = None, prog: str | None = None
+) -> Any:
     """``[PRESET] [--field value ...]`` to a config, and the recipe run with it.
 
     Args:
         module: has ``PRESETS`` ({name: (summary, config)}, the first is the default) and ``main``.
-        arguments: the command line after the recipe's name.
+        arguments: the command line after the recipe's name; the process's own when None.
         prog: how the command was called, for its help.
 
     Returns:
@@ -54,11 +65,11 @@ def run_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None = 
     """
     import tyro
 
-    if "--check" in arguments:
-        return _check_recipe(module, [word for word in arguments if word != "--check"], prog)
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    if "--check" in rest:
+        return _check_recipe(module, [word for word in rest if word != "--check"], prog)
     recipe = entry(module)
-    prog = prog or f"python -m {module.__name__}"
-    rest = list(arguments)
+    prog = prog or f"python -m {_full_name(module)}"
     preset = next(iter(recipe.presets))
     if rest and not rest[0].startswith("-"):
         preset = rest.pop(0)
@@ -80,7 +91,6 @@ def _check_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None
     """The checks of the next stage that trains, those that find the same in one."""
     from rich.markup import escape
 
-    from kd.progress import say
     from kd.training import preflight
 
     try:
@@ -98,3 +108,22 @@ def _check_recipe(module: ModuleType, arguments: Sequence[str], prog: str | None
         return count
     say("nothing to check: every training of this run is done. --fresh does them again.")
     return 0
+
+
+def show_report(report: Stage, *, browser: bool = False) -> dict[str, Any]:
+    """Print what the last stage of a recipe found, and where its page is.
+
+    Args:
+        report: its result has a "text"; its folder has ``report.html``.
+        browser: show the page there too, where there is a display.
+
+    Returns:
+        The stage's result.
+    """
+    from kd.page import open_page
+
+    page = report.path / "report.html"
+    say(f"\n{report.result['text']}\n\nreport: {page}")
+    if browser:
+        open_page(page)
+    return report.result

@@ -1,4 +1,4 @@
-"""Independent small jobs on the cores of one machine: a process each, few threads each.
+"""Independent jobs of a stage, done once each: on the cores of one machine, a process each.
 
 Training a model of a few hundred thousand parameters gains little from a second thread; two
 trainings side by side gain nearly twice.
@@ -11,14 +11,20 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from kd.files import read_json, write_json
 from kd.progress import Progress
 
+RESULT_FILE = "result.json"
 Report = Callable[[float], None]
+Job = tuple[Path, Mapping[str, Any]]
+Result = dict[str, Any]
 _reports: Any = None
 
 
@@ -63,22 +69,36 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _call(function: Callable[..., Any], index: int, job: Any) -> Any:
-    return function(job, lambda share: _reports.put((index, share)))
+def _do(function: Callable[..., Result], job: Job, report: Report) -> Result:
+    folder, arguments = job
+    done = read_json(folder / RESULT_FILE)
+    if not done:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = function(folder, report, **arguments)
+        write_json(folder / RESULT_FILE, done)
+    return done
+
+
+def _do_in_worker(function: Callable[..., Result], index: int, job: Job) -> Result:
+    return _do(function, job, lambda share: _reports.put((index, share)))
 
 
 def run_jobs(
-    function: Callable[[Any, Report], Any],
-    jobs: Sequence[Any],
+    function: Callable[..., Result],
+    jobs: Mapping[Path, Mapping[str, Any]],
     description: str,
     workers: int = 1,
     threads: int = 1,
-) -> list[Any]:
-    """``[function(job, report) for job in jobs]``, several at a time, under one progress bar.
+) -> list[Result]:
+    """``function(folder, report, **arguments)`` of every job, several at a time, one progress bar.
+
+    A result is kept in its folder as ``result.json``: a job that has one is not done again.
 
     Args:
-        function: a module-level function; it may call ``report(share)`` with its share done.
-        jobs: picklable arguments.
+        function: a module-level function that returns a JSON-able dict; it may call
+            ``report(share)`` with its share done. It finds its own earlier files in the folder if
+            it was interrupted, and may continue.
+        jobs: folder to picklable arguments.
         description: shown at the bar.
         workers: processes; 1 runs everything in this one.
         threads: of each process, when there are several.
@@ -91,8 +111,9 @@ def run_jobs(
     """
     from kd.training import preflight
 
+    listed = list(jobs.items())
     if preflight.asked():
-        return _checked(function, jobs)
+        return _checked(function, listed)
     shares = [0.0] * len(jobs)
     with Progress(description, len(jobs)) as bar:
 
@@ -100,22 +121,22 @@ def run_jobs(
             shares[index] = share
             bar.to(sum(shares), f"({sum(s >= 1 for s in shares)} of {len(jobs)} done)")
 
-        if workers <= 1 or len(jobs) <= 1:
-            results = []
-            for index, job in enumerate(jobs):
-                results.append(function(job, lambda share, i=index: note(i, share)))  # type: ignore[misc]
-                note(index, 1.0)
-            return results
-        return _in_processes(function, jobs, min(workers, len(jobs)), threads, note)
+        if workers > 1 and len(jobs) > 1:
+            return _in_processes(function, listed, min(workers, len(jobs)), threads, note)
+        results = []
+        for index, job in enumerate(listed):
+            results.append(_do(function, job, partial(note, index)))
+            note(index, 1.0)
+        return results
 
 
-def _checked(function: Callable[[Any, Report], Any], jobs: Sequence[Any]) -> list[Any]:
+def _checked(function: Callable[..., Result], jobs: list[Job]) -> list[Result]:
     from kd.training.preflight import Checked
 
     results, checks = [], []
     for job in jobs:
         try:
-            results.append(function(job, lambda share: None))
+            results.append(_do(function, job, lambda share: None))
         except Checked as found:
             checks += found.checks
     if checks:
@@ -124,20 +145,21 @@ def _checked(function: Callable[[Any, Report], Any], jobs: Sequence[Any]) -> lis
 
 
 def _in_processes(
-    function: Callable[[Any, Report], Any],
-    jobs: Sequence[Any],
+    function: Callable[..., Result],
+    jobs: list[Job],
     workers: int,
     threads: int,
     note: Callable[[int, float], None],
-) -> list[Any]:
+) -> list[Result]:
     context = multiprocessing.get_context("spawn")
     reports = context.Manager().Queue()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (reports, os.getpid(), threads))
     try:
-        waiting: dict[Future[Any], int] = {
-            pool.submit(_call, function, index, job): index for index, job in enumerate(jobs)
+        waiting: dict[Future[Result], int] = {
+            pool.submit(_do_in_worker, function, index, job): index
+            for index, job in enumerate(jobs)
         }
-        results: list[Any] = [None] * len(jobs)
+        results: list[Result] = [{}] * len(jobs)
         while waiting:
             done, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
             try:

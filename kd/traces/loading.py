@@ -164,9 +164,15 @@ def _hub(address: str) -> Iterable[Any]:
 
     name, _, split = address.partition("@")
     name, _, config = name.partition(":")
-    found: Iterable[Any] = load_dataset(
-        name, config or None, split=split or "train", streaming=True
-    )
+    try:
+        found: Iterable[Any] = load_dataset(
+            name, config or None, split=split or "train", streaming=True
+        )
+    except (OSError, ConnectionError) as error:
+        raise OSError(
+            f"load: source must be a file, or a data set of the hub within reach, got {address} "
+            f"({str(error).strip().splitlines()[0][:120]}). Check the name and the network."
+        ) from error
     return found
 
 

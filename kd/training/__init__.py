@@ -26,7 +26,7 @@ from kd.training.teachers import Teacher
 
 if TYPE_CHECKING:
     from kd.training.checkpoints import last_complete_checkpoint, mark_complete
-    from kd.training.fitting import fit
+    from kd.training.fitting import fit, keep_student
     from kd.training.trainer import DistillationTrainer
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "compute_loss",
     "cosine",
     "fit",
+    "keep_student",
     "last_complete_checkpoint",
     "linear",
     "mark_complete",
@@ -52,6 +53,7 @@ __all__ = [
 _LATE = {  # transformers' Trainer takes seconds to import
     "DistillationTrainer": "trainer",
     "fit": "fitting",
+    "keep_student": "fitting",
     "last_complete_checkpoint": "checkpoints",
     "mark_complete": "checkpoints",
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from kd.training import preflight
+from kd.training.checkpoints import checkpoints_in
 from kd.training.collator import default_collator
 from kd.training.metrics import TokenClasses
 from kd.training.objective import Objective
@@ -84,6 +88,8 @@ def fit(
     Returns:
         The log: one dict a logged step, with ``step``, ``loss``, its parts and the speed.
     """
+    if collator is None:
+        collator = default_collator(model, tokenizer)
     if preflight.asked():
         title = preflight.title_of(Path(folder).name, objective)
         found = preflight.check(model, collator, rows, objective, tokenizer=tokenizer, title=title)
@@ -104,8 +110,6 @@ def fit(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     args = TrainingArguments(str(folder), **{**settings, **arguments})
-    if collator is None:
-        collator = default_collator(model, tokenizer)
     trainer = DistillationTrainer(
         model,
         args,
@@ -123,3 +127,42 @@ def fit(
     for entry in log:
         entry.pop("peak_memory_gib", None)  # of the process, whatever else it did
     return log
+
+
+def keep_student(model: Any, tokenizer: Any, folder: str | Path) -> Path:
+    """Save a trained student whole as ``folder/model``, and delete the checkpoints beside it.
+
+    Every rank calls it; the first one writes, also where the weights are sharded (FSDP2, ZeRO-3).
+
+    Args:
+        model: the student that ``fit`` trained.
+        tokenizer: saved with it.
+        folder: what ``fit`` was given.
+
+    Returns:
+        The model's folder.
+    """
+    folder = Path(folder)
+    with _whole(model) as state:
+        if int(os.environ.get("RANK", "0")) == 0:
+            model.save_pretrained(folder / "model", state_dict=state)
+            tokenizer.save_pretrained(folder / "model")
+            for checkpoint in checkpoints_in(folder):
+                shutil.rmtree(checkpoint)  # the model is kept, its optimiser is not
+    return folder / "model"
+
+
+@contextmanager
+def _whole(model: Any) -> Iterator[dict[str, Any] | None]:
+    """The state dict of a sharded model; None where ``save_pretrained`` finds it by itself."""
+    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        zero: Any = importlib.import_module("deepspeed").zero
+        with zero.GatheredParameters(list(model.parameters())):
+            yield None
+    elif torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        yield get_model_state_dict(model, options=options)
+    else:
+        yield None

@@ -168,6 +168,13 @@ class VocabularyContract:
             "masked": sorted(self.masked),
         }
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> VocabularyContract:
+        """What ``to_dict`` wrote, also after a way through JSON."""
+        remap = {int(a): b for a, b in record["remap"].items()}
+        masked = frozenset(record["masked"])
+        return cls(record["teacher_live"], record["student_live"], remap, masked)
+
 
 def vocabulary_contract(
     teacher: Any, student: Any, *, special: Mapping[str, str | None] | None = None

@@ -12,10 +12,15 @@ characters with R1's ``<think>`` tags, the models are ``Qwen2ForCausalLM`` built
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from kd.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    from kd.traces import Trace
 
 SPECIAL = ["<pad>", "<eos>", "<think>", "</think>"]
 CHARACTERS = list("0123456789+-=;")
@@ -97,6 +102,50 @@ def solve(question: str, rng: random.Random, random_order: bool = True) -> str:
         values[i : i + 2] = [values[i] + values[i + 1]]
         lines.append(write(values))
     return ";".join(lines)
+
+
+def asked(
+    count: int, seed: int = 0, exclude: set[str] | frozenset[str] = frozenset()
+) -> list[Trace]:
+    """``problems`` that wait for an answer; nobody is trained on those of seed 0."""
+    from kd.traces import Trace
+
+    questions = problems(count, seed, exclude)
+    return [Trace(question, reference=answer(question), domain="math") for question in questions]
+
+
+def solved(
+    model: Any,
+    tokenizer: Any,
+    count: int,
+    held_out: int,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    counted: Any = None,
+) -> Iterator[Trace]:
+    """A teacher solves problems, once each, at temperature 1.
+
+    Args:
+        model: the teacher.
+        tokenizer: its own.
+        count: how many problems.
+        held_out: so many problems of seed 0 are left for the tests.
+        max_new_tokens: of a solution.
+        batch_size: problems solved side by side.
+        counted: counts the traces, of ``kd.traces.DropCounts``.
+    """
+    from kd.traces import Sampling, generate_local
+
+    waiting = asked(count, seed=1, exclude=set(problems(max(held_out, 1), seed=0)))
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=max_new_tokens)
+    with Progress("the teacher solves problems", len(waiting)) as bar:
+        for trace in generate_local(
+            model, tokenizer, waiting, sampling=sampling, batch_size=batch_size, progress=bar.to
+        ):
+            if counted is not None:
+                counted.keep()
+            yield trace
 
 
 def model(hidden: int, layers: int, seed: int, **options: Any) -> Qwen2ForCausalLM:

@@ -12,6 +12,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from kd.models import load_config
+from kd_recipes._offline_qwen import OFFLINE, SIZES
+
 GIB = 2**30
 UTILISATION = 0.35
 # Vendors' dense bf16 figures, in TFLOP/s.
@@ -205,38 +208,37 @@ def show_bytes(size: float) -> str:
     return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a recipe is about to do."""
-
-    name: str
-    student: Shape
-    teacher: Shape | None
-    length: int
-    rows: int
-    mean_tokens: int
-    sft_epochs: float
-    kd_epochs: float
-    top_k: int
-    online: bool
-    source: str
-    offline: str
+def shape_of(config: Any) -> Shape:
+    """The student's sizes: of the preset's size, of the offline model, or of the model itself."""
+    if config.shape or config.student != OFFLINE:
+        return QWEN25.get(config.shape) or Shape.of(load_config(config.student))
+    size = SIZES["student"]
+    return Shape(size["hidden"], size["layers"], 2, 2, 176, size["rows"], True, 128)
 
 
-def estimate(need: Need, gpus: int = 0, gpu_memory: float = 0.0, gpu: str = "") -> str:
-    """The estimate as text for the terminal."""
-    hardware = find_hardware(gpus, gpu_memory, gpu)
-    tokens = need.rows * need.mean_tokens
+def estimate(config: Any) -> str:
+    """What a ``kd_recipes.reasoning.Config`` will need, as text for the terminal."""
+    hardware = find_hardware(config.gpus, config.gpu_memory, config.gpu)
+    student = shape_of(config)
+    teacher = QWEN25.get(config.teacher.removesuffix("-Instruct").rpartition("-")[2])
+    traces, mean = config.max_traces or config.rows_expected, config.mean_tokens
+    mean = min(mean, config.max_length)
+    tokens = traces * mean
     lines = [
-        f"[bold]{need.name}[/]: an estimate from arithmetic, nothing was measured or started",
+        f"[bold]{config.recipe}[/]: an estimate from arithmetic, nothing was measured or started",
         f"hardware        {hardware}",
-        f"student         {need.student.parameters / 1e9:.2f} billion parameters, sequences of up "
-        f"to {need.length:,} tokens",
-        f"traces          {need.rows:,} of {need.mean_tokens:,} tokens: {tokens / 1e6:.0f} million",
+        f"student         {student.parameters / 1e9:.2f} billion parameters, sequences of up "
+        f"to {config.max_length:,} tokens",
+        f"traces          {traces:,} of {mean:,} tokens: {tokens / 1e6:.0f} million",
     ]
-    if need.source:
-        lines.append(f"settings        {need.source}")
-    lines += ["", *_memory(need, hardware), "", *_time(need, hardware, tokens)]
+    if config.source:
+        lines.append(f"settings        {config.source}")
+    lines += ["", *_memory(config, student, teacher, hardware)]
+    lines += ["", *_time(config, student, teacher, hardware, tokens, mean)]
+    lines.append(f"disk\n{_row('a checkpoint and the model', show_bytes(20 * student.parameters))}")
+    if config.kd.epochs and not config.online:
+        size = tokens * BYTES_PER_TOKEN * (0.35 + 0.65 * config.top_k / 64)
+        lines.append(_row(f"cache of the top {config.top_k}", show_bytes(size)))
     lines.append(
         f"\nassumed: {100 * UTILISATION:.0f} % of the peak, everything sharded over all GPUs "
         "(FSDP2 or ZeRO-3), float32 master weights and AdamW, activations recomputed, one "
@@ -245,60 +247,60 @@ def estimate(need: Need, gpus: int = 0, gpu_memory: float = 0.0, gpu: str = "") 
     return "\n".join(lines)
 
 
-def _memory(need: Need, hardware: Hardware) -> list[str]:
-    count = max(1, hardware.gpus)
-    parts = training_memory(need.student, need.length, count)
-    if need.online and need.teacher is not None and need.kd_epochs:
-        parts["teacher in bf16 (sharded)"] = 2 * need.teacher.parameters / count / GIB
+def _row(name: str, value: str) -> str:
+    return f"  {name:<36} {value:>9}"
+
+
+def _memory(config: Any, student: Shape, teacher: Shape | None, hardware: Hardware) -> list[str]:
+    count, length = max(1, hardware.gpus), config.max_length
+    parts = training_memory(student, length, count)
+    if config.online and teacher is not None and config.kd.epochs:
+        parts["teacher in bf16 (sharded)"] = 2 * teacher.parameters / count / GIB
     total = sum(parts.values())
-    where = "one GPU" if hardware.gpus else "the CPU"
-    lines = [f"memory of {where} in training, GiB"]
+    lines = [f"memory of {'one GPU' if hardware.gpus else 'the CPU'} in training, GiB"]
     lines += [f"  {name:<36} {value:7.1f}" for name, value in parts.items()]
     fits = total <= 0.92 * hardware.memory
-    fewest = least_gpus(need.student, need.length, hardware.memory)
-    verdict = f"of {hardware.memory:.0f}: fits" if fits else f"of {hardware.memory:.0f}: TOO MUCH"
+    verdict = f"of {hardware.memory:.0f}: {'fits' if fits else 'TOO MUCH'}"
     lines.append(f"  {'together':<36} {total:7.1f}  {verdict}")
     if not fits and hardware.gpus:
+        fewest = least_gpus(student, length, hardware.memory)
         more = f"{fewest} of these GPUs would do" if fewest else "more GPUs do not help"
         lines.append(f"  {more}; so would LoRA, a shorter --max-length, or --student of less size")
     lines.append(
-        f"  (full logits of both models would add {full_logits(need.student, need.length):.0f} "
-        "GiB; they are never made)"
+        f"  (full logits of both models would add {full_logits(student, length):.0f} GiB; they are "
+        "never made)"
     )
     return lines
 
 
-def _time(need: Need, hardware: Hardware, tokens: float) -> list[str]:
-    mean = need.mean_tokens
-    rows = [("SFT", training_hours(need.student, need.sft_epochs * tokens, mean, hardware))]
-    if need.kd_epochs:
-        if need.teacher is not None:
-            hours = forward_hours(need.teacher, tokens, mean, hardware)
-            times = need.kd_epochs if need.online else 1
-            rows.append(("teacher's forward", times * hours))
-        rows.append(("KD", training_hours(need.student, need.kd_epochs * tokens, mean, hardware)))
-    lines = ["time"]
-    lines += [f"  {name:<36} {show_hours(hours):>9}" for name, hours in rows]
-    lines.append(f"  {'together':<36} {show_hours(sum(hours for _, hours in rows)):>9}")
-    disk = 16 * need.student.parameters + 4 * need.student.parameters
-    lines.append(f"disk\n  {'a checkpoint and the model':<36} {show_bytes(disk):>9}")
-    if need.kd_epochs and not need.online:
-        size = tokens * BYTES_PER_TOKEN * (0.35 + 0.65 * need.top_k / 64)
-        lines.append(f"  {f'cache of the top {need.top_k}':<36} {show_bytes(size):>9}")
-    return lines
+def _time(
+    config: Any,
+    student: Shape,
+    teacher: Shape | None,
+    hardware: Hardware,
+    tokens: float,
+    mean: int,
+) -> list[str]:
+    hours = {"SFT": training_hours(student, config.sft.epochs * tokens, mean, hardware)}
+    if config.kd.epochs:
+        if teacher is not None:
+            times = config.kd.epochs if config.online else 1
+            hours["teacher's forward"] = forward_hours(teacher, times * tokens, mean, hardware)
+        hours["KD"] = training_hours(student, config.kd.epochs * tokens, mean, hardware)
+    hours["together"] = sum(hours.values())
+    return ["time", *(_row(name, show_hours(value)) for name, value in hours.items())]
 
 
-def require_gpu(need: Need) -> None:
-    """Refuse a GPU preset on a machine without one.
+def require_gpu(config: Any) -> None:
+    """Refuse a preset for GPUs on a machine without one.
 
     Raises:
         ValueError: it says what the preset needs, and offers the offline one.
     """
-    hardware = find_hardware()
-    if hardware.gpus:
+    if find_hardware().gpus:
         return
-    fewest = least_gpus(need.student, need.length, 80.0)
+    fewest = least_gpus(shape_of(config), config.max_length, 80.0)
     raise ValueError(
-        f"{need.name}: this preset must run on GPUs, about {fewest} of 80 GB, got none. "
-        f"Every stage on a CPU: {need.offline}. The estimate alone: add --dry-run."
+        f"{config.recipe}: this preset must run on GPUs, about {fewest} of 80 GB, got none. "
+        f"Every stage on a CPU: kd run {config.recipe} offline. The estimate alone: add --dry-run."
     )

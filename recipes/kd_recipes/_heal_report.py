@@ -26,15 +26,7 @@ def write_report(
     scores: Stage,
 ) -> dict[str, Any]:
     """Tables, plots and samples on one page."""
-    from kd.evaluation import (
-        NATS,
-        PERPLEXITY,
-        arms_figure,
-        arms_rows,
-        compare_arms,
-        compare_runs,
-        text_table,
-    )
+    from kd.evaluation import NATS, PERPLEXITY, compare_arms, compare_runs, show_arms
     from kd.page import Page
 
     page = Page("Heal: what do a model's own logits give back after pruning?")
@@ -48,14 +40,18 @@ def write_report(
             ce, kd = (runs[arm][0][part]["nats"] for arm in ARMS)
             verdict = compare_runs(ARMS["ce"], ARMS["kd"], ce, kd, NATS, "blocks of text")
         names = {"pruned, not healed": ends["before"], "whole model": ends["teacher"]}
-        header, rows = arms_rows(arms, config.seeds, names, PERPLEXITY)
-        page.heading(f"Perplexity on {KINDS[part]}").verdict(verdict).table(header, rows)
-        page.figure(
-            arms_figure(arms, {"whole model": ends["teacher"]}, PERPLEXITY),
-            "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
-            f"perplexity-{part}",
+        page.heading(f"Perplexity on {KINDS[part]}")
+        shown = show_arms(
+            page,
+            verdict,
+            arms,
+            config.seeds,
+            names,
+            PERPLEXITY,
+            name=f"perplexity-{part}",
+            drawn=["whole model"],
         )
-        lines.append(f"perplexity on {KINDS[part]}\n{text_table(header, rows)}\n{verdict}")
+        lines.append(f"perplexity on {KINDS[part]}\n{shown}")
         result[part] = {**arms, **ends, "verdict": verdict}
     _closeness(page, students.result, scores.result)
     _settings(page, config, model.result, text.result, pruned.result, cache.result)

