@@ -36,8 +36,7 @@ spilled registers (AMD). shared: bytes. CTA/SM: resident by registers and shared
 bits: the narrowest bulk load or store. SASS/el, MUFU/el: instructions an element over every pass,
 static counts. B/el: read and written an element. roofline: the share of the memory roofline that
 the counts allow on an H100 (3.0 TB/s, 9.87 instructions and 1.23 MUFU a byte). Bounds from machine
-code, not timings.
-"""
+code, not timings."""
 
 
 def fingerprint() -> str:
@@ -117,7 +116,7 @@ def write_table(path: pathlib.Path, title: str, rows: list[list[str]], notes: st
     path.with_suffix(".csv").write_text(tables.comma_separated(COLUMNS, rows))
     table = tables.markdown(COLUMNS, rows, text=["arch"])
     title = f"# {title}, compiled by Triton {triton.__version__}"
-    path.with_suffix(".md").write_text("\n\n".join([title, f"{KEY}{notes}", table]) + "\n")
+    path.with_suffix(".md").write_text("\n\n".join(filter(None, (title, KEY, notes, table))) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -166,7 +165,7 @@ def main() -> int:
         write_table(options.write, "Every kernel variant", rows, "")
     elif options.write:
         title = f"Beside {aot_peers.versions(options.peers)}"
-        write_table(options.write, title, rows, "\n" + aot_peers.summary(found, "sm_90", 128_256))
+        write_table(options.write, title, rows, aot_peers.summary(found, "sm_90", 128_256))
     print(f"{len(rows)} variants, {bad} faults")
     return 1 if bad else 0
 

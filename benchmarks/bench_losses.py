@@ -67,7 +67,7 @@ PYTORCH = Implementation("pytorch", losses.build_pytorch, copies=7)
 COMPILED = Implementation("pytorch compiled", losses.build_pytorch_compiled, copies=7)
 
 
-def suite(name: str, implementations: Any, **options: Any) -> Suite:
+def loss_suite(name: str, implementations: Any, **options: Any) -> Suite:
     shared = {"inputs": losses.make_inputs, "few": losses.first_rows, "truth": losses.exact_answer}
     return Suite(
         name=name,
@@ -77,40 +77,40 @@ def suite(name: str, implementations: Any, **options: Any) -> Suite:
     )
 
 
-LINEAR = suite(
+LINEAR = loss_suite(
     "linear",
     (KD, BARE, PYTORCH, COMPILED),
     flops=lambda s: lower_flops(s, teacher=True),
     bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=2, stored=0),
     any_divergence=True,
 )
-LINEAR_SPARSE = suite(
+LINEAR_SPARSE = loss_suite(
     "linear-sparse",
     (KD, BARE, PYTORCH, COMPILED),
     flops=lambda s: lower_flops(s, teacher=False),
     bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=1, stored=12),
     any_divergence=True,
 )
-CROSS_ENTROPY = suite(
+CROSS_ENTROPY = loss_suite(
     "cross-entropy",
     (KD, BARE, PYTORCH, COMPILED),
     flops=lambda s: lower_flops(s, teacher=False),
     bytes=lambda s, size: lower_bytes(s, size, logits=0, heads=1, stored=0) + 8 * s.tokens,
 )
-DENSE = suite(
+DENSE = loss_suite(
     "dense",
     (KD, IN_PLACE, PYTORCH, COMPILED),
     bytes=lambda s, size: lower_bytes(s, size, logits=3, heads=0, stored=0),
     any_divergence=True,
 )
 LOADED = dataclasses.replace(DENSE, name="dense-loaded", surroundings=competing_process)
-SPARSE = suite(
+SPARSE = loss_suite(
     "sparse",
     (KD, IN_PLACE, PYTORCH, COMPILED),
     bytes=lambda s, size: lower_bytes(s, size, logits=2, heads=0, stored=12),
     any_divergence=True,
 )
-SELECTION = suite(
+SELECTION = loss_suite(
     "selection",
     (
         Implementation("kd", losses.build_selection),

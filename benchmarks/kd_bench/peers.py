@@ -201,7 +201,7 @@ FORWARD = ("forward_kl",)
 ENTROPY = "cross-entropy H(p, q): larger than the KL by the teacher's entropy"
 
 
-def triton(name: str, build: Any, divergences: tuple[str, ...], copies: float) -> Implementation:
+def on_gpu(name: str, build: Any, divergences: tuple[str, ...], copies: float) -> Implementation:
     packages = {"fla": "flash-linear-attention", "cut": "cut-cross-entropy"}
     package = packages.get(name[:3], "liger-kernel")
     return Implementation(name, build, package, divergences, copies, needs_gpu=True)
@@ -215,17 +215,17 @@ PEERS: dict[str, tuple[Implementation, ...]] = {
         ),
         Implementation("liger chunked", liger_chunked, "liger-kernel", BETA, 8),
         Implementation("liger chunked compiled", liger_chunked_compiled, "liger-kernel", BETA, 6),
-        triton("liger fused linear jsd", liger_linear_jsd, BETA, 3),
-        triton("liger fused linear kl", liger_linear_kl, FORWARD, 3),
-        triton("fla fused kl", fla_linear_kl, FORWARD, 2),
+        on_gpu("liger fused linear jsd", liger_linear_jsd, BETA, 3),
+        on_gpu("liger fused linear kl", liger_linear_kl, FORWARD, 3),
+        on_gpu("fla fused kl", fla_linear_kl, FORWARD, 2),
     ),
     "dense": (
         Implementation("trl gkd", trl_gkd, "trl", BETA, 9),
-        triton("liger kl_div", liger_kl, FORWARD, 6),
-        triton("liger jsd", liger_jsd, BETA, 7),
+        on_gpu("liger kl_div", liger_kl, FORWARD, 6),
+        on_gpu("liger jsd", liger_jsd, BETA, 7),
     ),
     "cross-entropy": (
-        triton("liger fused linear ce", liger_linear_ce, (), 1),
-        triton("cut cross-entropy", cut_cross_entropy, (), 0.5),
+        on_gpu("liger fused linear ce", liger_linear_ce, (), 1),
+        on_gpu("cut cross-entropy", cut_cross_entropy, (), 0.5),
     ),
 }

@@ -195,7 +195,7 @@ def write_report(folder: Path) -> list[Path]:
     parts = [
         "# Benchmarks\n\nEach group names the command that measured it; columns and method: "
         "benchmarks/README.md. What the kernels compile to without a GPU: "
-        "[machine code](../aot/README.md).",
+        "[machine code](../aot/README.md). Plotted: [time beside the peers](plots/time.png).",
         *(f"![{path.stem}](plots/{path.name})" for path in plots if path.stem != "time"),
         *(f"{group_head(name, rows)}\n\n{group_table(rows)}" for name, rows in groups.items()),
     ]
