@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,11 +48,6 @@ def fused_rows(count: int, row_bytes: int, device: torch.device) -> int:
     size = max(1, budget // max(1, row_bytes))
     size = size // 128 * 128 if size >= 128 else size
     return min(size, -(-even(count, size) // 128) * 128)
-
-
-def part(given: Any, index: slice | Tensor | None) -> Any:
-    """Rows ``index`` of a tensor or of sparse rows, None for all; what is not there stays so."""
-    return given if given is None or index is None else given[index]
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kd.losses import chunks
-from kd.losses.chunks import part
 from kd.losses.inputs import TopK
 from kd.losses.problem import NO_TRANSFORM, Problem, Projection, SparseRows, Tile
 from kd.losses.sparse import canonical
@@ -38,6 +38,11 @@ Gradients = list[Tensor | None]
 
 Index = slice | Tensor | None
 """Which of the rows; None is all."""
+
+
+def part(given: Any, index: slice | Tensor | None) -> Any:
+    """Rows ``index`` of a tensor or of sparse rows, None for all; what is not there stays so."""
+    return given if given is None or index is None else given[index]
 
 
 def run(

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch as dispatch  # noqa: PLC2701  no public name tells
 
-from kd.losses.chunks import part
 from kd.losses.divergences import bounded_terms, head_mask
 from kd.losses.problem import NO_TRANSFORM, Backend, Objective, SparseRows, Tile, Transform
 from kd.losses.sparse import densify, outcome_terms
@@ -71,11 +70,15 @@ def rows(tile: Tile) -> Tensor:
 
         def work(first: int, last: int) -> None:
             index: Any = slice(first, last) if counted is None else counted[first:last]
-            index = None if last - first == len(student) else index
-            raw, size = _columns(part(student, index), vocab), last - first
-            z = part(live, index) if direct else block("student", size)
-            weight = None if gradient is None or tile.weight is None else part(tile.weight, index)
-            teacher: Any = part(tile.teacher, index)
+            whole, size = last - first == len(student), last - first
+
+            def rows_of(given: Any) -> Any:
+                return given if given is None or whole else given[index]
+
+            raw = _columns(rows_of(student), vocab)
+            z = rows_of(live) if direct else block("student", size)
+            weight = None if gradient is None else rows_of(tile.weight)
+            teacher = rows_of(tile.teacher)
             if isinstance(teacher, Tensor):
                 teacher = _columns(teacher, vocab)
             if in_place:  # read where it lies: a copy of each side less
@@ -88,10 +91,10 @@ def rows(tile: Tile) -> Tensor:
                     teacher = block("teacher", size).copy_(teacher)
                 if z.data_ptr() != raw.data_ptr():
                     z.copy_(raw)
-                loss = block_loss_(z, teacher, part(tile.labels, index), weight, tile)
+                loss = block_loss_(z, teacher, rows_of(tile.labels), weight, tile)
             parts[first] = loss
             if live is not None and not direct:
-                live[slice(None) if index is None else index] = z.to(live.dtype)
+                live[index] = z.to(live.dtype)
 
         return work
 
