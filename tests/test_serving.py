@@ -74,7 +74,7 @@ def http(body, status="200 OK", *headers):
 
 
 def teacher(host, **options):
-    settings = {"api_key_env": "KD_KEY", "retries": 2, "backoff": 0, "timeout": 20, **options}
+    settings = {"key_variable": "KD_KEY", "retries": 2, "wait": 0, "timeout": 20, **options}
     made = ServerTeacher(f"http://{host}/v1", "m", **settings)
     return made, lambda: made.score(np.array([1, 2, 3], np.int32))
 
@@ -204,8 +204,7 @@ def test_a_password_in_the_address_is_sent_and_never_shown(raw, client, userinfo
         return [http(f"you sent {sent} for {userinfo}: {password}".encode(), "401 No")]
 
     server = raw(said)
-    name = "api_key_env" if client is teacher else "key_variable"
-    made, ask = client(f"{userinfo}@{server.host}", **{name: ""})
+    made, ask = client(f"{userinfo}@{server.host}", key_variable="")
     error = failure(ask)
     sent = server.requests[0].decode().partition("Authorization: Basic ")[2].splitlines()[0]
     assert base64.b64decode(sent).decode().endswith(password)
@@ -237,8 +236,7 @@ def test_an_address_that_is_refused_is_not_shown_with_its_password(address):
 def test_a_query_goes_along_and_is_not_shown(raw, client):
     server = raw(http(b"no token s3cret-query", "401 No"))
     made, _ = client(server.host)
-    name = "base_url" if client is teacher else "address"
-    made = type(made)(**{name: f"http://{server.host}/v1?token=s3cret-query", "model": "m"})
+    made = type(made)(f"http://{server.host}/v1?token=s3cret-query", "m")
     ask = made.chat if client is chat else made.score
     error = failure(lambda: ask([{"role": "user", "content": "a"}] if client is chat else [1, 2]))
     assert b"?token=s3cret-query HTTP" in server.requests[0].splitlines()[0]
@@ -254,11 +252,11 @@ def test_a_key_that_is_no_header_or_no_variable(monkeypatch):
                 assert "must be printable ASCII" in str(error)
                 assert bad[:8] not in everything(error)
     monkeypatch.setenv("KD_KEY", f"{KEY}\n")  # read from a file, with its line's end
-    assert Endpoint("E", "address", "http://h", "KD_KEY").headers()["Authorization"] == (
+    assert Endpoint("http://h", "m", key_variable="KD_KEY").headers()["Authorization"] == (
         f"Bearer {KEY}"
     )
     for make in (
-        lambda: ServerTeacher("http://h", "m", api_key_env=KEY),
+        lambda: ServerTeacher("http://h", "m", key_variable=KEY),
         lambda: Server("http://h", "m", key_variable=KEY),
     ):
         error = failure(make)
@@ -274,13 +272,11 @@ def test_shown():
 
 def test_no_log_has_a_key_a_password_or_a_query(raw, client, caplog):
     server = raw(http(b"no", "401 No"))
-    name = "api_key_env" if client is teacher else "key_variable"
     caplog.set_level(0)  # of every package, everything
     failure(client(server.host)[1])
-    failure(client(f"user:s3cret-word@{server.host}", **{name: ""})[1])
+    failure(client(f"user:s3cret-word@{server.host}", key_variable="")[1])
     made, _ = client(server.host)
-    field = "base_url" if client is teacher else "address"
-    made = type(made)(**{field: f"http://{server.host}/v1?token=s3cret-query", "model": "m"})
+    made = type(made)(f"http://{server.host}/v1?token=s3cret-query", "m")
     failure(lambda: (made.chat if client is chat else made.score)([] if client is chat else [1]))
     assert len(server.requests) == 3 and "HTTP Request" in caplog.text
     for secret in (KEY, "s3cret-word", base64.b64encode(b"user:s3cret-word").decode(), "query"):
@@ -311,7 +307,7 @@ def test_address_and_key_come_from_the_variables_that_openai_knows(raw, monkeypa
     assert signed == [False, True, False] and KEY.encode() not in b"".join(server.requests[2:])
     assert b"Basic dTpwYXNz" in server.requests[3]
     monkeypatch.delenv("OPENAI_BASE_URL")
-    with pytest.raises(ValueError, match="address must be given, or set as OPENAI_BASE_URL"):
+    with pytest.raises(ValueError, match="base_url must be given, or set as OPENAI_BASE_URL"):
         Server(None, "m")
 
 
@@ -488,8 +484,8 @@ def test_a_retry_after_is_obeyed_up_to_the_longest_wait(raw, monkeypatch):
     waits = []
     monkeypatch.setattr("kd.serving.time.sleep", waits.append)
     server = raw(http(b"", "503 No", "Retry-After: 7"))
-    failure(teacher(server.host, backoff=1, max_wait=5)[1])
-    failure(teacher(server.host, backoff=1)[1])
+    failure(teacher(server.host, wait=1, max_wait=5)[1])
+    failure(teacher(server.host, wait=1)[1])
     assert waits == [5, 5, 7, 7]
 
 
@@ -517,4 +513,4 @@ def test_an_untrusted_certificate_is_not_tried_again(monkeypatch):
 )
 def test_bad_figures(options):
     with pytest.raises(ValueError, match="timeout must be above 0, and retries and waits"):
-        Endpoint("E", "address", "http://h", **options)
+        Endpoint("http://h", "m", **options)

@@ -81,7 +81,7 @@ def server():
 
 
 def teacher(server, **options):
-    settings = {"top_k": 5, "backoff": 0.01, "max_wait": 0.05, "timeout": 20, "concurrency": 2}
+    settings = {"top_k": 5, "wait": 0.01, "max_wait": 0.05, "timeout": 20, "concurrency": 2}
     return ServerTeacher(server.url, "tiny", **{**settings, **options})
 
 
@@ -146,13 +146,13 @@ def test_a_refusal_for_good_is_not_repeated(server, tmp_path):
 
 def test_the_key_comes_from_the_environment_and_stays_there(server, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "s3cret")
-    asked = teacher(server, api_key_env="SOME_KEY")
+    asked = teacher(server, key_variable="SOME_KEY")
     server.faults = [401]
     with pytest.raises(OSError) as refused:
         asked.score(np.array([1, 2, 3], np.int32))
     assert server.keys == ["Bearer s3cret"]
     assert "s3cret" not in str(refused.value) and "s3cret" not in repr(asked)
-    build(server, sequences(1), tmp_path / "cache", api_key_env="SOME_KEY")
+    build(server, sequences(1), tmp_path / "cache", key_variable="SOME_KEY")
     for item in (tmp_path / "cache").iterdir():
         assert b"s3cret" not in item.read_bytes()
 

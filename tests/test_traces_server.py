@@ -152,7 +152,7 @@ def test_a_server_that_is_not_there_is_counted(tmp_path):
 
 
 def test_wrong_settings_are_refused_with_the_fix():
-    with pytest.raises(ValueError, match="Server: address must start with http"):
+    with pytest.raises(ValueError, match="Server: base_url must start with http"):
         Server("host:8000", "x")
     with pytest.raises(ValueError, match="key_variable must name a set environment variable"):
         Server("http://host/v1", "x", key_variable="KD_NO_SUCH_KEY")

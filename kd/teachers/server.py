@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from kd.cache.codecs import default_options
 from kd.cache.keys import describe
 from kd.cache.writer import SHARD_TOKENS
 from kd.progress import Progress
-from kd.serving import KEY_VARIABLE, Endpoint, ServerError, default_address, shown_fields
+from kd.serving import Endpoint, ServerError
 from kd.teachers.build import batches
 from kd.teachers.data import token_ids
 from kd.teachers.server_rows import Item, checked_row, table
@@ -47,43 +47,39 @@ OF_THE_SEQUENCE = (
 )
 
 
-@dataclass(repr=False)
-class ServerTeacher:
-    """A completions endpoint that scores prompts.
+class _Turns:
+    """Spaces requests evenly."""
+
+    def __init__(self) -> None:
+        self.next, self.guard = 0.0, threading.Lock()
+
+    def wait(self, gap: float) -> None:
+        with self.guard:
+            now = time.monotonic()
+            turn = max(now, self.next)
+            self.next = turn + gap
+        time.sleep(turn - now)
+
+
+@dataclass(frozen=True, repr=False)
+class ServerTeacher(Endpoint):
+    """A completions endpoint that scores prompts; the other fields are ``kd.serving.Endpoint``'s.
 
     Attributes:
-        base_url: up to and with /v1, such as "http://localhost:8000/v1"; that of OPENAI_BASE_URL
-            when None.
-        model: the name the server knows the teacher by.
         top_k: tokens asked for at each position; the server's own limit is --max-logprobs.
         mode: "prompt_logprobs" (vLLM), or "echo" (logprobs of an echoed prompt, with
             return_tokens_as_token_ids).
-        api_key_env: environment variable that holds the key; never a key itself.
-        timeout: seconds for one request, from connecting to the answer's last byte.
-        retries: further attempts after a refusal that may pass (429, 5xx, a broken connection);
-            one at most after a time-out.
-        backoff: seconds before the first of them; doubled each time, with jitter, up to
-            ``max_wait``. A Retry-After header is obeyed, up to the same limit.
         requests_per_minute: None is no limit.
-        concurrency: requests under way at a time.
     """
 
-    base_url: str | None
-    model: str
     top_k: int = 20
     mode: str = "prompt_logprobs"
-    api_key_env: str = KEY_VARIABLE
-    timeout: float = 300.0
-    retries: int = 6
-    backoff: float = 1.0
-    max_wait: float = 60.0
+    _: KW_ONLY
     requests_per_minute: float | None = None
-    concurrency: int = 4
-    _next: float = field(default=0.0, repr=False)
-    _guard: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _turns: _Turns = field(default_factory=_Turns, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._endpoint()
+        super().__post_init__()
         if not 1 <= self.top_k <= MAX_TOP_K:
             raise ValueError(
                 f"ServerTeacher: top_k must be from 1 to {MAX_TOP_K}, got {self.top_k}. A "
@@ -93,18 +89,11 @@ class ServerTeacher:
             raise ValueError(
                 f"ServerTeacher: mode must be one of {', '.join(MODES)}, got {self.mode!r}."
             )
-        if self.concurrency < 1:
-            raise ValueError(
-                f"ServerTeacher: concurrency must be at least 1, got {self.concurrency}."
-            )
         if self.requests_per_minute is not None and not self.requests_per_minute > 0:
             raise ValueError(
                 "ServerTeacher: requests_per_minute must be above 0, got "
                 f"{self.requests_per_minute}. Use None for no limit."
             )
-
-    def __repr__(self) -> str:
-        return shown_fields(self, address="base_url", variable="api_key_env")
 
     def score(self, tokens: NDArray[np.int32], live_vocab: int | None = None) -> Item:
         """A sequence's (tokens, ids [L, K], log-probs [L, K]); the last row is empty.
@@ -131,14 +120,13 @@ class ServerTeacher:
 
         # One row more than tokens, for the token that is generated.
         limit = (1 << 16) + (len(prompt) + 1) * (self.top_k + 2) * ENTRY_BYTES
-        endpoint = self._endpoint()
-        answer, _ = endpoint.ask(
+        answer, _ = self.ask(
             call, min(limit, MAX_RESPONSE), lambda found: found, self._wait_for_turn
         )
         try:
             return (tokens, *table(self._rows(prompt, answer, live_vocab)))
         except ValueError as error:
-            problem = endpoint.redact(str(error))
+            problem = self.redact(str(error))
         raise ValueError(problem)
 
     def _rows(self, prompt: list[int], answer: Any, live: int | None) -> list[dict[int, float]]:
@@ -179,27 +167,9 @@ class ServerTeacher:
                 raise ValueError(f"ServerTeacher: row {number}: {error}") from None
         return [*rows, {}]
 
-    def _endpoint(self) -> Endpoint:
-        return Endpoint(
-            "ServerTeacher",
-            "base_url",
-            default_address(self.base_url),
-            key_variable=self.api_key_env,
-            timeout=self.timeout,
-            retries=self.retries,
-            wait=self.backoff,
-            max_wait=self.max_wait,
-        )
-
     def _wait_for_turn(self) -> None:
-        """Space requests evenly over the minute."""
-        if self.requests_per_minute is None:
-            return
-        with self._guard:
-            now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + 60 / self.requests_per_minute
-        time.sleep(turn - now)
+        if self.requests_per_minute is not None:
+            self._turns.wait(60 / self.requests_per_minute)
 
 
 def build_cache_from_server(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kd.files import JsonLines
-from kd.serving import KEY_VARIABLE, Endpoint, ServerError, default_address, shown_fields
+from kd.serving import Endpoint, ServerError
 from kd.traces.conversations import messages
 from kd.traces.counts import DropCounts
 from kd.traces.sampling import Sampling
@@ -35,20 +34,10 @@ TOKEN_BYTES = 256  # of JSON for one token of an answer, at most on average
 
 
 @dataclass(frozen=True, repr=False)
-class Server:
-    """An OpenAI-compatible chat server.
+class Server(Endpoint):
+    """An OpenAI-compatible chat server; the other fields are those of ``kd.serving.Endpoint``.
 
     Attributes:
-        address: up to and with ``/v1``; that of OPENAI_BASE_URL when None.
-        model: the name the server knows it by.
-        key_variable: environment variable that holds the key, which OPENAI_API_KEY need not;
-            empty for none.
-        concurrency: requests in flight.
-        retries: after the first attempt, for 429, 5xx, broken connections and garbage; one at
-            most after a time-out.
-        wait: seconds before the first retry; doubled each time, up to a minute, with jitter; a
-            ``Retry-After`` of the server counts when it is longer.
-        timeout: seconds for one request, from connecting to the answer's last byte.
         input_price: of a million prompt tokens, for the cost in the report.
         output_price: of a million completion tokens.
 
@@ -57,30 +46,13 @@ class Server:
     or without any, from then on; ``unstated`` names them, and its own defaults apply.
     """
 
-    address: str | None
-    model: str
-    key_variable: str = KEY_VARIABLE
+    _: KW_ONLY
     concurrency: int = 32
     retries: int = 5
-    wait: float = 1.0
     timeout: float = 600.0
     input_price: float = 0.0
     output_price: float = 0.0
     unstated: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        self._endpoint()
-        if self.concurrency < 1:
-            raise ValueError(f"Server: concurrency must be at least 1, got {self.concurrency}.")
-        own = self.key_variable not in ("", KEY_VARIABLE)
-        if own and not os.environ.get(self.key_variable):
-            raise ValueError(
-                f"Server: key_variable must name a set environment variable, got "
-                f"{self.key_variable!r}. Export it first."
-            )
-
-    def __repr__(self) -> str:
-        return shown_fields(self, address="address", variable="key_variable")
 
     def chat(self, conversation: list[dict[str, str]], **options: Any) -> dict[str, Any]:
         """One answer: {"message", "finish_reason", "usage", "retries", "sampling"}.
@@ -125,7 +97,7 @@ class Server:
                 model=self.model, messages=conversation, **known, extra_body=beyond
             )
 
-        answer, retries = self._endpoint().ask(call, limit, _read_answer)
+        answer, retries = self.ask(call, limit, _read_answer)
         return {**answer, "retries": retries, "sampling": sent}
 
     async def chat_async(
@@ -133,17 +105,6 @@ class Server:
     ) -> dict[str, Any]:
         """``chat`` for callers with an event loop; it runs in a thread."""
         return await asyncio.to_thread(self.chat, conversation, **options)
-
-    def _endpoint(self) -> Endpoint:
-        return Endpoint(
-            "Server",
-            "address",
-            default_address(self.address),
-            key_variable=self.key_variable,
-            timeout=self.timeout,
-            retries=self.retries,
-            wait=self.wait,
-        )
 
 
 def _read_answer(answer: Any) -> dict[str, Any]:

@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextvars
-import functools
 import json
 import os
 import random
 import re
 import ssl
-import threading
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, TypeVar
+
+from kd.serving.connection import LIMIT, TooLarge, connection
 
 T = TypeVar("T")
 
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 EXCERPT = 200  # characters of a server's text in a message
-ERROR_BODY = 1 << 16  # bytes read of a refusal
 ADDRESS_VARIABLE, KEY_VARIABLE = "OPENAI_BASE_URL", "OPENAI_API_KEY"
 MANY = 10**9
 # A secret that long is no word of anybody's text: it is taken out of the answers themselves.
@@ -61,35 +58,41 @@ class _Failure:
 
 @dataclass(frozen=True, repr=False)
 class Endpoint:
-    """Where requests go, what goes with them, and how long one is tried.
+    """A model behind an OpenAI-compatible server, and how long a request to it is tried.
 
     Attributes:
-        owner: the class that users know, for messages.
-        name: what its field for the address is called, for messages.
-        address: up to and with /v1; "user:password@" in it is sent as basic authorization.
-        key_variable: environment variable that holds the key, read at every request; no key is
-            sent where it is not set.
+        base_url: up to and with /v1, such as "http://localhost:8000/v1"; that of OPENAI_BASE_URL
+            when None. "user:password@" in it is sent as basic authorization.
+        model: the name the server knows it by.
+        key_variable: environment variable that holds the key, never a key itself; read at every
+            request. OPENAI_API_KEY need not be set, and is not sent beside a password of the
+            address; empty for no key.
+        concurrency: requests under way at a time.
         timeout: seconds for one attempt, from connecting to the answer's last byte.
-        retries: attempts after the first, for what may pass; one at most after a time-out.
+        retries: attempts after the first, for what may pass (429, 5xx, broken connections, what
+            cannot be read); one at most after a time-out.
         wait: seconds before the first of them; doubled each time, with jitter. A Retry-After
             header counts when it is longer.
         max_wait: the longest wait.
 
     Raises:
-        ValueError: unless the address is http(s)://host and the figures make sense.
+        ValueError: unless the address is http(s)://host, the key's variable is set and the
+            figures make sense.
     """
 
-    owner: str
-    name: str
-    address: str
+    base_url: str | None
+    model: str
+    _: KW_ONLY
     key_variable: str = KEY_VARIABLE
+    concurrency: int = 4
     timeout: float = 300.0
     retries: int = 6
     wait: float = 1.0
     max_wait: float = 60.0
 
     def __post_init__(self) -> None:
-        address_ok = re.fullmatch(r"https?://[!-~]+", str(self.address)) is not None
+        name = type(self).__name__
+        address_ok = re.fullmatch(r"https?://[!-~]+", self.address) is not None
         if address_ok:
             try:
                 parts = urllib.parse.urlsplit(self.address)
@@ -98,16 +101,47 @@ class Endpoint:
                 address_ok = False
         if not address_ok:
             raise ValueError(
-                f"{self.owner}: {self.name} must start with http:// or https:// and a host, got "
+                f"{name}: base_url must start with http:// or https:// and a host, got "
                 f"{shown(self.address)!r}. Write it as http://host:port/v1; signs of a password "
                 "are written as %40 and the like."
             )
         if not self.timeout > 0 or self.retries < 0 or self.wait < 0 or self.max_wait < 0:
             raise ValueError(
-                f"{self.owner}: timeout must be above 0, and retries and waits at least 0, got "
+                f"{name}: timeout must be above 0, and retries and waits at least 0, got "
                 f"{self.timeout}, {self.retries}, {self.wait} and {self.max_wait}."
             )
         self.headers()
+        if self.concurrency < 1:
+            raise ValueError(f"{name}: concurrency must be at least 1, got {self.concurrency}.")
+        if self.key_variable not in ("", KEY_VARIABLE) and not self._key():
+            raise ValueError(
+                f"{name}: key_variable must name a set environment variable, got "
+                f"{self.key_variable!r}. Export it first."
+            )
+
+    def __repr__(self) -> str:
+        """The fields, the address and the key's variable as they may be shown."""
+        entries = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "base_url":
+                value = shown(self.address)
+            if entry.name == "key_variable" and value:
+                value = shown_variable(value)
+            if entry.repr:
+                entries.append(f"{entry.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(entries)})"
+
+    @property
+    def address(self) -> str:
+        """``base_url``, or that of OPENAI_BASE_URL."""
+        found = self.base_url if self.base_url is not None else os.environ.get(ADDRESS_VARIABLE)
+        if not found:
+            raise ValueError(
+                f"{type(self).__name__}: base_url must be given, or set as {ADDRESS_VARIABLE}, "
+                f"got {self.base_url!r}."
+            )
+        return found
 
     def ask(
         self,
@@ -134,10 +168,11 @@ class Endpoint:
             ServerError: when the server refuses for good, or every attempt failed.
             ModuleNotFoundError: the openai package is not installed.
         """
-        wait, client = self.wait, _client(self, os.getpid())
+        wait = self.wait
+        client, loop = connection(self)
         for attempt in range(self.retries + 1):
             turn()
-            found = self._attempt(client, call, limit, read)
+            found = self._attempt(lambda: call(client), loop, limit, read)
             if not isinstance(found, _Failure):
                 return found, attempt
             failure = found
@@ -150,7 +185,7 @@ class Endpoint:
         raise ServerError(
             failure.reason,
             failure.detail,
-            f"{self.owner}: {shown(self.address)} must {rule}, got {failure.reason}: "
+            f"{type(self).__name__}: {shown(self.address)} must {rule}, got {failure.reason}: "
             f"{failure.detail}.",
         )
 
@@ -185,21 +220,21 @@ class Endpoint:
 
     def headers(self) -> dict[str, str]:
         """The authorization of a request; empty where there is no key and no password."""
-        headers: dict[str, str] = {}
+        name, headers = type(self).__name__, dict[str, str]()
         key, userinfo = self._key(), self._userinfo()
         if key and not re.fullmatch(r"[ -~]+", key):
             raise ValueError(
-                f"{self.owner}: the key in {shown_variable(self.key_variable)} must be printable "
+                f"{name}: the key in {shown_variable(self.key_variable)} must be printable "
                 "ASCII, got other characters. Copy it again."
             )
         if self.key_variable and shown_variable(self.key_variable) == "***":
             raise ValueError(
-                f"{self.owner}: the key must be in an environment variable, got what is no name "
+                f"{name}: the key must be in an environment variable, got what is no name "
                 "of one. Export the key, and pass the variable's name."
             )
         if key and userinfo:
             raise ValueError(
-                f"{self.owner}: {self.name} must hold no user:password@ where {self.key_variable} "
+                f"{name}: base_url must hold no user:password@ where {self.key_variable} "
                 f"holds a key, got {shown(self.address)!r}. Give one of them."
             )
         if userinfo:
@@ -217,8 +252,8 @@ class Endpoint:
 
     def _attempt(
         self,
-        client: Any,
-        call: Callable[[Any], Awaitable[Any]],
+        call: Callable[[], Awaitable[Any]],
+        loop: asyncio.AbstractEventLoop,
         limit: int,
         read: Callable[[Any], T],
     ) -> T | _Failure:
@@ -226,10 +261,10 @@ class Endpoint:
 
         async def answered() -> Any:
             LIMIT.set(limit)
-            return await asyncio.wait_for(call(client), self.timeout)
+            return await asyncio.wait_for(call(), self.timeout)
 
         try:
-            found = asyncio.run_coroutine_threadsafe(answered(), _loop(os.getpid())).result()
+            found = asyncio.run_coroutine_threadsafe(answered(), loop).result()
             response = found.http_response
         except openai.APIStatusError as error:
             response = error.response
@@ -275,20 +310,6 @@ class Endpoint:
         return self.redact(text)[:EXCERPT]
 
 
-def default_address(address: str | None) -> str:
-    """The address, or that of OPENAI_BASE_URL where none is given.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    found = address if address is not None else os.environ.get(ADDRESS_VARIABLE)
-    if not found:
-        raise ValueError(
-            f"a server's address must be given, or set as {ADDRESS_VARIABLE}, got neither."
-        )
-    return found
-
-
 def shown(address: Any) -> str:
     """An address without what is secret in it: "user:password@" and the values of its query."""
     text = re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1***@", str(address), flags=re.DOTALL)
@@ -298,110 +319,3 @@ def shown(address: Any) -> str:
 def shown_variable(name: str) -> str:
     """An environment variable's name; *** for what looks like the key itself."""
     return name if name in os.environ or re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) else "***"
-
-
-def shown_fields(instance: Any, address: str, variable: str) -> str:
-    """A dataclass's repr with its address and variable as they may be shown."""
-    entries = []
-    for entry in fields(instance):
-        value = getattr(instance, entry.name)
-        if entry.repr:
-            value = shown(value) if entry.name == address else value
-            value = shown_variable(value) if entry.name == variable and value else value
-            entries.append(f"{entry.name}={value!r}")
-    return f"{type(instance).__name__}({', '.join(entries)})"
-
-
-# --- the connection -------------------------------------------------------------------------------
-
-# Bytes that the answer to the request under way may have.
-LIMIT: contextvars.ContextVar[int] = contextvars.ContextVar("LIMIT", default=ERROR_BODY)
-
-
-class TooLarge(Exception):
-    """A body is longer than its limit."""
-
-
-@functools.lru_cache(maxsize=4)
-def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """The event loop of all requests of a process, in a thread: callers may have loops of their
-    own, as notebooks do."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="kd-serving", daemon=True).start()
-    return loop
-
-
-@functools.lru_cache(maxsize=64)
-def _client(endpoint: Endpoint, process: int) -> Any:
-    """An ``AsyncOpenAI`` that sends what the endpoint says, and reads no more than it may."""
-    try:
-        import httpx2
-        import openai
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{endpoint.owner} asks servers through the openai package: pip install "
-            "'kd-llm[serve]'",
-            name=error.name,
-        ) from None
-
-    class Transport(httpx2.AsyncBaseTransport):
-        """Adds what is secret to a request where nothing logs it any more; bounds its answer."""
-
-        def __init__(self) -> None:
-            parts = urllib.parse.urlsplit(endpoint.bare)
-            proxies = urllib.request.getproxies()
-            found = proxies.get(parts.scheme) or proxies.get("all")
-            direct = found is None or urllib.request.proxy_bypass(parts.hostname or "")
-            # No connection is kept: one that the server closes meanwhile would be a failure.
-            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
-            proxy = None if direct else found
-            self.inner = httpx2.AsyncHTTPTransport(limits=limits, proxy=proxy)
-
-        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-            headers = request.headers.copy()
-            del headers["Authorization"]
-            headers.update(endpoint.headers())
-            # Nothing is unpacked: a small body could become a large one.
-            headers["Accept-Encoding"] = "identity"
-            query = urllib.parse.urlsplit(endpoint.address).query
-            url = request.url.copy_with(query=query.encode()) if query else request.url
-            sent = httpx2.Request(
-                request.method,
-                url,
-                headers=headers,
-                stream=request.stream,
-                extensions=request.extensions,
-            )
-            response = await self.inner.handle_async_request(sent)
-            try:
-                body = await _bounded(response)
-            finally:
-                await response.aclose()
-            kept = {
-                name: value
-                for name, value in response.headers.items()
-                if name in ("content-type", "location", "retry-after")
-            }
-            return httpx2.Response(response.status_code, headers=kept, content=body)
-
-    return openai.AsyncOpenAI(
-        base_url=endpoint.bare,
-        api_key="in the transport",
-        max_retries=0,  # the endpoint tries again, also after what cannot be read
-        timeout=None,  # the endpoint has one for the whole request
-        http_client=httpx2.AsyncClient(transport=Transport(), follow_redirects=False),
-    )
-
-
-async def _bounded(response: Any) -> bytes:
-    """The body; of a refusal its beginning."""
-    limit = LIMIT.get() if response.status_code == 200 else ERROR_BODY
-    parts, size = [], 0
-    async for part in response.stream:
-        parts.append(part)
-        size += len(part)
-        if size > limit and response.status_code == 200:
-            raise TooLarge
-        if size > limit:
-            break
-    return b"".join(parts)
