@@ -97,7 +97,7 @@ def command_line(arguments: Sequence[str]) -> str:
     return shlex.join(["pytest", *own])
 
 
-def ceilings(device: str, dtype: str, budget: float = 1.0, size: int = 0) -> dict[str, float]:
+def ceilings(device: str, dtype: str, budget: float) -> dict[str, float]:
     """What the device can do, measured now: a copy in bytes/s, and FLOP/s of its best matmul.
 
     The matmul is the faster of a square one and a wide one (an lm_head's), since a CPU's bf16 is
@@ -111,7 +111,7 @@ def ceilings(device: str, dtype: str, budget: float = 1.0, size: int = 0) -> dic
         )
         return min(timer.blocked_autorange(min_run_time=budget).times)
 
-    size = size or (2048 if device == "cpu" else 8192)
+    size = 2048 if device == "cpu" else 8192
     source = torch.ones(8 * size * size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / fastest(target.copy_, source)

@@ -7,25 +7,17 @@ from typing import Any
 import torch
 
 
-def make_model(
-    hidden: int,
-    layers: int,
-    vocab: int,
-    seed: int,
-    dtype: torch.dtype,
-    intermediate: int | None = None,
-    kv_heads: int = 1,
-) -> Any:
+def make_model(hidden: int, layers: int, vocab: int, seed: int, dtype: torch.dtype) -> Any:
     """A Qwen2 with a tied lm_head and heads of 64; the same weights for the same seed."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=intermediate or 4 * hidden,
+        intermediate_size=4 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=max(1, hidden // 64),
-        num_key_value_heads=kv_heads,
+        num_key_value_heads=1,
         tie_word_embeddings=True,
         use_cache=False,
         pad_token_id=0,

@@ -92,8 +92,7 @@ def measured_row(stats: dict[str, Any], info: dict[str, Any], command: str) -> d
     """pytest-benchmark's dictionary of a row, with its machine, command and time."""
     name = f"{stats['group']}/{stats['extra_info']['implementation']}"
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    extra = {"machine": machine.line_of(info), "command": command}
-    extra |= {"kind": info["kind"], "measured_at": stamp}
+    extra = {"machine": machine.line_of(info), "command": command, "measured_at": stamp}
     stats |= {"name": name, "fullname": name, "params": None, "param": None}
     return stats | {"extra_info": stats["extra_info"] | extra}
 
