@@ -227,4 +227,6 @@ def test_command_lines_that_cannot_work(capsys, problems, tmp_path):
     assert "must be given together" in failing(capsys, "model", "--cache", tmp_path)
     server = ["--server", "http://x/v1", "--text", problems]
     assert "with --problems alone" in failing(capsys, "model", *server)
+    more = ["--problems", problems, "--samples", 2, "--pass-at", "1,4"]
+    assert "--pass-at must be from 1 to --samples (2), got 1,4" in failing(capsys, "model", *more)
     assert "different labels" in failing(capsys, "a/m", "b/m", "--problems", problems)

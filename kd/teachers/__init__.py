@@ -10,7 +10,7 @@ _HOMES = {
     "Selection": "kd.teachers.selection",
     "ServerTeacher": "kd.teachers.server",
     "build_cache": "kd.teachers.build",
-    "build_cache_from_server": "kd.teachers.server",
+    "build_cache_from_server": "kd.teachers.build_served",
     "build_hidden_cache": "kd.teachers.hidden",
     "cache_meta": "kd.teachers.build",
     "diagnose": "kd.teachers.doctor",
