@@ -130,6 +130,21 @@ def test_jobs_keep_their_order_and_the_first_failure_is_raised(workers, tmp_path
     assert read_json(tmp_path / "3" / "result.json") == {"square": 9}
 
 
+def test_the_list_of_recipes_needs_no_torch():
+    """``kd recipes``, and every Tab in a shell, import all of them."""
+    code = "import sys; from kd.stages import find_recipes; find_recipes(); "
+    code += "print([name for name in ('torch', 'transformers', 'tyro') if name in sys.modules])"
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "recipes"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_progress_counts_what_was_found_apart_from_what_was_done(capsys, monkeypatch):
     monkeypatch.setattr("kd.progress.LOG_EVERY_S", 0.0)
     with Progress("teacher", 100, unit="tokens") as bar:

@@ -9,7 +9,7 @@ import torch
 from kd.teachers import build_cache
 from kd.training import DistillationCollator, Objective, check, preflight, prepare_student
 from kd_recipes import _arithmetic as arithmetic
-from kd_recipes.quickstart import TEACHER_FILE, encode, load_teacher
+from kd_recipes.quickstart import TEACHER_FILE, load_teacher
 
 TOKENIZER = arithmetic.tokenizer()
 
@@ -17,7 +17,10 @@ TOKENIZER = arithmetic.tokenizer()
 def solved(count=8, seed=3):
     rng = random.Random(seed)
     asked = [arithmetic.problem(rng) for _ in range(count)]
-    return [encode(TOKENIZER, question, arithmetic.solve(question, rng)) for question in asked]
+    return [
+        arithmetic.encode(TOKENIZER, question, arithmetic.solve(question, rng))
+        for question in asked
+    ]
 
 
 @pytest.fixture(scope="module")

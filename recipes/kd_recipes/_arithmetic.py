@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.progress import Progress
@@ -122,7 +123,7 @@ def solved(
     *,
     max_new_tokens: int,
     batch_size: int,
-    counted: Any = None,
+    report: Any = None,
 ) -> Iterator[Trace]:
     """A teacher solves problems, once each, at temperature 1.
 
@@ -133,19 +134,22 @@ def solved(
         held_out: so many problems of seed 0 are left for the tests.
         max_new_tokens: of a solution.
         batch_size: problems solved side by side.
-        counted: counts the traces, of ``kd.traces.DropCounts``.
+        report: of ``kd.traces``: takes the counts.
     """
     from kd.traces import Sampling, generate_local
 
     waiting = asked(count, seed=1, exclude=set(problems(max(held_out, 1), seed=0)))
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=max_new_tokens)
     with Progress("the teacher solves problems", len(waiting)) as bar:
-        for trace in generate_local(
-            model, tokenizer, waiting, sampling=sampling, batch_size=batch_size, progress=bar.to
-        ):
-            if counted is not None:
-                counted.keep()
-            yield trace
+        yield from generate_local(
+            model,
+            tokenizer,
+            waiting,
+            sampling=sampling,
+            batch_size=batch_size,
+            progress=bar.to,
+            report=report,
+        )
 
 
 def model(hidden: int, layers: int, seed: int, **options: Any) -> Qwen2ForCausalLM:
@@ -172,3 +176,57 @@ def model(hidden: int, layers: int, seed: int, **options: Any) -> Qwen2ForCausal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config)
+
+
+def encode(tokenizer: Any, question: str, solution: str) -> dict[str, list[int]]:
+    """A worked solution as a training row: the problem is not trained on."""
+    result = solution.rpartition(";")[2]
+    prompt = tokenizer(question).input_ids
+    completion = tokenizer(f"<think>{solution}</think>{result}<eos>").input_ids
+    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
+
+
+def teach(
+    model: Any,
+    folder: Path,
+    steps: int,
+    *,
+    rng: random.Random,
+    held_out: set[str],
+    random_order: bool = True,
+    **arguments: Any,
+) -> None:
+    """Train a model on fresh worked solutions, 64 a step.
+
+    Args:
+        model: changed in place.
+        folder: of the checkpoints.
+        steps: of the optimiser.
+        rng: draws problems and solutions.
+        held_out: problems that it never sees.
+        random_order: of the steps of a solution.
+        **arguments: more of ``kd.training.fit``.
+    """
+    from datasets import Dataset
+
+    from kd.training import DistillationCollator, fit
+
+    made, rows = tokenizer(), list[dict[str, list[int]]]()
+    with Progress("writing worked solutions", 64 * steps) as bar:
+        while len(rows) < 64 * steps:
+            question = problem(rng)
+            if question not in held_out:
+                rows.append(encode(made, question, solve(question, rng, random_order)))
+                bar.advance()
+    collator = DistillationCollator(made.pad_token_id, attention_mask=False)
+    with Progress("training the teacher", 1.0) as bar:
+        fit(
+            model,
+            Dataset.from_list(rows),
+            folder,
+            collator=collator,
+            steps=steps,
+            batch_size=64,
+            report=bar.to,
+            **arguments,
+        )

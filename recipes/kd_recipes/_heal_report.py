@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kd.page import Page, subplots
 from kd.stages import Stage
 
 ARMS = {"ce": "cross-entropy", "kd": "cross-entropy + KD"}
@@ -26,8 +27,15 @@ def write_report(
     scores: Stage,
 ) -> dict[str, Any]:
     """Tables, plots and samples on one page."""
-    from kd.evaluation import NATS, PERPLEXITY, compare_arms, compare_runs, show_arms
-    from kd.page import Page
+    from kd.evaluation import (
+        NATS,
+        PERPLEXITY,
+        compare_arms,
+        compare_runs,
+        percent,
+        show_arms,
+        spread,
+    )
 
     page = Page("Heal: what do a model's own logits give back after pruning?")
     lines, result, runs = [], {}, students.result
@@ -39,54 +47,47 @@ def write_report(
         else:
             ce, kd = (runs[arm][0][part]["nats"] for arm in ARMS)
             verdict = compare_runs(ARMS["ce"], ARMS["kd"], ce, kd, NATS, "blocks of text")
-        names = {"pruned, not healed": ends["before"], "whole model": ends["teacher"]}
-        page.heading(f"Perplexity on {KINDS[part]}")
         shown = show_arms(
-            page,
+            page.heading(f"Perplexity on {KINDS[part]}"),
             verdict,
             arms,
             config.seeds,
-            names,
+            {"pruned, not healed": ends["before"], "whole model": ends["teacher"]},
             PERPLEXITY,
             name=f"perplexity-{part}",
             drawn=["whole model"],
         )
         lines.append(f"perplexity on {KINDS[part]}\n{shown}")
         result[part] = {**arms, **ends, "verdict": verdict}
-    _closeness(page, students.result, scores.result)
-    _settings(page, config, model.result, text.result, pruned.result, cache.result)
-    page.save(folder / "report.html")
-    return {**result, "text": "\n\n".join(lines)}
-
-
-def _closeness(page: Any, runs: dict[str, Any], ends: dict[str, Any]) -> None:
-    from kd.evaluation import percent, spread
-
     page.heading("Closeness to the whole model").text(
         "On the held-out text: how often both like the same next token best, the divergence of "
         "the healed model from the whole one in nats, and the gap between the student's "
         "confidence in its likeliest token and the whole model's probability for that token."
     )
-    rows = [["pruned, not healed", *_close(ends["before"])]]
-    for arm, label in ARMS.items():
-        mean = {key: spread([run[key] for run in runs[arm]])[0] for key in ("top1", "kl")}
-        gap = spread([run["calibration"] for run in runs[arm]])[0]
-        rows.append([label, percent(mean["top1"]), f"{mean['kl']:.3f}", percent(gap)])
+    measured = {"pruned, not healed": [scores.result["before"]]}
+    measured |= {label: runs[arm] for arm, label in ARMS.items()}
+    rows = []
+    for label, found in measured.items():
+        top1, kl, gap = (spread([f[k] for f in found])[0] for k in ("top1", "kl", "calibration"))
+        rows.append([label, percent(top1), f"{kl:.3f}", percent(gap)])
     page.table(["", "same top token", "KL", "calibration gap"], rows)
+    page.heading("What was done").text(
+        _what_was_done(config, model.result, text.result, pruned.result, cache.result)
+    )
+    page.heading("Influence of the layers").text(
+        "1 - cosine between what goes into a layer and what comes out; the least go first."
+    )
+    page.figure(_influence_figure(pruned.result), "Grey layers were dropped.", "influence")
+    page.heading("When does KD help?").text(" ".join(WHY.split()))
+    page.save(folder / "report.html")
+    return {**result, "text": "\n\n".join(lines)}
 
 
-def _close(found: dict[str, float]) -> list[str]:
+def _what_was_done(config: Any, model: Any, text: Any, pruned: Any, cache: Any) -> str:
     from kd.evaluation import percent
 
-    return [percent(found["top1"]), f"{found['kl']:.3f}", percent(found["calibration"])]
-
-
-def _settings(page: Any, config: Any, model: Any, text: Any, pruned: Any, cache: Any) -> None:
-    from kd.evaluation import percent
-
-    page.heading("What was done")
     before, after = pruned["parameters"]
-    page.text(
+    return (
         f"{model['name']} of {before / 1e6:.1f} million parameters lost its layers "
         f"{', '.join(map(str, pruned['dropped']))} of {len(pruned['influence'])} and kept "
         f"{after / 1e6:.1f} million. Each student saw {text['train'] * config.length:,} tokens "
@@ -96,20 +97,13 @@ def _settings(page: Any, config: Any, model: Any, text: Any, pruned: Any, cache:
         f"probability in {cache['bytes'] / cache['tokens']:.0f} bytes per token. The KD arm weighs "
         f"cross-entropy with {config.ce_weight} and the divergence with {config.kd_weight}."
     )
-    page.heading("Influence of the layers").text(
-        "1 - cosine between what goes into a layer and what comes out; the least go first."
-    )
-    page.figure(_influence_figure(pruned), "Grey layers were dropped.", "influence")
-    page.heading("When does KD help?").text(" ".join(WHY.split()))
 
 
 def _influence_figure(pruned: Any) -> Any:
-    from kd.page import subplots
-
     figure, axes = subplots(height=2.4)
-    dropped = set(pruned["dropped"])
-    colours = ["#c8ccd4" if i in dropped else "#3465a4" for i in range(len(pruned["influence"]))]
-    axes.bar(range(len(colours)), pruned["influence"], color=colours)
+    influence, dropped = pruned["influence"], set(pruned["dropped"])
+    colours = ["#c8ccd4" if i in dropped else "#3465a4" for i in range(len(influence))]
+    axes.bar(range(len(influence)), influence, color=colours)
     axes.set_xlabel("layer")
     axes.set_yscale("log")
     return figure

@@ -18,14 +18,13 @@ import random
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kd.progress import Progress
-from kd.vocab import qwen_tokenizer
 from kd_recipes import _arithmetic as arithmetic
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OFFLINE, OFFLINE_QWEN = "offline", "offline-qwen"
 WEIGHTS = Path(__file__).with_name("r1_to_qwen_models.safetensors")
@@ -52,6 +51,7 @@ STEPS = {"teacher": 3000, "student": 1000, "qwen-teacher": 700}
 def tokenizer(side: str) -> Any:
     """The tokenizer of one of ``SIZES``, with its chat template."""
     from kd.traces import CHATML
+    from kd.vocab import qwen_tokenizer
 
     made = qwen_tokenizer(SIZES[side]["family"])
     made.chat_template = R1_TEMPLATE if side == "teacher" else CHATML
@@ -103,6 +103,7 @@ def expand(side: str, state: dict[str, Tensor], ids: list[int]) -> Any:
 
 
 def _model(side: str, rows: int) -> Any:
+    import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     size = SIZES[side]
@@ -175,6 +176,8 @@ def _tokens_that_occur(side: str) -> list[int]:
 
 
 def _train_small(side: str, ids: list[int], steps: int) -> dict[str, Tensor]:
+    import torch
+
     small = {token: i for i, token in enumerate(ids)}
     model = _model(side, len(ids) + 1)
     others = torch.zeros(len(ids) + 1)

@@ -1,11 +1,10 @@
-"""The page at the end of a Qwen recipe: arms with their spread, counts, settings and samples."""
+"""The page at the end of the reasoning road: arms with their spread, counts, settings, samples."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from kd.evaluation import compare_arms, compare_runs, percent, show_arms
 from kd.page import Page
 from kd.stages import Stage
 
@@ -20,26 +19,35 @@ def write_report(
     scores: Stage,
 ) -> dict[str, Any]:
     """The table, the plot, the plain words and some samples on one page."""
-    found = scores.result
-    labels = _labels(config)
+    from kd.evaluation import compare_arms, compare_runs, percent, show_arms
+
+    found, labels = scores.result, _labels(config)
     names = {arm: [f"{arm}-{i}" for i in range(len(arms.result[arm]))] for arm in labels}
     values = {label: [found[n]["accuracy"] for n in names[arm]] for arm, label in labels.items()}
     ends: dict[str, float] = {
         name: found[name]["accuracy"] for name in ("before", "teacher") if name in found
     }
-    verdict = _verdict(config, labels, values, found, names)
+    if len(labels) == 1 or len(config.seeds) == 1:
+        firsts = {label: found[names[arm][0]]["correct"] for arm, label in labels.items()}
+        pair = firsts if len(firsts) == 2 else {"before": found["before"]["correct"], **firsts}
+        (first, correct), (second, also_correct) = pair.items()
+        verdict = compare_runs(first, second, correct, also_correct)
+    else:
+        verdict = compare_arms(values, labels["sft"], labels["kd"])
     page = Page(config.title)
     text = show_arms(page, verdict, values, config.seeds, ends)
     page.text(_what_was_done(config, rows.result))
     if "bytes" in targets.result:
-        page.text(_targets(config, targets.result))
+        share = targets.result["covered"] / max(targets.result["tokens"], 1)
+        page.text(
+            f"The teacher's top-{config.top_k} take {targets.result['bytes']:,} bytes. "
+            f"{percent(share)} of the student's completion tokens have a row of the teacher; the "
+            "rest (tags that the two write differently) are trained by cross-entropy alone."
+        )
     page.heading("Traces kept and dropped").code(traces.result["table"])
     page.code(rows.result["table"])
     page.heading("Samples").text("The first seed of each arm, before and the teacher.")
-    shown: dict[str, str] = {
-        "before": "before",
-        **{names[arm][0]: label for arm, label in labels.items()},
-    }
+    shown = {"before": "before", **{names[arm][0]: label for arm, label in labels.items()}}
     for name, label in {**shown, "teacher": "teacher"}.items():
         if name in found:
             page.text(label).samples(found[name]["samples"][:4])
@@ -55,44 +63,19 @@ def _labels(config: Any) -> dict[str, str]:
     return {"sft": "SFT alone", "kd": "SFT + KD"}
 
 
-def _verdict(config: Any, labels: Any, values: Any, found: Any, names: Any) -> str:
-    if len(labels) == 1:
-        before, after = found["before"]["correct"], found[names["sft"][0]]["correct"]
-        return compare_runs("before", "SFT", before, after)
-    if len(config.seeds) > 1:
-        return compare_arms(values, labels["sft"], labels["kd"])
-    first, second = (found[names[arm][0]]["correct"] for arm in labels)
-    return compare_runs(labels["sft"], labels["kd"], first, second)
-
-
 def _what_was_done(config: Any, rows: Any) -> str:
-    said = [
-        f"{rows['rows']:,} traces of {rows['tokens']:,} tokens, {rows['trained']:,} of them "
-        "trained on."
-    ]
-    if config.sft.epochs:
-        said.append(
-            f"SFT: {config.sft.epochs:g} epochs at a peak rate of {config.sft.learning_rate:g}."
-        )
-    kd = config.kd
+    sft, kd = config.sft, config.kd
+    said = f"{rows['rows']:,} traces of {rows['tokens']:,} tokens, {rows['trained']:,} trained on. "
+    if sft.epochs:
+        said += f"SFT: {sft.epochs:g} epochs at a peak rate of {sft.learning_rate:g}. "
     if kd.epochs:
         alone = "as much SFT again in the first arm" if config.control else "nothing more"
-        said.append(
+        said += (
             f"Then {alone}; in the other, {kd.epochs:g} epochs with {kd.kd_weight:g} times the "
             f"divergence at temperature {kd.temperature:g} and {kd.ce_weight:g} times "
-            f"cross-entropy, {'the teacher in memory' if config.online else 'from a cache'}."
+            f"cross-entropy, {'the teacher in memory' if config.online else 'from a cache'}. "
         )
-    said.append(
+    return said + (
         f"{len(config.seeds)} seed(s); greedy answers to {config.test_problems} problems. "
         f"Hyper-parameters: {config.source}."
-    )
-    return " ".join(said)
-
-
-def _targets(config: Any, targets: Any) -> str:
-    return (
-        f"The teacher's top-{config.top_k} take {targets['bytes']:,} bytes. "
-        f"{percent(targets['covered'] / max(targets['tokens'], 1))} of the student's completion "
-        "tokens have a row of the teacher; the rest (tags that the two write differently) are "
-        "trained by cross-entropy alone."
     )

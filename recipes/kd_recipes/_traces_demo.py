@@ -30,7 +30,6 @@ from kd.traces import (
 )
 from kd.traces.report import write_report
 from kd_recipes import _arithmetic as arithmetic
-from kd_recipes.quickstart import encode
 
 CAPACITY = 256
 
@@ -56,8 +55,17 @@ def run_demo(folder: str | Path, *, problems: int = 400, steps: int = 600, seed:
         )
     ]
     tokenizer = arithmetic.tokenizer()
-    held_out = {trace.prompt for trace in asked}
-    teacher = _train(folder / "teacher", tokenizer, held_out, steps, seed)
+    teacher = arithmetic.model(96, 2, seed)  # 0.2M parameters
+    arithmetic.teach(
+        teacher,
+        folder / "teacher",
+        steps,
+        rng=random.Random(seed),
+        held_out={trace.prompt for trace in asked},
+        random_order=False,
+        learning_rate=3e-3,
+        checkpoints=0,
+    )
     report = DropCounts()
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24, seed=seed)
     told: dict[str, Any] = {"n": 2, "batch_size": 128, "report": report}
@@ -83,30 +91,3 @@ def _short(question: str) -> str:
     """The sum alone: "... 4 - 8 + 7 =" to "4-8+7="."""
     kept = "".join(c for c in question if c in "0123456789+-=")
     return kept.lstrip("+-=")[-12:]
-
-
-def _train(folder: Path, tokenizer: Any, held_out: set[str], steps: int, seed: int) -> Any:
-    """A Qwen2 of 0.2M parameters on fresh worked sums, none of them in ``held_out``."""
-    from datasets import Dataset
-
-    from kd.training import DistillationCollator, fit
-
-    rng = random.Random(seed)
-    rows: list[dict[str, list[int]]] = []
-    while len(rows) < 64 * steps:
-        question = arithmetic.problem(rng)
-        if question not in held_out:
-            solution = arithmetic.solve(question, rng, random_order=False)
-            rows.append(encode(tokenizer, question, solution))
-    model = arithmetic.model(96, 2, seed)
-    fit(
-        model,
-        Dataset.from_list(rows),
-        folder,
-        collator=DistillationCollator(tokenizer.pad_token_id, attention_mask=False),
-        steps=steps,
-        batch_size=64,
-        learning_rate=3e-3,
-        checkpoints=0,
-    )
-    return model.eval()

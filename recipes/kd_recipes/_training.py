@@ -14,34 +14,20 @@ from kd.models import device, fast_bf16, load_for_inference, load_model, load_to
 class Training:
     """How a student is trained; the same class for SFT and for KD."""
 
-    epochs: float = 3.0
-    """Passes over the traces."""
-    learning_rate: float = 1e-5
-    """Peak."""
-    min_rate: float = 0.0
-    """Share of the peak that the cosine ends at."""
-    warmup: float = 0.1
-    """Share of the steps."""
-    batch: int = 96
-    """Traces in an optimiser step, over all GPUs."""
-    micro_batch: int = 1
-    """Traces on one GPU at a time."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to it."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    adam_beta2: float = 0.999
-    """Of AdamW."""
-    train_embeddings: bool = True
-    """Train the embedding and the lm_head too."""
-    kd_weight: float = 0.0
-    """Weight of the divergence from the teacher."""
-    ce_weight: float = 1.0
-    """Weight of the cross-entropy on the trace."""
-    temperature: float = 1.0
-    """Softens teacher and student in the divergence."""
-    checkpoints: int = 4
-    """Written over the run; a killed run continues from the last whole one."""
+    epochs: float = 3.0  # passes over the traces
+    learning_rate: float = 1e-5  # peak
+    min_rate: float = 0.0  # share of the peak that the cosine ends at
+    warmup: float = 0.1  # share of the steps
+    batch: int = 96  # traces in an optimiser step, over all GPUs
+    micro_batch: int = 1  # traces on one GPU at a time
+    max_grad_norm: float = 1.0  # gradients are clipped to it
+    weight_decay: float = 0.0  # of AdamW
+    adam_beta2: float = 0.999  # of AdamW
+    train_embeddings: bool = True  # train the embedding and the lm_head too
+    kd_weight: float = 0.0  # weight of the divergence from the teacher
+    ce_weight: float = 1.0  # weight of the cross-entropy on the trace
+    temperature: float = 1.0  # softens teacher and student in the divergence
+    checkpoints: int = 4  # written over the run; a killed run continues from the last whole one
 
 
 def train(

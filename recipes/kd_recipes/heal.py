@@ -45,46 +45,26 @@ from kd_recipes._heal_report import ARMS, write_report
 class Config:
     """Every setting of heal."""
 
-    output: str = "runs/heal"
-    """Folder of the run; start again with the same one to continue."""
-    model: str = ""
-    """A folder or a hub id; empty takes SmolLM2-135M from its PyPI package, or from the hub."""
-    text: str = ""
-    """A .txt, a .jsonl with "text" fields, or a folder of .txt; empty takes Python's docs."""
-    other_text: str = ""
-    """Text of another kind, for the score alone; empty takes the story in reasoning-gym."""
-    drop_layers: int = 10
-    """Layers taken out, those of least influence first."""
-    length: int = 256
-    """Tokens in a block of text."""
-    tokens: int = 8192
-    """Training tokens; more fresh text narrows the gap between the arms."""
-    test_blocks: int = 16
-    """Blocks of each kind kept for the score."""
-    epochs: int = 3
-    """Passes over the training text."""
-    batch_size: int = 4
-    """Blocks in an optimiser step."""
-    learning_rate: float = 3e-4
-    """Peak; cosine to zero."""
-    train_embeddings: bool = False
-    """Train the embedding and the lm_head too; healing the layers works as well without."""
-    top_k: int = 32
-    """Log-probabilities cached per token."""
-    kd_weight: float = 0.5
-    """Weight of the divergence from the teacher in the KD arm."""
-    ce_weight: float = 0.5
-    """Weight of the cross-entropy in the KD arm."""
-    temperature: float = 1.0
-    """Softens teacher and student in the divergence."""
-    seeds: tuple[int, ...] = (0,)
-    """One pair of students per seed: same start, same data order."""
-    workers: int = 0
-    """Students trained side by side; 0 takes two on a CPU with two cores or more."""
-    fresh: bool = False
-    """Forget earlier stages and do everything again."""
-    open: bool = False
-    """Open the report in a browser at the end, where there is one."""
+    output: str = "runs/heal"  # folder of the run; start again with the same one to continue
+    model: str = ""  # a folder or a hub id; "": SmolLM2-135M from its PyPI package, or the hub
+    text: str = ""  # a .txt, a .jsonl of {"text": ...}, a folder of .txt; "": Python's docs
+    other_text: str = ""  # of another kind, for the score; "": the story in reasoning-gym
+    drop_layers: int = 10  # layers taken out, those of least influence first
+    length: int = 256  # tokens in a block of text
+    tokens: int = 8192  # training tokens; more fresh text narrows the gap between the arms
+    test_blocks: int = 16  # blocks of each kind kept for the score
+    epochs: int = 3  # passes over the training text
+    batch_size: int = 4  # blocks in an optimiser step
+    learning_rate: float = 3e-4  # peak; cosine to zero
+    train_embeddings: bool = False  # the embedding and lm_head too; the layers alone heal as well
+    top_k: int = 32  # log-probabilities cached per token
+    kd_weight: float = 0.5  # weight of the divergence from the teacher in the KD arm
+    ce_weight: float = 0.5  # weight of the cross-entropy in the KD arm
+    temperature: float = 1.0  # softens teacher and student in the divergence
+    seeds: tuple[int, ...] = (0,)  # one pair of students per seed: same start, same data order
+    workers: int = 0  # students trained side by side; 0 takes two on a CPU with two cores or more
+    fresh: bool = False  # forget earlier stages and do everything again
+    open: bool = False  # open the report in a browser at the end, where there is one
 
 
 DEFAULT = Config()

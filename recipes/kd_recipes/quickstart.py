@@ -47,46 +47,26 @@ MAX_NEW_TOKENS = 36  # the longest right solution has 32
 class Config:
     """Every setting of the quickstart."""
 
-    output: str = "runs/quickstart"
-    """Folder of the run; start again with the same one to continue."""
-    train_teacher: bool = False
-    """Train the teacher instead of using the shipped weights."""
-    teacher_hidden: int = 128
-    """Width of the teacher."""
-    teacher_layers: int = 4
-    """Depth of the teacher."""
-    teacher_steps: int = 3000
-    """Optimiser steps of the teacher, 64 fresh problems each (with train_teacher)."""
-    problems: int = 800
-    """Problems the teacher solves once each, at temperature 1, to make traces."""
-    top_k: int = 8
-    """Log-probabilities cached per token, of 18 in the vocabulary."""
-    student_hidden: int = 64
-    """Width of the students."""
-    student_layers: int = 2
-    """Depth of the students."""
-    steps: int = 1800
-    """Optimiser steps of each student."""
-    batch_size: int = 32
-    """Traces per optimiser step."""
-    learning_rate: float = 4e-3
-    """Peak learning rate of the students; cosine to zero."""
-    kd_weight: float = 0.9
-    """Weight of the divergence from the teacher in the KD arm."""
-    ce_weight: float = 0.1
-    """Weight of the cross-entropy on the trace in the KD arm."""
-    temperature: float = 2.0
-    """Softens teacher and student in the divergence."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One pair of students per seed: same start, same data order."""
-    test_problems: int = 1000
-    """Problems kept for the score; no model is trained on them."""
-    workers: int = 0
-    """Students trained side by side, one thread each; 0 takes one per core."""
-    fresh: bool = False
-    """Forget earlier stages and do everything again."""
-    open: bool = False
-    """Open the report in a browser at the end, where there is one."""
+    output: str = "runs/quickstart"  # folder of the run; start again with the same one to continue
+    train_teacher: bool = False  # train the teacher instead of using the shipped weights
+    teacher_hidden: int = 128  # width of the teacher
+    teacher_layers: int = 4  # depth of the teacher
+    teacher_steps: int = 3000  # optimiser steps of the teacher, 64 fresh problems each
+    problems: int = 800  # problems the teacher solves once each, at temperature 1, to make traces
+    top_k: int = 8  # log-probabilities cached per token, of 18 in the vocabulary
+    student_hidden: int = 64  # width of the students
+    student_layers: int = 2  # depth of the students
+    steps: int = 1800  # optimiser steps of each student
+    batch_size: int = 32  # traces per optimiser step
+    learning_rate: float = 4e-3  # peak learning rate of the students; cosine to zero
+    kd_weight: float = 0.9  # weight of the divergence from the teacher in the KD arm
+    ce_weight: float = 0.1  # weight of the cross-entropy on the trace in the KD arm
+    temperature: float = 2.0  # softens teacher and student in the divergence
+    seeds: tuple[int, ...] = (0, 1, 2)  # one pair of students per seed: same start, same data order
+    test_problems: int = 1000  # problems kept for the score; no model is trained on them
+    workers: int = 0  # students trained side by side, one thread each; 0 takes one per core
+    fresh: bool = False  # forget earlier stages and do everything again
+    open: bool = False  # open the report in a browser at the end, where there is one
 
 
 DEFAULT = Config()
@@ -149,45 +129,23 @@ def run_stages(config: Config) -> Stage:
 
 def train_teacher(folder: Path, hidden: int, layers: int, steps: int) -> dict[str, Any]:
     """Train the teacher on fresh worked solutions, and keep its weights in half precision."""
-    from datasets import Dataset
     from safetensors.torch import save_file
 
-    from kd.training import DistillationCollator, fit
-
-    tokenizer, rng = arithmetic.tokenizer(), random.Random("teacher")
-    held_out, rows = set(arithmetic.problems(1000, seed=0)), list[Any]()
-    with Progress("writing worked solutions", 64 * steps) as bar:
-        while len(rows) < 64 * steps:
-            question = arithmetic.problem(rng)
-            if question not in held_out:
-                rows.append(encode(tokenizer, question, arithmetic.solve(question, rng)))
-                bar.advance()
     model = arithmetic.model(hidden, layers, seed=0)
-    with Progress("training the teacher", 1.0) as bar:
-        fit(
-            model,
-            Dataset.from_list(rows),
-            folder / "training",
-            collator=DistillationCollator(tokenizer.pad_token_id, attention_mask=False),
-            steps=steps,
-            batch_size=64,
-            learning_rate=1e-3,
-            adam_beta2=0.98,
-            weight_decay=0.01,
-            report=bar.to,
-        )
+    arithmetic.teach(
+        model,
+        folder / "training",
+        steps,
+        rng=random.Random("teacher"),
+        held_out=set(arithmetic.problems(1000, seed=0)),
+        learning_rate=1e-3,
+        adam_beta2=0.98,
+        weight_decay=0.01,
+    )
     weights = {name: value.half() for name, value in model.state_dict().items()}
     weights.pop("lm_head.weight")  # tied to the embedding
     save_file(weights, folder / "teacher.safetensors")
     return {"parameters": model.num_parameters()}
-
-
-def encode(tokenizer: Any, question: str, solution: str) -> dict[str, list[int]]:
-    """A worked solution as a training row: the problem is not trained on."""
-    answer = solution.rpartition(";")[2]
-    prompt = tokenizer(question).input_ids
-    completion = tokenizer(f"<think>{solution}</think>{answer}<eos>").input_ids
-    return {"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion}
 
 
 def load_teacher(weights: Path, hidden: int, layers: int) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, tee
 from pathlib import Path
@@ -34,68 +34,37 @@ from kd_recipes._training import Training, train
 class Config:
     """Every setting of the recipe."""
 
-    recipe: str = ""
-    """The recipe's name."""
-    title: str = ""
-    """Of the report."""
-    output: str = ""
-    """Folder of the run; start again with the same one to continue."""
-    student: str = OFFLINE
-    """The student: a folder or a hub id."""
-    teacher: str = OFFLINE
-    """A model with the student's merges: a folder or a hub id; empty for traces alone."""
-    traces: str = OFFLINE
-    """A .jsonl or .parquet of traces, a hub data set (owner/name:config@split), or "offline"."""
-    max_traces: int = 0
-    """Use only the first so many; 0 takes all."""
-    verifier: str = ""
-    """Keep a trace only if its answer is right: maths, numeric, choice, exact, gym; empty: all."""
-    tags: str = "r1"
-    """How a thought is written: r1 (<think>), compact, or sky_t1 (<|begin_of_thought|>)."""
-    max_length: int = 32_768
-    """Tokens; longer traces are dropped and counted, never cut."""
-    sft: Training = field(default_factory=Training)
-    """SFT on the traces; 0 epochs leaves it out."""
-    kd: Training = field(default_factory=lambda: Training(epochs=0))
-    """Logit KD on the same traces, after SFT; 0 epochs leaves it out."""
-    online: bool = False
-    """Keep the teacher in memory during KD instead of caching its targets first."""
-    top_k: int = 64
-    """Log-probabilities cached per token."""
-    control: bool = False
-    """Also go on with SFT alone for as long as KD: the fair comparison, at twice the cost."""
-    problems: str = "gym:gsm_symbolic"
-    """What all models are asked: a .jsonl of {prompt, reference}, gym:NAME or lm-eval:TASK."""
-    problem_verifier: str = "numeric"
-    """How answers are checked: maths, numeric, choice, exact or gym."""
-    test_problems: int = 200
-    """How many problems."""
-    max_new_tokens: int = 32_768
-    """Longest answer."""
-    seeds: tuple[int, ...] = (0,)
-    """Runs of all training."""
-    workers: int = 0
-    """Students trained side by side on a CPU; 0 takes one per core."""
-    shape: str = ""
-    """The student's size, for the estimate: 0.5B, 1.5B, 7B, 14B or 32B."""
-    mean_tokens: int = 6_000
-    """Tokens of a mean trace, for the estimate before the traces are read."""
-    rows_expected: int = 16_700
-    """Traces expected, likewise."""
-    source: str = ""
-    """Where the hyper-parameters come from."""
-    dry_run: bool = False
-    """Print memory, time and disk, and stop."""
-    gpus: int = 0
-    """GPUs to assume in the estimate; 0 takes what is here."""
-    gpu_memory: float = 0.0
-    """GiB of each."""
-    gpu: str = ""
-    """Their kind, such as H100."""
-    fresh: bool = False
-    """Forget earlier stages and do everything again."""
-    open: bool = False
-    """Open the report in a browser at the end, where there is one."""
+    recipe: str = ""  # the recipe's name
+    title: str = ""  # of the report
+    output: str = ""  # folder of the run; start again with the same one to continue
+    student: str = OFFLINE  # the student: a folder or a hub id
+    teacher: str = OFFLINE  # with the student's merges: a folder or a hub id; "": traces alone
+    traces: str = OFFLINE  # a .jsonl or .parquet, a hub data set (owner/name:config@split), offline
+    max_traces: int = 0  # use only the first so many; 0 takes all
+    verifier: str = ""  # keep right answers only: maths, numeric, choice, exact, gym; "": all
+    tags: str = "r1"  # of a thought: r1 (<think>), compact, or sky_t1 (<|begin_of_thought|>)
+    max_length: int = 32_768  # tokens; longer traces are dropped and counted, never cut
+    sft: Training = Training()  # on the traces; 0 epochs leaves it out
+    kd: Training = Training(epochs=0)  # logit KD on the same traces, after SFT; 0 epochs: none
+    online: bool = False  # keep the teacher in memory during KD; else its targets are cached
+    top_k: int = 64  # log-probabilities cached per token
+    control: bool = False  # also SFT alone for as long as KD: the fair comparison, twice the cost
+    problems: str = "gym:gsm_symbolic"  # for all models: a .jsonl of {prompt, reference}, gym:NAME
+    problem_verifier: str = "numeric"  # of answers: maths, numeric, choice, exact or gym
+    test_problems: int = 200  # how many problems
+    max_new_tokens: int = 32_768  # longest answer
+    seeds: tuple[int, ...] = (0,)  # runs of all training
+    workers: int = 0  # students trained side by side on a CPU; 0 takes one per core
+    shape: str = ""  # the student's size, for the estimate: 0.5B, 1.5B, 7B, 14B or 32B
+    mean_tokens: int = 6_000  # tokens of a mean trace, for the estimate before the traces are read
+    rows_expected: int = 16_700  # traces expected, likewise
+    source: str = ""  # where the hyper-parameters come from
+    dry_run: bool = False  # print memory, time and disk, and stop
+    gpus: int = 0  # GPUs to assume in the estimate; 0 takes what is here
+    gpu_memory: float = 0.0  # GiB of each
+    gpu: str = ""  # their kind, such as H100
+    fresh: bool = False  # forget earlier stages and do everything again
+    open: bool = False  # open the report in a browser at the end, where there is one
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -262,7 +231,7 @@ def get_traces(
             held_out,
             max_new_tokens=40,
             batch_size=64,
-            counted=report.stage("generate"),
+            report=report,
         )
     else:
         found = islice(load(source, report=report), limit or None)
