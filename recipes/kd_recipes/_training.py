@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd.files import read_json, write_json
 from kd.models import device, fast_bf16, load_for_inference, load_model, load_tokenizer
 
 
@@ -41,6 +42,7 @@ def train(
     seed: int,
     cache: str = "",
     online: str = "",
+    **arguments: Any,
 ) -> dict[str, Any]:
     """Train one student, continuing from its last whole checkpoint, and keep its model.
 
@@ -54,7 +56,11 @@ def train(
         seed: of the data order.
         cache: of the teacher's targets, for KD; or
         online: the teacher itself, kept in memory.
+        **arguments: more of ``kd.training.fit``.
     """
+    done = read_json(folder / "trained.json")
+    if done:  # its checkpoints are gone; what follows it may have been interrupted
+        return done
     from datasets import load_from_disk
 
     from kd.cache import TeacherCache
@@ -88,9 +94,11 @@ def train(
         checkpoints=training.checkpoints,
         tokenizer=tokens,
         report=report,
-        **_arguments(training),
+        **{**_arguments(training), **arguments},
     )
-    return {"model": str(keep_student(model, tokens, folder)), "seed": seed, "log": log}
+    done = {"model": str(keep_student(model, tokens, folder)), "seed": seed, "log": log}
+    write_json(folder / "trained.json", done)
+    return done
 
 
 def _arguments(training: Training) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from kd.models import (
 from kd.progress import Progress, say
 from kd.stages import Run, Stage, default_workers, run_jobs, run_recipe, show_report
 from kd_recipes._heal_report import ARMS, write_report
+from kd_recipes._training import Training, train
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def cut_text(
     folder: Path, model: Stage, text: Path, other: Path, length: int, tokens: int, test_blocks: int
 ) -> dict[str, Any]:
     """Blocks of text to train on, to score on, and of another kind to score on."""
+    from datasets import Dataset
     from safetensors.torch import save_file
 
     from kd.evaluation import texts
@@ -179,6 +181,8 @@ def cut_text(
     if story:
         parts["other"] = texts.blocks(tokenizer, story, length)[:test_blocks]
     save_file({name: part.contiguous() for name, part in parts.items()}, folder / "blocks")
+    rows = [{"input_ids": ids, "labels": ids} for ids in parts["train"].tolist()]
+    Dataset.from_list(rows).save_to_disk(folder / "rows")
     return {name: len(part) for name, part in parts.items()} | {"length": length}
 
 
@@ -259,40 +263,36 @@ def heal(
 ) -> dict[str, Any]:
     """Train and score one student, continuing from its last checkpoint if there is one."""
     from kd.cache import TeacherCache
-    from kd.training import DistillationCollator, Objective, fit, keep_student
 
-    teacher, tokenizer = TeacherCache(cache), load_tokenizer(pruned)
-    objective = Objective(vocab_size=teacher.meta.live_vocab)
+    training = Training(
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        warmup=0.05,
+        batch=config.batch_size,
+        micro_batch=config.batch_size,
+        train_embeddings=config.train_embeddings,
+        checkpoints=2,
+    )
     if arm == "kd":
-        objective = Objective(
+        training = replace(
+            training,
             kd_weight=config.kd_weight,
             ce_weight=config.ce_weight,
             temperature=config.temperature,
-            teacher=teacher,
         )
-    model = load_model(pruned)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        layer.weight.requires_grad_(config.train_embeddings)
-    rows = [{"input_ids": ids, "labels": ids} for ids in blocks_of(text, "train")]
-    log = fit(
-        model,
-        rows,
+    trained = train(
         folder,
-        collator=DistillationCollator(0, objective, attention_mask=False),
-        objective=objective,
-        steps=max(1, config.epochs * len(rows) // config.batch_size),
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        lambda share: report(0.8 * share),
+        start=str(pruned),
+        tokenizer=str(pruned),
+        rows=text / "rows",
+        training=training,
         seed=seed,
-        tokenizer=tokenizer,
-        checkpoints=2,
-        report=lambda share: report(0.8 * share),
+        cache=str(cache),
         bf16=fast_bf16(),
-        use_cpu=device().type == "cpu",
     )
-    scores = scores_of(model, text, teacher, report)
-    keep_student(model, tokenizer, folder)
-    return {"arm": arm, "seed": seed, "log": log, **scores}
+    scores = scores_of(load_model(trained["model"]), text, TeacherCache(cache), report)
+    return {"arm": arm, **trained, **scores}
 
 
 def scores_of(model: Any, text: Path, cache: Any, report: Any = None) -> dict[str, Any]:
