@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,10 +36,15 @@ def test_recipes_are_listed_with_their_presets(capsys):
     assert "--dry-run" in capsys.readouterr().out
 
 
-def test_every_setting_of_a_recipe_is_explained(capsys):
-    assert main(["run", "heal", "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert "--drop-layers" in printed and "Layers taken out" in printed and "All presets" in printed
+@pytest.mark.parametrize("name", ["heal", "quickstart", "r1_to_qwen"])
+def test_every_setting_of_a_recipe_is_explained(name, capsys):
+    assert main(["run", name, "--help"]) == 0
+    printed = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert "All presets" in printed and "--seeds [INT [INT ...]] " in printed
+    options = re.findall(r" (--[\w.-]+)(?:, --no-\S+)? ([^-].*?) \(default: ", printed)
+    assert len(options) > 15
+    for option, text in options:  # the kind of value, and what it is for
+        assert len(re.sub(r"^(STR|INT|FLOAT|\[INT \[INT \.\.\.\]\])", "", text)) > 4, option
 
 
 def test_errors_are_one_line_and_a_traceback_on_request(capsys, monkeypatch):
