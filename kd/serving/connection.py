@@ -9,10 +9,7 @@ import os
 import threading
 import urllib.parse
 import urllib.request
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from kd.serving import Endpoint
+from typing import Any, Protocol
 
 ERROR_BODY = 1 << 16  # bytes read of a refusal
 # Bytes that the answer to the request under way may have.
@@ -25,7 +22,21 @@ class TooLarge(Exception):
     """A body is longer than its limit."""
 
 
-def connection(endpoint: Endpoint) -> tuple[Any, asyncio.AbstractEventLoop]:
+class Addressed(Protocol):
+    """What is needed of a ``kd.serving.Endpoint``; hashable."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def bare(self) -> str: ...
+
+    def headers(self) -> dict[str, str]: ...
+
+    def __hash__(self) -> int: ...
+
+
+def connection(endpoint: Addressed) -> tuple[Any, asyncio.AbstractEventLoop]:
     """An ``AsyncOpenAI`` for an endpoint, and the event loop that its requests run in.
 
     Raises:
@@ -45,7 +56,7 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
 
 
 @functools.lru_cache(maxsize=64)
-def _client(endpoint: Endpoint, process: int) -> Any:
+def _client(endpoint: Addressed, process: int) -> Any:
     """An ``AsyncOpenAI`` that sends what the endpoint says, and reads no more than it may."""
     try:
         import httpx2
