@@ -153,29 +153,35 @@ def solved(
 
 
 def model(hidden: int, layers: int, seed: int, **options: Any) -> Qwen2ForCausalLM:
-    """A randomly initialised Qwen2 with heads of 32 and a feed-forward of 2.75 times hidden."""
+    """A randomly initialised Qwen2 with heads of 32 and a feed-forward of 2.75 times hidden.
+
+    Args:
+        hidden: width.
+        layers: depth.
+        seed: of the weights.
+        **options: of ``Qwen2Config``; by default they fit ``tokenizer``.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=len(SPECIAL) + len(CHARACTERS),
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 32),
-        num_key_value_heads=max(1, hidden // 32),
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        use_cache=False,
-        initializer_range=0.05,
-        **options,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(SPECIAL) + len(CHARACTERS),
+        "hidden_size": hidden,
+        "intermediate_size": hidden * 11 // 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(1, hidden // 32),
+        "num_key_value_heads": max(1, hidden // 32),
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        "use_cache": False,
+        "initializer_range": 0.05,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config)
+        return Qwen2ForCausalLM(Qwen2Config(**{**settings, **options}))
 
 
 def encode(tokenizer: Any, question: str, solution: str) -> dict[str, list[int]]:

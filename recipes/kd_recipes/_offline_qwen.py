@@ -103,30 +103,18 @@ def expand(side: str, state: dict[str, Tensor], ids: list[int]) -> Any:
 
 
 def _model(side: str, rows: int) -> Any:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    size = SIZES[side]
-    hidden = size["hidden"]
-    made = tokenizer(side)
-    config = Qwen2Config(
+    size, made = SIZES[side], tokenizer(side)
+    return arithmetic.model(
+        size["hidden"],
+        size["layers"],
+        seed=0,
         vocab_size=rows,
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=size["layers"],
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
         max_position_embeddings=128,
-        tie_word_embeddings=True,
         pad_token_id=None,
         eos_token_id=made.eos_token_id if rows > LIVE else None,
         bos_token_id=made.bos_token_id if rows > LIVE else None,
         use_cache=True,
-        initializer_range=0.05,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Qwen2ForCausalLM(config)
 
 
 # --- how the weights were made --------------------------------------------------------------------

@@ -67,6 +67,16 @@ class Config:
     open: bool = False  # open the report in a browser at the end, where there is one
 
 
+@dataclass(frozen=True)
+class Exam:
+    """What every model is asked, and how its answers are checked."""
+
+    problems: str
+    verifier: str
+    count: int
+    max_new_tokens: int
+
+
 def main(config: Config) -> dict[str, Any]:
     """Run the recipe, or print its estimate; returns the figures of its report."""
     if config.shape or config.dry_run:
@@ -154,10 +164,9 @@ def run_stages(config: Config) -> Stage:
         partial(evaluate_models, workers=workers),
         models=models,
         arms=arms,
-        problems=config.problems,
-        verifier=config.problem_verifier,
-        count=config.test_problems,
-        max_new_tokens=config.max_new_tokens,
+        exam=Exam(
+            config.problems, config.problem_verifier, config.test_problems, config.max_new_tokens
+        ),
     )
     return run.stage(
         "report",
@@ -392,14 +401,7 @@ def train_arms(
 
 
 def evaluate_models(
-    folder: Path,
-    models: Stage,
-    arms: Stage,
-    problems: str,
-    verifier: str,
-    count: int,
-    max_new_tokens: int,
-    workers: int,
+    folder: Path, models: Stage, arms: Stage, exam: Exam, workers: int
 ) -> dict[str, Any]:
     """Before, after and the teacher on the same problems, decoding greedily."""
     paths = {"before": models.result["student"], "teacher": models.result["teacher"]}
@@ -408,43 +410,27 @@ def evaluate_models(
     paths = {name: path for name, path in paths.items() if path}
     # a student that was not trained at all is asked once
     unique = {path: name for name, path in reversed(paths.items())}
-    how = {
-        "problems": problems,
-        "verifier": verifier,
-        "count": count,
-        "max_new_tokens": max_new_tokens,
-    }
-    jobs = {folder / name: {"model": path, **how} for path, name in unique.items()}
-    done = dict(
-        zip(unique, run_jobs(ask, jobs, f"asking {len(jobs)} models", workers), strict=True)
-    )
-    return {name: done[path] for name, path in paths.items()}
+    jobs = {folder / name: {"model": path, "exam": exam} for path, name in unique.items()}
+    done = run_jobs(ask, jobs, f"asking {len(jobs)} models", workers)
+    found = dict(zip(unique, done, strict=True))
+    return {name: found[path] for name, path in paths.items()}
 
 
-def ask(
-    folder: Path,
-    report: Any,
-    *,
-    model: str,
-    problems: str,
-    verifier: str,
-    count: int,
-    max_new_tokens: int,
-) -> dict[str, Any]:
+def ask(folder: Path, report: Any, *, model: str, exam: Exam) -> dict[str, Any]:
     """One model answers every problem."""
     from kd.evaluation import evaluate, read_problems
-    from kd.traces import Sampling
-    from kd.traces import verifier as verifier_named
+    from kd.traces import Sampling, verifier
 
-    asked = arithmetic.asked(count) if problems == OFFLINE else read_problems(problems, count)
+    offline = exam.problems == OFFLINE
+    problems = arithmetic.asked(exam.count) if offline else read_problems(exam.problems, exam.count)
     found = evaluate(
-        asked,
-        verifier_named(verifier),
+        problems,
+        verifier(exam.verifier),
         model=load_for_inference(model),
         tokenizer=load_tokenizer(model),
-        sampling=Sampling(temperature=0, max_new_tokens=max_new_tokens),
+        sampling=Sampling(temperature=0, max_new_tokens=exam.max_new_tokens),
         batch_size=64,
-        progress=lambda done: report(done / len(asked)),
+        progress=lambda done: report(done / len(problems)),
     )
     return {
         "accuracy": found.accuracy,
