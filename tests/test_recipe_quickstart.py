@@ -105,6 +105,12 @@ def test_the_folder_of_something_else_is_refused(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "chapter 1"
 
 
+def test_a_teacher_that_knows_nothing_is_named(tmp_path, capsys):
+    steps = ["--teacher-steps", "1", "--problems", "4", "--test-problems", "4", "--workers", "1"]
+    assert main(["run", "quickstart", "teacher", *steps, "--output", str(tmp_path / "run")]) == 1
+    assert "got none of 4 right. Raise --teacher-steps" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_default_preset_shows_the_gain(tmp_path):
     """Seen: +5.9 and +4.2 points, standard errors 2.4 and 2.1; seeds differ widely."""

@@ -17,6 +17,7 @@ from kd_recipes._offline_qwen import OFFLINE, SIZES
 
 GIB = 2**30
 UTILISATION = 0.35
+FITS = 0.92  # of a GPU's memory
 # Vendors' dense bf16 figures, in TFLOP/s.
 PEAKS = {
     "B200": 2250.0,
@@ -95,7 +96,6 @@ class Shape:
         feed_forward: width inside the MLP.
         rows: of the lm_head.
         tied: embedding and lm_head are one matrix.
-        context: positions.
     """
 
     hidden: int
@@ -105,7 +105,6 @@ class Shape:
     feed_forward: int
     rows: int
     tied: bool
-    context: int = 32_768
 
     @property
     def body(self) -> int:
@@ -129,7 +128,6 @@ class Shape:
             config.intermediate_size,
             config.vocab_size,
             bool(getattr(config, "tie_word_embeddings", False)),
-            config.max_position_embeddings,
         )
 
 
@@ -142,21 +140,16 @@ QWEN25 = {
 }
 
 
-def training_memory(shape: Shape, length: int, gpus: int, micro_batch: int = 1) -> dict[str, float]:
-    """GiB on one GPU: fully sharded float32 weights, gradients and Adam; recomputed activations.
+def training_memory(shape: Shape, length: int, gpus: int) -> dict[str, float]:
+    """GiB on one GPU, by what takes it, with one sequence of that many tokens at a time.
 
-    Args:
-        shape: of the student.
-        length: tokens in the longest sequence.
-        gpus: over which everything is sharded.
-        micro_batch: sequences at a time.
+    Weights, gradients and Adam are float32 and sharded over all GPUs; activations are recomputed.
     """
-    tokens = length * micro_batch
     gathered = 2 * (2 * shape.body / shape.layers) + 2 * shape.rows * shape.hidden
-    boundaries = 2 * shape.layers * tokens * shape.hidden
+    boundaries = 2 * shape.layers * length * shape.hidden
     kv = shape.hidden * shape.kv_heads // shape.heads
-    one_layer = 2 * tokens * (8 * shape.hidden + 4 * kv + 6 * shape.feed_forward)
-    head = 4 * tokens * shape.hidden * 3 + 4 * 1024 * shape.rows  # hidden, its gradient, one chunk
+    one_layer = 2 * length * (8 * shape.hidden + 4 * kv + 6 * shape.feed_forward)
+    head = 4 * length * shape.hidden * 3 + 4 * 1024 * shape.rows  # hidden, its gradient, one chunk
     parts = {
         "weights, gradients, Adam (sharded)": 16 * shape.parameters / gpus,
         "gathered layers and lm_head": gathered,
@@ -167,9 +160,9 @@ def training_memory(shape: Shape, length: int, gpus: int, micro_batch: int = 1) 
     return {name: value / GIB for name, value in parts.items()}
 
 
-def full_logits(shape: Shape, length: int, micro_batch: int = 1) -> float:
+def full_logits(shape: Shape, length: int) -> float:
     """GiB that student and teacher logits and their gradient would add in float32."""
-    return 3 * 4 * length * micro_batch * shape.rows / GIB
+    return 3 * 4 * length * shape.rows / GIB
 
 
 def training_hours(shape: Shape, tokens: float, length: int, hardware: Hardware) -> float:
@@ -185,10 +178,10 @@ def forward_hours(shape: Shape, tokens: float, length: int, hardware: Hardware) 
     return tokens * per_token / (UTILISATION * peak) / 3600
 
 
-def least_gpus(shape: Shape, length: int, memory: float, share: float = 0.92) -> int:
+def least_gpus(shape: Shape, length: int, memory: float) -> int:
     """The fewest GPUs of that many GiB on which training fits; 0 where more do not help."""
     for gpus in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
-        if sum(training_memory(shape, length, gpus).values()) <= share * memory:
+        if sum(training_memory(shape, length, gpus).values()) <= FITS * memory:
             return gpus
     return 0
 
@@ -213,7 +206,7 @@ def shape_of(config: Any) -> Shape:
     if config.shape or config.student != OFFLINE:
         return QWEN25.get(config.shape) or Shape.of(load_config(config.student))
     size = SIZES["student"]
-    return Shape(size["hidden"], size["layers"], 2, 2, 176, size["rows"], True, 128)
+    return Shape(size["hidden"], size["layers"], 2, 2, 176, size["rows"], True)
 
 
 def estimate(config: Any) -> str:
@@ -259,7 +252,7 @@ def _memory(config: Any, student: Shape, teacher: Shape | None, hardware: Hardwa
     total = sum(parts.values())
     lines = [f"memory of {'one GPU' if hardware.gpus else 'the CPU'} in training, GiB"]
     lines += [f"  {name:<36} {value:7.1f}" for name, value in parts.items()]
-    fits = total <= 0.92 * hardware.memory
+    fits = total <= FITS * hardware.memory
     verdict = f"of {hardware.memory:.0f}: {'fits' if fits else 'TOO MUCH'}"
     lines.append(f"  {'together':<36} {total:7.1f}  {verdict}")
     if not fits and hardware.gpus:

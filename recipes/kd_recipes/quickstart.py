@@ -204,6 +204,11 @@ def make_traces(folder: Path, teacher: Stage, problems: int, test_problems: int)
         batch_size=256,
     )
     kept, report = verify(answered, Exact())
+    if not kept:
+        raise ValueError(
+            f"quickstart: the teacher must solve at least one problem, got none of {problems} "
+            "right. Raise --teacher-steps or --problems."
+        )
     write_traces(folder / "traces.jsonl", kept)
     rendered = render_stream(kept, Renderer(tokenizer, tags=COMPACT), report=report)
     rows = [row._asdict() for _, row in rendered]
