@@ -42,6 +42,7 @@ def train(
     seed: int,
     cache: str = "",
     online: str = "",
+    recompute: bool = True,
     **arguments: Any,
 ) -> dict[str, Any]:
     """Train one student, continuing from its last whole checkpoint, and keep its model.
@@ -56,6 +57,7 @@ def train(
         seed: of the data order.
         cache: of the teacher's targets, for KD; or
         online: the teacher itself, kept in memory.
+        recompute: on a GPU, activations are computed again in the backward instead of kept.
         **arguments: more of ``kd.training.fit``.
     """
     done = read_json(folder / "trained.json")
@@ -94,14 +96,14 @@ def train(
         checkpoints=training.checkpoints,
         tokenizer=tokens,
         report=report,
-        **{**_arguments(training), **arguments},
+        **{**_arguments(training, recompute), **arguments},
     )
     done = {"model": str(keep_student(model, tokens, folder)), "seed": seed, "log": log}
     write_json(folder / "trained.json", done)
     return done
 
 
-def _arguments(training: Training) -> dict[str, Any]:
+def _arguments(training: Training, recompute: bool) -> dict[str, Any]:
     gpu = device().type == "cuda"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     micro = training.micro_batch if gpu else training.batch
@@ -117,5 +119,7 @@ def _arguments(training: Training) -> dict[str, Any]:
         found["lr_scheduler_type"] = "cosine_with_min_lr"
         found["lr_scheduler_kwargs"] = {"min_lr_rate": training.min_rate}
     if gpu:
-        found |= {"bf16": fast_bf16(), "gradient_checkpointing": True}
+        found["bf16"] = fast_bf16()
+        if recompute:
+            found["gradient_checkpointing"] = True
     return found

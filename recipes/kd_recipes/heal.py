@@ -290,7 +290,7 @@ def heal(
         seed=seed,
         cache=str(cache),
         bf16=fast_bf16(),
-        gradient_checkpointing=False,  # blocks are short
+        recompute=False,  # blocks are short
     )
     scores = scores_of(load_model(trained["model"]), text, TeacherCache(cache), report)
     return {"arm": arm, **trained, **scores}
