@@ -32,10 +32,14 @@ def capture(folder):
     )
 
 
-def started(folder):
+def nothing():
+    """What the fork server's first child does: the server itself imports before it."""
+
+
+def started(target, *arguments):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cache_cases", "kd.teachers", "transformers.models.qwen2"])
-    process = context.Process(target=capture, args=(folder,))
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
 
@@ -52,21 +56,22 @@ def contents(folder):
 
 def main(folder, kills, seed):
     rng, folder = random.Random(seed), Path(folder)
+    assert ended(started(nothing)) == 0  # kills hit captures, not the imports before the first
     start = time.perf_counter()
-    assert ended(started(folder / "whole")) == 0
+    assert ended(started(capture, folder / "whole")) == 0
     took = time.perf_counter() - start
     hit = resumed = tries = 0
     while hit < kills and tries < 4 * kills:
         tries += 1
         before = len(list((folder / "killed").glob("shard-*")))
-        process = started(folder / "killed")
+        process = started(capture, folder / "killed")
         time.sleep(rng.uniform(0, took))
         process.kill()
         if ended(process) == 0:  # it had ended: start from an empty folder
             shutil.rmtree(folder / "killed")
         else:
             hit, resumed = hit + 1, resumed + (before > 0)
-    status = ended(started(folder / "killed"))
+    status = ended(started(capture, folder / "killed"))
     whole, survivor = contents(folder / "whole"), contents(folder / "killed")
     leftovers = [item.name for item in (folder / "killed").glob(".tmp*")]
     same = TeacherCache(folder / "whole").content_digest()

@@ -391,7 +391,7 @@ def test_a_trickling_server_has_its_time_and_no_more(raw, client, slow):
     assert "must answer within 2 attempts, got timed out: no whole answer within 0.3 s" in str(
         error
     )
-    assert len(server.requests) == 2  # once more, not five times
+    assert len(server.requests) <= 2  # once more, not five times; the second may come too late
 
 
 def test_a_server_that_reads_nothing(client):
